@@ -1,1 +1,21 @@
 """hf_chts: sparse language-model pretraining with Cannistraci-Hebb Training inside Hugging Face Transformers."""
+
+from hf_chts.config import SparsityConfig
+from hf_chts.layers.masked_linear import MaskedLinear
+from hf_chts.layers.patching import SparseModel, sparsify
+from hf_chts.training.arguments import SparseTrainingArguments
+from hf_chts.training.callback import TopologyCallback
+from hf_chts.training.trainer import SparseTrainer, SparseTrainerMixin
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MaskedLinear",
+    "SparseModel",
+    "SparseTrainer",
+    "SparseTrainerMixin",
+    "SparseTrainingArguments",
+    "SparsityConfig",
+    "TopologyCallback",
+    "sparsify",
+]

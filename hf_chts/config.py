@@ -1,0 +1,280 @@
+"""SparsityConfig: the one source of truth about a sparse run, saved as sparsity_config.json beside the weights."""
+
+import dataclasses
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from hf_chts.schedule_plan import SchedulePlan
+
+CONFIG_NAME = "sparsity_config.json"
+VERSION = 1
+
+# What each method is made of; what a method does not name is the field's own default below. To add a method, add a
+# row here and, where no part exists for it yet, one function in hf_chts/topology.
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {"sparsity": 0.0, "update_until": 0.0},
+    "static": {"update_until": 0.0},
+    "set": {},
+    "chts": {
+        "initial_topology": "bipartite_receptive_field",
+        "removal_choice": "soft",
+        "regrowth": "ch2_l3n",
+        "regrowth_choice": "soft",
+    },
+    "chtss": {
+        "initial_topology": "bipartite_receptive_field",
+        "removal_choice": "soft",
+        "regrowth": "ch2_l3n",
+        "regrowth_choice": "soft",
+        "initial_sparsity": 0.5,
+        "sparsity_schedule": "sigmoid",
+        "pruning": "relative_importance",
+    },
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "initial_topology": ("erdos_renyi", "bipartite_receptive_field"),
+    "brf_degrees": ("fixed", "uniform"),
+    "removal": ("magnitude", "relative_importance"),
+    "removal_choice": ("hard", "soft"),
+    "regrowth": ("random", "ch2_l3n", "ch3_l3n"),
+    "regrowth_choice": ("hard", "soft"),
+    "pruning": ("magnitude", "relative_importance"),
+    "sparsity_schedule": ("constant", "linear", "cubic", "sigmoid"),
+    "drop_schedule": ("constant", "linear", "cosine"),
+}
+
+
+def _option(default: Any, help: str, *, per_method: bool = False) -> Any:
+    """A field; `per_method` marks one whose default the method may change (None until the method is known)."""
+    shown = f"{default}, unless the method says otherwise" if per_method else str(default)
+    metadata = {"help": f"{help} Default: {shown}.", "fallback": default}
+    return field(default=None if per_method else default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """How a model is made sparse and how its topology evolves.
+
+    Every field has a default that comes from `method` (see `METHODS`); any of them can be set to make a variant. Fields
+    are checked when the config is made. Fractions of the run are fractions of the optimizer steps.
+
+    Raises:
+        ValueError: a value out of range, of the wrong type or not among the choices; the message names it and what
+            to do.
+    """
+
+    method: str = _option("chtss", "Sparse training method: dense, static, set, chts or chtss.")
+    sparsity: float = _option(0.9, "Final share of missing links in every sparse layer, in (0, 1).", per_method=True)
+    initial_sparsity: float = _option(
+        None, "Sparsity at step 0 where the sparsity has a schedule; else it is `sparsity`.", per_method=True
+    )
+    target_modules: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
+        None,
+        "Linear layers to make sparse: suffixes of module names (q_proj) or regular expressions that match whole "
+        "names. None: all linear projections of the decoder blocks; embeddings and lm_head stay dense.",
+    )
+    initial_topology: str = _option(
+        "erdos_renyi", "Topology at step 0: erdos_renyi or bipartite_receptive_field.", per_method=True
+    )
+    brf_r: float = _option(0.1, "Spread of the bipartite receptive field: 0 takes the nearest inputs, 1 is uniform.")
+    brf_degrees: str = _option("fixed", "Output degrees of the receptive field: fixed or uniform.")
+    removal: str = _option(
+        "magnitude", "Score by which links are removed: magnitude or relative_importance.", per_method=True
+    )
+    removal_choice: str = _option(
+        "hard", "hard keeps the highest scores; soft samples them by score^T.", per_method=True
+    )
+    softness_start: float = _option(0.5, "Softness δ of a soft removal at the first update, T = δ/(1−δ), in [0, 1).")
+    softness_end: float = _option(0.9, "Softness δ of a soft removal at the last update, in [0, 1).")
+    regrowth: str = _option("random", "Score by which links are regrown: random, ch2_l3n or ch3_l3n.", per_method=True)
+    regrowth_choice: str = _option("hard", "hard takes the highest scores; soft samples by score.", per_method=True)
+    pruning: str = _option("magnitude", "Score by which links are given up as sparsity rises.", per_method=True)
+    update_interval: int = _option(100, "Optimizer steps between topology updates (ΔT).")
+    update_until: float = _option(0.75, "Fraction of the run after which the topology stays.", per_method=True)
+    drop_fraction: float = _option(
+        0.1, "Share of the links replaced at the first updates (ζ), in [0, 1].", per_method=True
+    )
+    drop_schedule: str = _option("cosine", "How ζ falls to 0 at `update_until`: constant, linear or cosine.")
+    sparsity_schedule: str = _option(
+        "constant",
+        "How sparsity rises from initial_sparsity: constant, linear, cubic or sigmoid.",
+        per_method=True,
+    )
+    sparsity_schedule_until: float = _option(
+        None,
+        "Fraction of the run at which `sparsity` is reached. None: update_until, and half of it for the sigmoid "
+        "(same training FLOPs, paper App. I).",
+    )
+    sigmoid_k: float = _option(6.0, "Steepness of the sigmoid schedule.")
+    topology_seed: int = _option(0, "Seed of everything random in the topology.")
+    version: int = _option(VERSION, "Version of this config's format.")
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(_unknown("method", self.method, METHODS))
+        for item in dataclasses.fields(self):
+            if getattr(self, item.name) is None:
+                value = METHODS[self.method].get(item.name, item.metadata["fallback"])
+                object.__setattr__(self, item.name, value)
+        if self.is_dense:
+            # so that a recipe's sparsity can stay in the file when only the method is changed to dense
+            object.__setattr__(self, "sparsity", 0.0)
+            object.__setattr__(self, "initial_sparsity", 0.0)
+        if isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", [self.target_modules])
+        if self.initial_sparsity is None:
+            object.__setattr__(self, "initial_sparsity", self.sparsity)
+        if self.sparsity_schedule_until is None:
+            half = 0.5 if self.sparsity_schedule == "sigmoid" else 1.0
+            object.__setattr__(self, "sparsity_schedule_until", half * self.update_until)
+        self._check()
+
+    @property
+    def is_dense(self) -> bool:
+        return self.method == "dense"
+
+    @property
+    def evolves(self) -> bool:
+        """Whether the topology changes during training."""
+        return self.update_until > 0
+
+    def plan(self, max_steps: int) -> SchedulePlan:
+        """The schedules in steps, for a run of `max_steps` optimizer steps.
+
+        Raises:
+            ValueError: the schedules do not fit into the run.
+        """
+        return SchedulePlan.of(self, max_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SparsityConfig":
+        """Raises ValueError for unknown fields and for a version newer than this package."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a sparsity config is a mapping of fields, got {type(values).__name__}")
+        version = values.get("version", VERSION)
+        if not isinstance(version, int) or not 1 <= version <= VERSION:
+            raise ValueError(
+                f"the sparsity config has version {version!r}, this hf_chts reads 1 to {VERSION}: upgrade hf_chts"
+            )
+        names = [item.name for item in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ValueError(_unknown("field", name, names))
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON or YAML, by the file's suffix; a directory gets a sparsity_config.json."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / CONFIG_NAME
+        as_yaml = path.suffix in (".yaml", ".yml")
+        text = (
+            yaml.safe_dump(self.to_dict(), sort_keys=False) if as_yaml else json.dumps(self.to_dict(), indent=2) + "\n"
+        )
+        path.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SparsityConfig":
+        """Read JSON or YAML, by the file's suffix; for a directory, its sparsity_config.json.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a sparsity config; the message names the file.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no sparsity config at {path}: give a file or a directory that holds {CONFIG_NAME}"
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+            return cls.from_dict(values)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def _check(self) -> None:
+        self._check_types()
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(_unknown(name, getattr(self, name), choices))
+        if self.is_dense:
+            return
+        for name in ("sparsity", "initial_sparsity"):
+            value = getattr(self, name)
+            low = 0 if name == "initial_sparsity" else None
+            if not (0 < value < 1 or value == low):
+                raise ValueError(
+                    f"{name} is {value}; it is a share of missing links strictly between 0 and 1 "
+                    "(0.9 keeps 10% of the links). For a dense model use method: dense"
+                )
+        for name in ("brf_r", "drop_fraction", "update_until", "sparsity_schedule_until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        for name in ("softness_start", "softness_end"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1): T = δ/(1−δ)")
+        if self.update_interval < 1:
+            raise ValueError(f"update_interval is {self.update_interval}; it must be at least 1 step")
+        if self.sigmoid_k <= 0:
+            raise ValueError(f"sigmoid_k is {self.sigmoid_k}; it must be > 0 (the paper's is 6)")
+        if self.sparsity_schedule == "constant":
+            if self.initial_sparsity != self.sparsity:
+                raise ValueError(
+                    f"initial_sparsity is {self.initial_sparsity} and sparsity {self.sparsity}, but sparsity_schedule "
+                    "is 'constant': choose linear, cubic or sigmoid, or leave initial_sparsity out"
+                )
+        elif not self.evolves:
+            raise ValueError(
+                f"sparsity_schedule is {self.sparsity_schedule!r}, but method {self.method!r} never updates its "
+                "topology: choose a method that does, or sparsity_schedule: constant"
+            )
+        elif self.sparsity_schedule_until > self.update_until:
+            raise ValueError(
+                f"sparsity_schedule_until is {self.sparsity_schedule_until} of the run, after the last topology update "
+                f"at {self.update_until}: the target sparsity would never be reached. Lower it, or raise update_until"
+            )
+        for pattern in self.target_modules or []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"target_modules has {pattern!r}, which is no regular expression: {error}") from error
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if hint is float and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, name, float(value))
+            elif hint in (float, int, str) and (not isinstance(value, hint) or isinstance(value, bool)):
+                advice = ""
+                if isinstance(value, str) and hint is float:
+                    advice = " (YAML reads 3e-1 as text: write 3.0e-1)"
+                raise ValueError(f"{name} is {value!r}; it must be {_article(hint)}{advice}")
+            elif (
+                list[str] in get_args(hint)
+                and value is not None
+                and not (isinstance(value, list) and value and all(isinstance(item, str) for item in value))
+            ):
+                raise ValueError(f"{name} is {value!r}; it must be a list of module names or patterns")
+
+
+def _article(kind: type) -> str:
+    return {float: "a number", int: "a whole number", str: "text"}[kind]
+
+
+def _unknown(what: str, value: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(value), list(known), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {value!r}{hint} Known: {', '.join(known)}".replace("?;", "?")

@@ -1,0 +1,1 @@
+"""Masked layers, and how a model gets them."""

@@ -1,0 +1,100 @@
+"""One topology update of one layer: prune → remove → regrow."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_chts.topology.metrics import overlap_rate
+from hf_chts.topology.sampling import choose
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How links are chosen: by which score, and hard (the highest) or soft (sampled ∝ score^temperature)."""
+
+    score: Callable[..., Tensor]
+    soft: bool = False
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """What an update did to a layer."""
+
+    mask: Tensor  # bool (out, in), the new topology
+    pruned: int  # links given up because the density fell
+    removed: int  # links removed to be replaced
+    regrown: int  # links added
+    overlap: float  # the share of the regrown that had just been removed
+
+
+def evolve(
+    weight: Tensor,
+    mask: Tensor,
+    *,
+    links: int,
+    drop_fraction: float,
+    removal: Choice,
+    regrowth: Choice,
+    pruning: Choice,
+    streams: Callable[[str], torch.Generator],
+) -> Evolution:
+    """Evolve a layer's topology to exactly `links` links (arXiv 2501.19107, §3).
+
+    Where the layer has more links than that, the lowest by the `pruning` score go first. Then a share `drop_fraction`
+    of the links is removed, and missing links, those just removed among them, are added by the `regrowth` score of
+    what is left, until there are `links`.
+
+    Args:
+        weight: (out, in) floating point, 0 off the mask; read only.
+        mask: bool (out, in); read only.
+        links: how many links there are afterwards.
+        drop_fraction: ζ at this step, in [0, 1].
+        removal, pruning: choose which links *stay*; scores are called with (weight, mask).
+        regrowth: chooses among missing links; its score is called with (mask).
+        streams: gives a new generator for "pruning", "removal" and "regrowth".
+
+    Raises:
+        ValueError: `links` or `drop_fraction` out of range, or a score that is negative or not finite (for example
+            because a weight is NaN).
+    """
+    if not 0 <= links <= mask.numel():
+        raise ValueError(f"links is {links}; a layer of {tuple(mask.shape)} has 0 to {mask.numel()}")
+    if not 0 <= drop_fraction <= 1:
+        raise ValueError(f"drop_fraction is {drop_fraction}; it must lie in [0, 1]")
+
+    before = int(torch.count_nonzero(mask))
+    stay = mask
+    if links < before:
+        stay = _keep(weight, stay, links, pruning, streams("pruning"))
+    after_pruning = min(links, before)
+    drop = round(drop_fraction * after_pruning)
+    kept = stay
+    if drop:
+        kept = _keep(weight, stay, after_pruning - drop, removal, streams("removal"))
+    add = links - (after_pruning - drop)
+    if not add:
+        return Evolution(kept.clone(), before - after_pruning, drop, 0, 0.0)
+    regrown = choose(
+        regrowth.score(kept),
+        add,
+        ~kept,
+        soft=regrowth.soft,
+        temperature=regrowth.temperature,
+        generator=streams("regrowth"),
+    )
+    overlap = overlap_rate(stay & ~kept, regrown)
+    return Evolution(kept | regrown, before - after_pruning, drop, add, overlap)
+
+
+def _keep(weight: Tensor, mask: Tensor, k: int, choice: Choice, generator: torch.Generator) -> Tensor:
+    return choose(
+        choice.score(weight, mask),
+        k,
+        mask,
+        soft=choice.soft,
+        temperature=choice.temperature,
+        generator=generator,
+    )

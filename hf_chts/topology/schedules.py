@@ -1,0 +1,42 @@
+"""Functions of the step: sparsity, drop fraction, softness. Plain floats in and out, constant outside [start, end]."""
+
+import math
+
+
+def _progress(step: float, start: float, end: float) -> float:
+    """How far `step` is from `start` to `end`, within [0, 1]."""
+    if end <= start:
+        raise ValueError(f"a schedule must end after it starts; got start {start} and end {end}")
+    return min(max((step - start) / (end - start), 0.0), 1.0)
+
+
+def linear(step: float, start: float, end: float, initial: float, final: float) -> float:
+    """From `initial` at `start` to `final` at `end`, in a straight line."""
+    t = _progress(step, start, end)
+    return final if t == 1 else initial + (final - initial) * t
+
+
+def cubic(step: float, start: float, end: float, initial: float, final: float) -> float:
+    """final + (initial − final)·(1 − t)³: fast first, as in GMP (arXiv 1710.01878) and GraNet (arXiv 2106.10404)."""
+    return final + (initial - final) * (1 - _progress(step, start, end)) ** 3
+
+
+def sigmoid(step: float, start: float, end: float, initial: float, final: float, k: float = 6.0) -> float:
+    """The density decay of CHTss (arXiv 2501.19107, §3.3): a logistic curve of steepness `k`, rescaled so that it is
+    exactly `initial` at `start` and `final` at `end`.
+
+    Raises:
+        ValueError: k <= 0, or end <= start.
+    """
+    if k <= 0:
+        raise ValueError(f"the steepness k of the sigmoid is {k}; it must be > 0 (the paper's is 6)")
+    t = _progress(step, start, end)
+    if t in (0.0, 1.0):
+        return final if t else initial
+    # tanh(x/2) is the logistic curve about its middle; the ends are then at ∓tanh(k/2)
+    return initial + (final - initial) * (1 + math.tanh(k * (t - 0.5)) / math.tanh(k / 2)) / 2
+
+
+def cosine_anneal(step: float, end: float, initial: float) -> float:
+    """initial/2·(1 + cos(π·step/end)): the drop fraction of RigL (arXiv 1911.11134), 0 from `end` on."""
+    return initial / 2 * (1 + math.cos(math.pi * _progress(step, 0, end)))

@@ -1,0 +1,25 @@
+"""How much a link is worth: scores by which links are removed or pruned (the highest stay), and random regrowth."""
+
+import torch
+from torch import Tensor
+
+
+def magnitude(weight: Tensor, mask: Tensor) -> Tensor:
+    """|w| on the links, 0 elsewhere; shape and dtype of `weight`, (out, in)."""
+    return torch.where(mask, weight.abs(), 0)
+
+
+def relative_importance(weight: Tensor, mask: Tensor, eps: float = 1e-5) -> Tensor:
+    """A link's share of the weight of its output node plus its share of that of its input node.
+
+    |w_ij| / (sum of row i + eps) + |w_ij| / (sum of column j + eps) on the links, 0 elsewhere; shape (out, in), in
+    float32 at least. From arXiv 2501.19107 (§3.3, CHTss's pruning), after RIA (arXiv 2310.15929).
+    """
+    size = magnitude(weight, mask)
+    size = size.to(torch.promote_types(size.dtype, torch.float32))
+    return size / (size.sum(1, keepdim=True) + eps) + size / (size.sum(0, keepdim=True) + eps)
+
+
+def random(mask: Tensor) -> Tensor:
+    """The same score for every missing link, so that any choice among them is uniform (SET, arXiv 1707.04780)."""
+    return (~mask).to(torch.float32)

@@ -1,0 +1,1 @@
+"""Training: the Trainer, the callback that evolves the topology, and the state they keep."""

@@ -1,0 +1,30 @@
+"""SparseTrainingArguments: the Trainer's own, and what sparse training adds."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class SparseTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the paper's learning-rate schedule as the default.
+
+    Parameters that control the learning rate around topology updates:
+        update_warmup_steps: after each update the rate climbs back over this many optimizer steps (paper Table 6: 20).
+    """
+
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Any schedule of transformers. Default: cosine."}
+    )
+    update_warmup_steps: int = field(
+        default=20,
+        metadata={
+            "help": "Optimizer steps over which the learning rate climbs back after each topology update; 0: none. "
+            "Default: 20."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.update_warmup_steps < 0:
+            raise ValueError(f"update_warmup_steps is {self.update_warmup_steps}; it must be >= 0")
