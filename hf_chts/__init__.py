@@ -1,6 +1,7 @@
 """hf_chts: sparse language-model pretraining with Cannistraci-Hebb Training inside Hugging Face Transformers."""
 
 from hf_chts.config import SparsityConfig
+from hf_chts.export import export_sparse, load_sparse
 from hf_chts.layers.masked_linear import MaskedLinear
 from hf_chts.layers.patching import SparseModel, sparsify
 from hf_chts.training.arguments import SparseTrainingArguments
@@ -17,5 +18,7 @@ __all__ = [
     "SparseTrainingArguments",
     "SparsityConfig",
     "TopologyCallback",
+    "export_sparse",
+    "load_sparse",
     "sparsify",
 ]

@@ -15,8 +15,22 @@ from hf_chts.schedule_plan import SchedulePlan
 CONFIG_NAME = "sparsity_config.json"
 VERSION = 1
 
-# What each method is made of; what a method does not name is the field's own default below. To add a method, add a
-# row here and, where no part exists for it yet, one function in hf_chts/topology.
+# What a field is where neither the run nor its method says anything
+DEFAULTS: dict[str, Any] = {
+    "sparsity": 0.9,
+    "initial_topology": "erdos_renyi",
+    "removal": "magnitude",
+    "removal_choice": "hard",
+    "regrowth": "random",
+    "regrowth_choice": "hard",
+    "pruning": "magnitude",
+    "update_until": 0.75,
+    "drop_fraction": 0.1,
+    "sparsity_schedule": "constant",
+}
+
+# What each method is made of; what a method does not name is the default above or the field's own. To add
+# a method, add a row here and, where no part exists for it yet, one function in hf_chts/topology.
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"sparsity": 0.0, "update_until": 0.0},
     "static": {"update_until": 0.0},
@@ -51,11 +65,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _option(default: Any, help: str, *, per_method: bool = False) -> Any:
-    """A field; `per_method` marks one whose default the method may change (None until the method is known)."""
-    shown = f"{default}, unless the method says otherwise" if per_method else str(default)
-    metadata = {"help": f"{help} Default: {shown}.", "fallback": default}
-    return field(default=None if per_method else default, metadata=metadata)
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": f"{help} Default: {default}."})
+
+
+def _by_method(name: str, help: str) -> Any:
+    return field(default=None, metadata={"help": f"{help} Default: the method's, else {DEFAULTS.get(name)}."})
 
 
 @dataclass(frozen=True)
@@ -71,41 +86,36 @@ class SparsityConfig:
     """
 
     method: str = _option("chtss", "Sparse training method: dense, static, set, chts or chtss.")
-    sparsity: float = _option(0.9, "Final share of missing links in every sparse layer, in (0, 1).", per_method=True)
-    initial_sparsity: float = _option(
-        None, "Sparsity at step 0 where the sparsity has a schedule; else it is `sparsity`.", per_method=True
+    sparsity: float = _by_method("sparsity", "Final share of missing links in every sparse layer, in (0, 1).")
+    initial_sparsity: float = _by_method(
+        "initial_sparsity", "Sparsity at step 0 where the sparsity has a schedule; else it is `sparsity`."
     )
     target_modules: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
         None,
         "Linear layers to make sparse: suffixes of module names (q_proj) or regular expressions that match whole "
         "names. None: all linear projections of the decoder blocks; embeddings and lm_head stay dense.",
     )
-    initial_topology: str = _option(
-        "erdos_renyi", "Topology at step 0: erdos_renyi or bipartite_receptive_field.", per_method=True
+    initial_topology: str = _by_method(
+        "initial_topology", "Topology at step 0: erdos_renyi or bipartite_receptive_field."
     )
     brf_r: float = _option(0.1, "Spread of the bipartite receptive field: 0 takes the nearest inputs, 1 is uniform.")
     brf_degrees: str = _option("fixed", "Output degrees of the receptive field: fixed or uniform.")
-    removal: str = _option(
-        "magnitude", "Score by which links are removed: magnitude or relative_importance.", per_method=True
-    )
-    removal_choice: str = _option(
-        "hard", "hard keeps the highest scores; soft samples them by score^T.", per_method=True
-    )
+    removal: str = _by_method("removal", "Score by which links are removed: magnitude or relative_importance.")
+    removal_choice: str = _by_method("removal_choice", "hard keeps the highest scores; soft samples them by score^T.")
     softness_start: float = _option(0.5, "Softness δ of a soft removal at the first update, T = δ/(1−δ), in [0, 1).")
     softness_end: float = _option(0.9, "Softness δ of a soft removal at the last update, in [0, 1).")
-    regrowth: str = _option("random", "Score by which links are regrown: random, ch2_l3n or ch3_l3n.", per_method=True)
-    regrowth_choice: str = _option("hard", "hard takes the highest scores; soft samples by score.", per_method=True)
-    pruning: str = _option("magnitude", "Score by which links are given up as sparsity rises.", per_method=True)
+    regrowth: str = _by_method("regrowth", "Score by which links are regrown: random, ch2_l3n or ch3_l3n.")
+    regrowth_choice: str = _by_method("regrowth_choice", "hard takes the highest scores; soft samples by score.")
+    pruning: str = _by_method("pruning", "Score by which links are given up as sparsity rises.")
     update_interval: int = _option(100, "Optimizer steps between topology updates (ΔT).")
-    update_until: float = _option(0.75, "Fraction of the run after which the topology stays.", per_method=True)
-    drop_fraction: float = _option(
-        0.1, "Share of the links replaced at the first updates (ζ), in [0, 1].", per_method=True
+    update_until: float = _by_method("update_until", "Fraction of the run after which the topology stays.")
+    drop_fraction: float = _by_method(
+        "drop_fraction", "Share of the links replaced at the first updates (ζ), in [0, 1]."
     )
     drop_schedule: str = _option("cosine", "How ζ falls to 0 at `update_until`: constant, linear or cosine.")
-    sparsity_schedule: str = _option(
-        "constant",
+    sparsity_schedule: str = _by_method(
+        "sparsity_schedule",
         "How sparsity rises from initial_sparsity: constant, linear, cubic or sigmoid.",
-        per_method=True,
     )
     sparsity_schedule_until: float = _option(
         None,
@@ -121,7 +131,7 @@ class SparsityConfig:
             raise ValueError(_unknown("method", self.method, METHODS))
         for item in dataclasses.fields(self):
             if getattr(self, item.name) is None:
-                value = METHODS[self.method].get(item.name, item.metadata["fallback"])
+                value = METHODS[self.method].get(item.name, DEFAULTS.get(item.name))
                 object.__setattr__(self, item.name, value)
         if self.is_dense:
             # so that a recipe's sparsity can stay in the file when only the method is changed to dense

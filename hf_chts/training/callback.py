@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_chts.checkpoint import TopologyState
 from hf_chts.config import SparsityConfig
 from hf_chts.layers.patching import SparseModel
 from hf_chts.schedule_plan import SchedulePlan
@@ -18,7 +19,6 @@ from hf_chts.topology.bits import count_bits, pack_bits
 from hf_chts.topology.evolution import Choice, Evolution, evolve
 from hf_chts.topology.metrics import active_neuron_rate
 from hf_chts.topology.random_streams import random_stream
-from hf_chts.training.checkpoint import TopologyState
 from hf_chts.training.sharding import ReplicatedWeights, exchange, rank_and_world, share_out
 
 SCORES: dict[str, Callable[..., Tensor]] = {

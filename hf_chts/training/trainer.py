@@ -9,10 +9,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME, load_topology, save_topology, verify_fits
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.layers.patching import SparseModel, sparsify
 from hf_chts.training.callback import TopologyCallback
-from hf_chts.training.checkpoint import HISTORY_NAME, MASKS_NAME, load_topology, save_topology, verify_fits
 from hf_chts.training.lr_schedules import add_update_warmup
 
 # The mixin goes before any Trainer class, and is not one itself

@@ -1,0 +1,78 @@
+"""A run from a YAML file and the command line: every field of the dataclasses can stand in either, the latter wins."""
+
+import argparse
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_run(
+    kinds: Sequence[Any], argv: Sequence[str], *, default_config: str | Path, description: str
+) -> tuple[Any, ...]:
+    """Read `--config FILE` (YAML) and `--field value` options into one instance of each dataclass.
+
+    Args:
+        kinds: dataclasses with distinct field names.
+        argv: the command line without the program's name.
+        default_config: read when there is no `--config`.
+
+    Returns:
+        An instance of each of `kinds`, in order.
+
+    Raises:
+        FileNotFoundError: there is no such config file.
+        ValueError: the file is not a YAML mapping, or a field is unknown or has a value out of range.
+        SystemExit: argparse's own, with a message, for a value that does not parse and for --help.
+    """
+    parser = HfArgumentParser(list(kinds), description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--config", metavar="FILE", default=str(default_config), help="YAML file with any of the fields below."
+    )
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=str(default_config))
+    path = Path(first.parse_known_args(argv)[0].config)
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    parser.set_defaults(**_read(path, known))
+    *instances, namespace, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    del namespace  # holds only --config
+    if rest:
+        name = rest[0].removeprefix("--").split("=")[0]
+        raise ValueError(f"unknown option {rest[0]}{_closest(name, known)}: --help lists them all")
+    return tuple(instances)
+
+
+def _read(path: Path, known: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path}: name one with --config, such as configs/demo.yaml")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; a run is a mapping of fields to values")
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{path} has an unknown field {name!r}{_closest(str(name), known)}")
+    return {name: _as_argument(value) for name, value in values.items()}
+
+
+def _as_argument(value: Any) -> Any:
+    """As text, argparse gives a value its field's type with the same checks as on the command line. YAML's own types
+    will not do: it reads 3e-4 as text and 8.5 where a whole number belongs without a word."""
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return str(value)
+
+
+def _closest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,49 @@
+"""Which model a run trains."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+
+@dataclass
+class ModelArguments:
+    """Parameters that control the model and where it is exported."""
+
+    model: str = field(
+        default="configs/models/llama_demo.json",
+        metadata={
+            "help": "Architecture, trained from random weights: a config JSON, a directory with a config.json, or a "
+            "Hub id. Default: configs/models/llama_demo.json."
+        },
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Attention kernel: sdpa, eager, flash_attention_2, … Default: sdpa."}
+    )
+    export_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where the trained model is exported. Default: the folder 'export' in output_dir."},
+    )
+
+
+def load_config(args: ModelArguments, root: Path) -> AutoConfig:
+    """The model's config; a path is looked up from the working directory, then from `root`.
+
+    Raises:
+        ValueError: there is neither such a file nor such a Hub id.
+    """
+    name = args.model
+    if not Path(name).exists() and (root / name).exists():
+        name = str(root / name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {args.model!r} is neither a config file nor a Hub id that can be read: {error}"
+        ) from error
+
+
+def build_model(args: ModelArguments, config: AutoConfig) -> PreTrainedModel:
+    """The causal language model of `config` with new random weights (from the global RNG), in float32."""
+    return AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation, dtype=torch.float32)

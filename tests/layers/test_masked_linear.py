@@ -1,0 +1,107 @@
+"""MaskedLinear: forward as a dense layer with zeros, gradient 0 off the mask, there and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hf_chts import MaskedLinear
+from hf_chts.topology.random_streams import random_stream
+
+MASK = torch.rand(6, 9, generator=random_stream(0)) < 0.4
+
+
+def layer(bias=True, mask=MASK):
+    torch.manual_seed(0)
+    return MaskedLinear.convert(nn.Linear(9, 6, bias=bias), mask)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_gradient(bias):
+    masked = layer(bias)
+    reference = copy.deepcopy(masked).revert()
+    x = torch.randn(4, 9, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    masked(x).square().sum().backward()
+    functional.linear(y, reference.weight * MASK, reference.bias).square().sum().backward()
+    assert masked(x).equal(reference(x))
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(masked.weight.grad, reference.weight.grad * MASK)
+    assert masked.weight.grad[~MASK].eq(0).all()
+    if bias:
+        torch.testing.assert_close(masked.bias.grad, reference.bias.grad)
+
+
+def test_an_infinite_gradient_stays_off_the_missing_links():
+    masked = layer()
+    (masked(torch.full((1, 9), float("inf"))).sum() * 0).backward()
+    assert masked.weight.grad[~MASK].eq(0).all()
+    assert not masked.weight.grad[MASK].isfinite().any()
+
+
+def test_under_autocast_and_checkpointing():
+    masked = layer()
+    x = torch.randn(4, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.utils.checkpoint.checkpoint(masked, x, use_reentrant=False).sum().backward()
+    assert masked.weight.grad.dtype == torch.float32
+    assert masked.weight.grad[~MASK].eq(0).all()
+    assert masked.weight.grad[MASK].ne(0).any()
+
+
+def test_state_dict_is_that_of_a_plain_layer():
+    assert list(layer().state_dict()) == ["weight", "bias"]
+    assert list(copy.deepcopy(layer()).state_dict()) == ["weight", "bias"]
+
+
+def test_converted_in_place_and_back():
+    plain = nn.Linear(9, 6)
+    weight, seen = plain.weight, []
+    plain.register_forward_hook(lambda *_: seen.append(1))
+    masked = MaskedLinear.convert(plain, MASK)
+    assert masked is plain
+    assert masked.weight is weight
+    assert weight[~MASK].eq(0).all()
+    assert masked.links == int(MASK.sum())
+    masked(torch.randn(1, 9))
+    assert seen == [1]
+    again = masked.revert()
+    assert type(again) is nn.Linear
+    assert not list(again.buffers())
+    again(torch.randn(2, 9)).sum().backward()
+    assert again.weight.grad[~MASK].ne(0).any()
+    MaskedLinear.convert(again, MASK)
+
+
+def test_set_mask_zeroes_what_leaves_and_keeps_the_buffer():
+    masked = layer(mask=torch.ones(6, 9, dtype=torch.bool))
+    buffer = masked.mask
+    masked.set_mask(MASK)
+    assert masked.mask is buffer
+    assert masked.weight[~MASK].eq(0).all()
+    assert masked.weight[MASK].ne(0).all()
+
+
+@pytest.mark.parametrize("mask", [MASK.float(), MASK.t(), MASK[:5]])
+def test_wrong_masks_are_refused(mask):
+    with pytest.raises(ValueError, match=r"the mask of this layer is bool \(6, 9\)"):
+        layer(mask=mask)
+
+
+def test_subclasses_are_refused():
+    class Special(nn.Linear):
+        pass
+
+    with pytest.raises(TypeError, match="got Special"):
+        MaskedLinear.convert(Special(9, 6), MASK)
+
+
+def test_compiled():
+    masked = layer()
+    compiled = torch.compile(masked, backend="aot_eager")
+    x = torch.randn(3, 9)
+    torch.testing.assert_close(compiled(x), masked(x))
+    compiled(x).sum().backward()
+    assert masked.weight.grad[~MASK].eq(0).all()

@@ -1,0 +1,49 @@
+"""Figures about a topology, worked out by hand; masks as bits there and back."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_chts.topology.bits import count_bits, pack_bits, unpack_bits
+from hf_chts.topology.metrics import active_neuron_rate, density, itop_rate, overlap_rate
+from hf_chts.topology.random_streams import random_stream
+
+MASK = torch.tensor([[True, False, False, True], [False] * 4, [False, False, False, True]])
+
+
+def test_rates_by_hand():
+    assert density(MASK) == 3 / 12
+    assert itop_rate(MASK | MASK.roll(1, 1)) == 5 / 12  # (0,1), (0,0)←(0,3), (2,0) join
+    assert active_neuron_rate(MASK) == (2 + 2) / 7
+    removed = torch.tensor([True, True, False, False])
+    assert overlap_rate(removed, torch.tensor([True, False, True, True])) == 1 / 3
+    assert overlap_rate(removed, torch.zeros(4, dtype=torch.bool)) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 8), (5, 7), (0, 3), (16, 33)])
+def test_bits_there_and_back(shape):
+    mask = torch.rand(shape, generator=random_stream(shape[0])) < 0.5
+    packed = pack_bits(mask)
+    assert packed.numpy().tolist() == np.packbits(mask.numpy().ravel(), bitorder="little").tolist()
+    assert unpack_bits(packed, shape).equal(mask)
+    assert count_bits(packed) == int(mask.sum())
+    assert pack_bits(mask.t()).equal(pack_bits(mask.t().contiguous()))
+
+
+def test_count_of_every_byte():
+    assert count_bits(torch.arange(256, dtype=torch.uint8)) == sum(bin(i).count("1") for i in range(256))
+
+
+def test_damaged_bits_are_refused():
+    with pytest.raises(ValueError, match="takes 2 bytes"):
+        unpack_bits(torch.zeros(3, dtype=torch.uint8), (3, 4))
+    with pytest.raises(ValueError, match="after the 12 links"):
+        unpack_bits(torch.tensor([0, 0x10], dtype=torch.uint8), (3, 4))
+
+
+def test_random_streams_differ_by_any_part_of_the_key():
+    draws = {
+        tuple(torch.rand(4, generator=random_stream(*key)).tolist()) for key in [(0, 1), (1, 0), (0, 1, "a"), (0, "1")]
+    }
+    assert len(draws) == 4
+    assert torch.rand(4, generator=random_stream(7, "x")).equal(torch.rand(4, generator=random_stream(7, "x")))
