@@ -85,7 +85,10 @@ class TopologyCallback(TrainerCallback):
             return
         figures = self.update(state.global_step, ReplicatedWeights(optimizer))
         if self.log is not None:
+            # Trainer.log takes the step as logged, and the loss of this step would never be
+            should_log = control.should_log
             self.log(figures)
+            control.should_log = should_log
 
     @torch.no_grad()
     def update(self, step: int, weights: ReplicatedWeights) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""An export is a plain Hugging Face directory: it loads without hf_chts, quietly, and gives the same logits."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from tiny import VOCABULARY, tiny_llama
+
+from hf_chts import SparseModel, SparsityConfig, export_sparse, load_sparse, sparsify
+
+IDS = torch.arange(30).view(2, 15) % VOCABULARY
+
+
+def sparse_llama(**changes):
+    model = tiny_llama(**changes)
+    sparsify(model, SparsityConfig())
+    return model.eval()
+
+
+def test_plain_loading_in_a_process_without_hf_chts(tmp_path):
+    model = sparse_llama()
+    export_sparse(model, tmp_path / "export")
+    script = """
+import sys, logging, warnings
+sys.modules["hf_chts"] = None  # an import would raise
+warnings.simplefilter("error")
+import torch
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(info.values()), info
+torch.save(model(torch.arange(30).view(2, 15) % 96).logits, sys.argv[2])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "export", tmp_path / "logits.pt"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    for word in ("warn", "newly initialized", "unexpected", "missing", "not used"):
+        assert word not in result.stderr.lower(), result.stderr
+    with torch.no_grad():
+        assert torch.load(tmp_path / "logits.pt").equal(model(IDS).logits)
+
+
+def test_what_is_written(tmp_path):
+    model = sparse_llama()
+    directory = export_sparse(model, tmp_path / "a/b", training={"seed": 3}, metrics={"bits_per_byte": 1.25})
+    names = {path.name for path in directory.iterdir()}
+    assert {"config.json", "model.safetensors", "sparsity_config.json", "masks.safetensors", "README.md"} <= names
+    tensors = load_file(directory / "model.safetensors")
+    for name, layer in SparseModel.of(model).layers.items():
+        weight = tensors[f"{name}.weight"]
+        assert int(torch.count_nonzero(weight)) == layer.links
+        assert weight.view(torch.int32)[~layer.mask].eq(0).all()  # +0.0, not -0.0
+    assert not [name for name in tensors if "mask" in name]
+    assert "quantization_config" not in json.loads((directory / "config.json").read_text())
+    assert SparsityConfig.load(directory) == SparseModel.of(model).config
+    card = ModelCard.load(directory / "README.md")
+    assert {"hf_chts", "sparse", "chtss"} <= set(card.data.tags)
+    assert card.data.library_name == "transformers"
+    assert "| `q_proj` | 2 | 40 × 40 | 1,600 | 50.00% |" in card.text
+    assert "| all sparse layers | 14 | | 13,600 | 50.00% |" in card.text
+    assert "| seed | 3 |" in card.text
+    assert "| bits_per_byte | 1.25 |" in card.text
+
+
+def test_dense_model_of_a_dense_run(tmp_path):
+    model = tiny_llama()
+    sparsify(model, SparsityConfig(method="dense"))
+    export_sparse(model, tmp_path)
+    assert "All layers are dense." in (tmp_path / "README.md").read_text()
+
+
+def test_load_sparse_gives_model_and_masks(tmp_path):
+    model = sparse_llama(tie_word_embeddings=True)
+    export_sparse(model, tmp_path)
+    loaded = load_sparse(tmp_path).eval()
+    sparse = SparseModel.of(loaded)
+    assert sparse.config == SparseModel.of(model).config
+    for name, mask in SparseModel.of(model).masks().items():
+        assert sparse.masks()[name].equal(mask)
+    with torch.no_grad():
+        assert loaded(IDS).logits.equal(model(IDS).logits)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="the model is not sparse: call sparsify"):
+        export_sparse(tiny_llama(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file: export to a directory"):
+        export_sparse(sparse_llama(), file)
+    stray = sparse_llama()
+    layer = next(iter(SparseModel.of(stray).layers.values()))
+    with torch.no_grad():
+        layer.weight.fill_(1)
+    with pytest.raises(RuntimeError, match="weights that are not 0 off its mask"):
+        export_sparse(stray, tmp_path / "y")
+    assert not (tmp_path / "y").exists()
+
+
+def test_weights_and_masks_of_different_models_are_refused(tmp_path):
+    export_sparse(sparse_llama(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {key: torch.ones_like(tensors[key])}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj has weights off its mask"):
+        load_sparse(tmp_path)
+
+
+def test_a_directory_without_masks(tmp_path):
+    export_sparse(sparse_llama(), tmp_path)
+    (tmp_path / "masks.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="masks.safetensors is missing"):
+        load_sparse(tmp_path)

@@ -1,0 +1,373 @@
+"""SparseTrainer: the invariants at every step, equality with the plain Trainer, resume bit for bit."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import random_blocks, tiny_llama
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, sparsify
+from hf_chts.topology.allocation import links_at
+
+STEPS, INTERVAL = 24, 4
+EVOLVING = ["set", "chts", "chtss"]
+
+
+def arguments(directory, kind=SparseTrainingArguments, **changes):
+    settings = {
+        "output_dir": str(directory),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_steps": 10,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    if kind is SparseTrainingArguments:
+        settings["update_warmup_steps"] = 2
+    return kind(**(settings | changes))
+
+
+def config(method="chtss", **changes):
+    return SparsityConfig(**({"method": method, "update_interval": INTERVAL} | changes))
+
+
+def trainer(directory, method="chtss", callbacks=None, model=None, **changes):
+    return SparseTrainer(
+        model=model or tiny_llama(),
+        args=arguments(directory, **changes),
+        sparsity=config(method),
+        train_dataset=random_blocks(),
+        eval_dataset=random_blocks(8),
+        callbacks=callbacks,
+    )
+
+
+def losses(run):
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def weights(run):
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def same_weights(first, second):
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+class Invariants(TrainerCallback):
+    """Looks at every layer where the gradient is clipped, after the optimizer step and after the update."""
+
+    def __init__(self):
+        self.trainer = None
+        self.before = {}
+        self.updates = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for layer in self.trainer.sparse.layers.values():
+            assert layer.weight.grad[~layer.mask].eq(0).all()
+            assert layer.weight.grad[layer.mask].ne(0).any()
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.zero_off_mask(optimizer)
+        self.before = {name: mask.clone() for name, mask in self.trainer.sparse.masks().items()}
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.zero_off_mask(optimizer)
+        plan = self.trainer.sparse.config.plan(STEPS)
+        changed = 0
+        for name, layer in self.trainer.sparse.layers.items():
+            fresh = layer.mask & ~self.before[name]
+            assert layer.weight[fresh].eq(0).all()
+            changed += int(fresh.sum())
+            assert layer.links == links_at(layer.mask.numel(), plan.sparsity(state.global_step - state.global_step % 4))
+        assert (changed > 0) <= plan.is_update(state.global_step)
+        self.updates += plan.is_update(state.global_step) and changed > 0
+
+    def zero_off_mask(self, optimizer):
+        for layer in self.trainer.sparse.layers.values():
+            moments = optimizer.state[layer.weight]
+            for tensor in (layer.weight, moments["exp_avg"], moments["exp_avg_sq"]):
+                assert tensor[~layer.mask].eq(0).all()
+
+
+@pytest.mark.parametrize("method", ["static", *EVOLVING])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_invariants_at_every_step(tmp_path, method, bf16):
+    invariants = Invariants()
+    run = trainer(tmp_path, method, callbacks=None, bf16=bf16, gradient_accumulation_steps=2, save_strategy="no")
+    invariants.trainer = run
+    run.add_callback(invariants)  # after TopologyCallback
+    run.train()
+    assert invariants.updates == (0 if method == "static" else 18 // INTERVAL)
+    assert run.sparse.sparsity() == pytest.approx(0.9, abs=1e-3)
+
+
+def test_zero_moments_where_links_left_and_came_back_later(tmp_path):
+    run = trainer(tmp_path, "set", save_strategy="no")
+    run.train()
+    for layer in run.sparse.layers.values():
+        assert run.optimizer.state[layer.weight]["exp_avg"][layer.mask].ne(0).any()
+
+
+def test_dense_is_the_plain_trainer_bit_for_bit(tmp_path):
+    sparse_run = trainer(tmp_path / "a", "dense")
+    sparse_run.train()
+    plain = Trainer(
+        model=tiny_llama(),
+        args=arguments(tmp_path / "b", TrainingArguments, lr_scheduler_type="cosine"),
+        train_dataset=random_blocks(),
+    )
+    plain.train()
+    assert losses(sparse_run) == losses(plain)
+    assert same_weights(weights(sparse_run), weights(plain))
+    assert sorted(p.name for p in (tmp_path / "a/checkpoint-20").iterdir()) == sorted(
+        p.name for p in (tmp_path / "b/checkpoint-20").iterdir()
+    )
+
+
+def test_the_clipped_norm_is_that_of_the_masked_gradient(tmp_path):
+    class Norms(TrainerCallback):
+        expected = None
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            squares = [p.grad.square().sum() for p in model.parameters()]
+            Norms.expected = torch.stack(squares).sum().sqrt().item()
+
+    run = trainer(tmp_path, "static", callbacks=[Norms()], max_steps=1, max_grad_norm=1e9, save_strategy="no")
+    run.train()
+    dense = copy.deepcopy(run.model)
+    logged = next(entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry)
+    assert logged == pytest.approx(Norms.expected, rel=1e-5)
+    # a dense gradient of the same weights is larger
+    SparseTrainer(model=dense, args=arguments(tmp_path), train_dataset=random_blocks())
+    assert logged < dense_norm(tmp_path)
+
+
+def dense_norm(directory):
+    model = tiny_llama()
+    sparsify(model, config("static")).unsparsify()
+    run = Trainer(
+        model=model,
+        args=arguments(directory, TrainingArguments, max_steps=1, max_grad_norm=1e9, save_strategy="no"),
+        train_dataset=random_blocks(),
+    )
+    run.train()
+    return next(entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry)
+
+
+@pytest.mark.parametrize("method", ["static", *EVOLVING])
+@pytest.mark.parametrize("checkpoint", [10, 20])
+def test_resume_bit_for_bit(tmp_path, method, checkpoint):
+    whole = trainer(tmp_path / "whole", method)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", method, model=tiny_llama(seed=5))
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{checkpoint}"))
+    assert losses(resumed) == losses(whole)
+    assert same_weights(weights(resumed), weights(whole))
+    for name, mask in whole.sparse.masks().items():
+        assert mask.equal(resumed.sparse.masks()[name])
+        assert whole.topology.explored[name].equal(resumed.topology.explored[name])
+    assert figures(resumed.topology.history) == figures(whole.topology.history)
+
+
+def figures(history):
+    return [{k: v for k, v in entry.items() if k != "topology_seconds"} for entry in history]
+
+
+def test_resume_true_takes_the_last_checkpoint(tmp_path):
+    whole = trainer(tmp_path)
+    whole.train()
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    resumed = trainer(tmp_path, model=tiny_llama(seed=5))
+    resumed.train(resume_from_checkpoint=True)
+    assert same_weights(weights(resumed), weights(whole))
+    assert losses(resumed) == losses(whole)
+
+
+def test_what_is_logged_with_each_update(tmp_path):
+    run = trainer(tmp_path, save_strategy="no")
+    run.train()
+    entries = [entry for entry in run.state.log_history if "itop" in entry]
+    assert [entry["step"] for entry in entries] == [4, 8, 12, 16]
+    plan = config().plan(STEPS)
+    for entry in entries:
+        assert entry["sparsity"] == pytest.approx(plan.sparsity(entry["step"]), abs=1e-3)
+        assert 0 <= entry["overlap"] <= 1
+        assert 0 < entry["active_neurons"] <= 1
+        assert entry["topology_seconds"] > 0
+    possible = sum(mask.numel() for mask in run.sparse.masks().values())
+    links = possible / 2  # at the start
+    for entry in entries:
+        links += entry["links_regrown"] - entry["links_removed"]
+        assert links == pytest.approx(possible * (1 - entry["sparsity"]), abs=1)
+    # nothing explored is forgotten, and at least the present links are explored
+    itop = [entry["itop"] for entry in entries]
+    assert itop == sorted(itop)
+    assert 0.5 < itop[0] <= itop[-1] < 1
+
+
+def test_update_steps_log_their_loss_too(tmp_path):
+    run = trainer(tmp_path, save_strategy="no")
+    run.train()
+    assert [entry["step"] for entry in run.state.log_history if "loss" in entry] == list(range(1, STEPS + 1))
+
+
+def test_itop_counts_every_link_that_was_ever_active(tmp_path):
+    class Union(TrainerCallback):
+        seen = None
+
+        def on_step_end(self, args, state, control, **kwargs):
+            masks = {name: mask.clone() for name, mask in run.sparse.masks().items()}
+            Union.seen = masks if Union.seen is None else {n: m | Union.seen[n] for n, m in masks.items()}
+
+    run = trainer(tmp_path, "set", save_strategy="no")
+    run.add_callback(Union())
+    run.train()
+    explored = sum(int(mask.sum()) for mask in Union.seen.values())
+    possible = sum(mask.numel() for mask in Union.seen.values())
+    assert run.topology.history[-1]["itop"] == pytest.approx(explored / possible)
+
+
+def test_learning_rate_climbs_after_each_update(tmp_path):
+    rates = {}
+    for warmup in (0, 3):
+        run = trainer(tmp_path, save_strategy="no", update_warmup_steps=warmup)
+        run.train()
+        rates[warmup] = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+    factors = [after / before if before else 1.0 for before, after in zip(rates[0], rates[3], strict=True)]
+    # the Trainer logs the rate of the step just taken; updates follow steps 4, 8, 12, 16
+    expected = [1, 1, 1, 1] + [1 / 3, 2 / 3, 1, 1] * 4 + [1] * 4
+    assert factors == pytest.approx(expected)
+
+
+def test_schedules_that_are_no_function_of_the_step_are_refused(tmp_path):
+    run = trainer(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=4)
+    with pytest.raises(ValueError, match="update_warmup_steps is 2, but the schedule"):
+        run.train()
+
+
+def test_best_model_comes_back_with_its_masks(tmp_path):
+    run = trainer(
+        tmp_path,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_steps=4,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+    )
+    run.train()
+    best = run.state.best_model_checkpoint
+    assert best.endswith("checkpoint-4")  # the worst by loss, with a topology of its own
+    run.sparse.check()
+    step = int(best.rsplit("-", 1)[1])
+    sparsity = config().plan(STEPS).sparsity(step)
+    assert run.sparse.sparsity() == pytest.approx(sparsity, abs=1e-3)
+
+
+def test_model_init(tmp_path):
+    run = SparseTrainer(
+        model_init=lambda: tiny_llama(), args=arguments(tmp_path), sparsity=config(), train_dataset=random_blocks()
+    )
+    run.train()
+    first, masks = losses(run), {name: mask.clone() for name, mask in run.sparse.masks().items()}
+    run.train()
+    assert losses(run) == first
+    assert all(masks[name].equal(mask) for name, mask in run.sparse.masks().items())
+    assert [entry["step"] for entry in run.topology.history] == [4, 8, 12, 16]
+
+
+def test_a_handle_is_taken_as_it_is(tmp_path):
+    model = tiny_llama()
+    sparse = sparsify(model, config("set"))
+    assert SparseTrainer(model=model, args=arguments(tmp_path)).sparse is sparse
+    assert SparseTrainer(model=model, args=arguments(tmp_path), sparsity=sparse).sparse is sparse
+    with pytest.raises(ValueError, match="handle of another model"):
+        SparseTrainer(model=tiny_llama(), args=arguments(tmp_path), sparsity=sparse)
+    with pytest.raises(ValueError, match="sparse already, with another config"):
+        SparseTrainer(model=model, args=arguments(tmp_path), sparsity=config("chts"))
+
+
+def test_schedules_that_do_not_fit_leave_the_model_alone(tmp_path):
+    model = tiny_llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="update_interval is 100 steps"):
+        SparseTrainer(model=model, args=arguments(tmp_path), sparsity=SparsityConfig())
+    assert same_weights(before, model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    trainer(directory, max_steps=16, save_steps=8).train()
+    return directory / "checkpoint-8"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 4
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("masks.safetensors", lambda p: p.unlink(), "masks.safetensors is missing"),
+        ("masks.safetensors", truncate, "masks.safetensors cannot be used"),
+        ("masks.safetensors", flip, "masks.safetensors cannot be used: its contents do not have the digest"),
+        ("masks.safetensors", lambda p: p.write_bytes(b""), "masks.safetensors cannot be used"),
+        ("topology_history.json", lambda p: p.unlink(), "topology_history.json is missing"),
+        ("topology_history.json", truncate, "topology_history.json cannot be used"),
+        ("topology_history.json", lambda p: p.write_text('{"step": 3, "history": []}'), "of step 3, .* of step 8"),
+        ("sparsity_config.json", lambda p: p.unlink(), "no sparsity config at"),
+        ("sparsity_config.json", truncate, "sparsity_config.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(tmp_path, checkpoint, name, damage, message):
+    copy_of = shutil.copytree(checkpoint, tmp_path / "checkpoint-8")
+    damage(copy_of / name)
+    run = trainer(tmp_path / "run")
+    before = weights(run)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run.train(resume_from_checkpoint=str(copy_of))
+    assert same_weights(before, weights(run))
+
+
+def test_masks_of_another_model_are_refused(tmp_path, checkpoint):
+    run = trainer(tmp_path, model=tiny_llama(intermediate_size=80))
+    with pytest.raises(ValueError, match=r"another model or config: model.layers.0.mlp.down_proj is \(40, 60\) there"):
+        run.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_another_config_is_refused(tmp_path, checkpoint):
+    run = trainer(tmp_path, "chts")
+    with pytest.raises(ValueError, match="method: 'chtss' there, 'chts' here"):
+        run.train(resume_from_checkpoint=str(checkpoint))
+    dense = trainer(tmp_path, "dense")
+    with pytest.raises(ValueError, match="checkpoint of a sparse model, this run is dense"):
+        dense.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_weights_of_another_topology_are_refused(tmp_path, checkpoint):
+    copy_of = shutil.copytree(checkpoint, tmp_path / "checkpoint-8")
+    other = trainer(tmp_path / "other")
+    other.model.save_pretrained(copy_of)
+    with pytest.raises(RuntimeError, match="weights that are not 0 off its mask"):
+        trainer(tmp_path / "run").train(resume_from_checkpoint=str(copy_of))
+
+
+def test_history_is_readable(checkpoint):
+    saved = json.loads((checkpoint / "topology_history.json").read_text())
+    assert saved["step"] == 8
+    assert [entry["step"] for entry in saved["history"]] == [4, 8]
