@@ -34,7 +34,8 @@ DEFAULTS: dict[str, Any] = {
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"sparsity": 0.0, "update_until": 0.0},
     "static": {"update_until": 0.0},
-    "set": {},
+    # among equal scores hard and soft are the same choice, and soft draws need one pass less
+    "set": {"regrowth_choice": "soft"},
     "chts": {
         "initial_topology": "bipartite_receptive_field",
         "removal_choice": "soft",

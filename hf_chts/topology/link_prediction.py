@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Rows of the node-by-node matrices that are held at a time. They are (out, out) and (in, in): whole, they would be n/m
 # copies of an m x n layer.
-_BLOCK_ROWS = 256
+_BLOCK_ROWS = 128
 
 # strength(common neighbours, links that leave the community) of pairs of nodes; may overwrite the first
 _Strength = Callable[[Tensor, Tensor], Tensor]

@@ -52,7 +52,8 @@ def choose(
     if k == available:
         return candidates.clone()
 
-    weights = torch.where(candidates, scores, 0).flatten()
+    weights = scores.masked_fill(~candidates, 0).flatten()
+    del scores  # frees it where the caller keeps no name for it: one copy of a layer less at the peak
     low, high = torch.aminmax(weights)
     if not (low >= 0 and torch.isfinite(high)):
         raise ValueError(

@@ -1,0 +1,107 @@
+"""How much longer a training step between topology updates takes with masks than in the dense Trainer.
+
+    python benchmarks/step_overhead.py [--repeats 9]
+
+For each batch, sparse and dense steps of one LLaMA alternate in one process (forward, backward, clipping, AdamW, as the
+Trainer does them); prints one JSON line with the ratio of the medians.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig
+
+MODELS = Path(__file__).parents[1] / "configs/models"
+
+
+class Tokens(Dataset):
+    def __init__(self, length: int, vocabulary: int) -> None:
+        self.ids = torch.randint(0, vocabulary, (4096, length))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds from the begin to the end of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args, **kwargs) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def measure(model: str, batch: int, length: int, steps: int, repeats: int) -> dict:
+    config = AutoConfig.from_pretrained(MODELS / f"{model}.json")
+    data = Tokens(length, config.vocab_size)
+    # far from the end of the run, so that no update falls into the measurement
+    sparsity = SparsityConfig(method="chts", update_interval=10_000)
+    settings = {
+        "output_dir": "/tmp/hf_chts_step_overhead",
+        "per_device_train_batch_size": batch,
+        "max_steps": 100_000,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+    class StopAfter(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= steps
+
+    def run(sparse: bool) -> float:
+        torch.manual_seed(0)
+        watch = Stopwatch()
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        common = {"model": network, "train_dataset": data, "callbacks": [watch, StopAfter()]}
+        if sparse:
+            trainer = SparseTrainer(args=SparseTrainingArguments(**settings), sparsity=sparsity, **common)
+        else:
+            trainer = Trainer(args=TrainingArguments(**settings), **common)
+        trainer.train()
+        return statistics.median(watch.seconds[2:])
+
+    run(True), run(False)  # to warm up
+    dense, sparse = [], []
+    for repeat in range(repeats):
+        # in turns, and the first of each pair in turns too
+        for is_sparse in (repeat % 2 == 0, repeat % 2 == 1):
+            (sparse if is_sparse else dense).append(run(is_sparse))
+    ratios = [s / d for s, d in zip(sparse, dense, strict=True)]
+    return {
+        "benchmark": "step_overhead",
+        "model": model,
+        "batch": f"{batch}x{length}",
+        "dense_seconds": round(statistics.median(dense), 4),
+        "sparse_seconds": round(statistics.median(sparse), 4),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
+        "steps": steps,
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama_60m", help="a file of configs/models (default: llama_60m)")
+    parser.add_argument("--repeats", type=int, default=9, help="pairs of runs for each batch (default: 9)")
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.model, 8, 256, 6, arguments.repeats)), flush=True)
+    print(json.dumps(measure(arguments.model, 1, 128, 12, arguments.repeats)), flush=True)
