@@ -42,7 +42,8 @@ def choose(
             f"scores {tuple(scores.shape)} and candidates {tuple(candidates.shape)} ({candidates.dtype}) must have "
             "one shape, and candidates must be bool"
         )
-    available = int(torch.count_nonzero(candidates))
+    index = candidates.flatten().nonzero().squeeze(1)
+    available = index.numel()
     if not 0 <= k <= available:
         raise ValueError(f"cannot choose {k} of {available} candidates")
     if temperature < 0:
@@ -52,7 +53,7 @@ def choose(
     if k == available:
         return candidates.clone()
 
-    weights = scores.masked_fill(~candidates, 0).flatten()
+    weights = scores.flatten()[index]
     del scores  # frees it where the caller keeps no name for it: one copy of a layer less at the peak
     low, high = torch.aminmax(weights)
     if not (low >= 0 and torch.isfinite(high)):
@@ -60,86 +61,67 @@ def choose(
             f"scores must be finite and >= 0; got a minimum of {low.item()} and a maximum of {high.item()}"
         )
 
-    flat = candidates.flatten()
-    chosen = torch.zeros_like(flat)
-    positive = weights > 0
-    n_positive = int(torch.count_nonzero(positive))
-    if k >= n_positive:
-        chosen |= positive
-        if k > n_positive:
-            _mark_uniform(chosen, flat & ~positive, k - n_positive, generator)
-    elif soft:
-        _mark_weighted(chosen, weights, positive, k, n_positive, temperature, generator)
+    positive = int(torch.count_nonzero(weights))
+    if k >= positive:
+        picked = weights > 0
+        if k > positive:
+            picked |= _uniform(~picked, k - positive, generator)
+    elif not soft:
+        picked = _highest(weights, k, generator)
+    elif temperature == 1.0 and k <= positive // 8:
+        picked = _draws(weights, k, generator)
     else:
-        _mark_highest(chosen, weights, positive, k, n_positive, generator)
-    return chosen.view_as(candidates)
+        picked = torch.zeros_like(weights, dtype=torch.bool)
+        picked[_race(weights, k, temperature, generator)] = True
+    chosen = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
+    chosen[index[picked]] = True
+    return chosen.view(candidates.shape)
 
 
-def _mark_highest(
-    chosen: Tensor, weights: Tensor, positive: Tensor, k: int, n: int, generator: torch.Generator
-) -> None:
-    threshold = torch.kthvalue(weights[positive], n - k + 1).values
-    chosen |= weights > threshold
-    missing = k - int(torch.count_nonzero(chosen))
-    if missing:
-        _mark_uniform(chosen, weights == threshold, missing, generator)
+# Below, weights are (n,), and a choice is bool (n,).
 
 
-def _mark_uniform(chosen: Tensor, among: Tensor, k: int, generator: torch.Generator) -> None:
-    n = int(torch.count_nonzero(among))
-    if k == n:
-        chosen |= among
-    else:
-        _mark_weighted(chosen, among.to(torch.float32), among, k, n, 1.0, generator)
+def _highest(weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    threshold = torch.kthvalue(weights, weights.numel() - k + 1).values
+    picked = weights > threshold
+    missing = k - int(torch.count_nonzero(picked))
+    return picked | _uniform(weights == threshold, missing, generator)
 
 
-def _mark_weighted(
-    chosen: Tensor,
-    weights: Tensor,
-    positive: Tensor,
-    k: int,
-    n: int,
-    temperature: float,
-    generator: torch.Generator,
-) -> None:
-    """Successive sampling of k < n positive weights; marks them in `chosen`."""
-    remaining = k
-    # Draws with replacement, repeats thrown away, are successive sampling, and need one pass over the weights and
-    # about k random numbers instead of n. Whatever repeats leave open goes to the race below, which is exact given
-    # what is chosen already.
-    if temperature == 1.0 and k <= n // 8:
-        drawn = _draw_distinct(weights, k, generator)
-        chosen[drawn] = True
-        remaining -= drawn.numel()
-        positive = positive.clone()
-        positive[drawn] = False
-    if remaining:
-        index = positive.nonzero().squeeze(1)
-        chosen[index[_race(weights[index], remaining, temperature, generator)]] = True
+def _uniform(among: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    return choose(among.to(torch.float32), k, among, soft=True, generator=generator)
 
 
-def _draw_distinct(weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """At most k distinct indices, in the order of independent draws in proportion to `weights`."""
+def _draws(weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Independent draws in proportion to `weights`, repeats thrown away: one after another without replacement.
+
+    For k much smaller than n it takes one pass over the weights and about k random numbers, where the race takes n.
+    """
     cumulative = weights.cumsum(0, dtype=torch.float64)
-    draws = k + k // 4 + 16
-    points = torch.rand(draws, dtype=torch.float64, device=weights.device, generator=generator) * cumulative[-1]
-    index = torch.searchsorted(cumulative, points, right=True).clamp_(max=weights.numel() - 1)
-    # rounding in the last place can land a point on a weight of 0
-    index = index[weights[index] > 0]
-    ordered, position = index.sort(stable=True)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    # back into the order of the draws, so that the first k distinct ones are kept
-    return index[position[first].sort().values[:k]]
+    picked = torch.zeros_like(weights, dtype=torch.bool)
+    remaining = k
+    for _ in range(4):
+        points = torch.rand(remaining, dtype=torch.float64, device=weights.device, generator=generator)
+        drawn = torch.searchsorted(cumulative, points.mul_(cumulative[-1]), right=True)
+        drawn = drawn[drawn < weights.numel()]  # rounding in the last place can end beyond the last weight
+        picked[drawn] = True
+        remaining = k - int(torch.count_nonzero(picked))
+        if not remaining:
+            return picked
+    # a few heavy weights catch most draws: what is left is a race among the others, exact given what is picked
+    picked[_race(weights.masked_fill(picked, 0), remaining, 1.0, generator)] = True
+    return picked
 
 
 def _race(weights: Tensor, k: int, temperature: float, generator: torch.Generator) -> Tensor:
     """Indices of the k smallest arrival times, which are exponential with rate weight^temperature.
 
-    In logarithms, so that weight^temperature neither overflows nor underflows.
+    In logarithms, so that weight^temperature neither overflows nor underflows. Weights of 0 never arrive.
     """
     uniform = torch.rand(weights.shape, dtype=torch.float64, device=weights.device, generator=generator)
-    # 1 - u lies in (0, 1]: a time of exactly 0 (u = 0) gives log 0 = -inf, which wins, once in 2^53 draws
+    # the time −log(1 − u) is 0 for u = 0, once in 2^53 draws; its logarithm −inf wins, as it should
     log_time = uniform.neg_().log1p_().neg_().log_()
-    keys = weights.to(torch.float64).log_().mul_(temperature).sub_(log_time)
-    return keys.topk(k, sorted=False).indices
+    log_rate = weights.to(torch.float64).log_()
+    if temperature != 1.0:
+        log_rate.mul_(temperature).masked_fill_(weights == 0, -torch.inf)  # 0 · −inf is NaN
+    return log_rate.sub_(log_time).topk(k, sorted=False).indices

@@ -1,0 +1,105 @@
+"""What to train on: the fields of a YAML run and of the command line that concern data."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Packing = Literal["packed", "truncate_and_pad"]
+
+
+@dataclass
+class DataArguments:
+    """Parameters that control the corpus, the tokenizer and how documents become blocks of tokens.
+
+    Raises:
+        ValueError: a field has a value outside its range; the message names the field and the value.
+    """
+
+    # --- corpus ---
+    dataset: str = field(
+        default="embedded",
+        metadata={
+            "help": "What to train on. 'embedded' (default): the Python standard library's own source files, "
+            "no network needed. Otherwise the id of a dataset on the Hub, or a local file or folder "
+            "(.txt, .json, .jsonl, .parquet, also .gz; in a folder, files or sub-folders called train, validation and "
+            "test are splits)."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of a Hub dataset, such as 'en' for allenai/c4. Default: its own."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on. Default: 'train'."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds a document's text. Default: 'text'."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read documents while training, in the corpus's own order, instead of preparing all "
+            "blocks on disk first. Needs max_steps. Default: false."
+        },
+    )
+
+    # --- tokens ---
+    tokenizer: str = field(
+        default="embedded",
+        metadata={
+            "help": "'embedded' (default): a byte-level BPE with the model's vocabulary size, trained on the "
+            "embedded corpus and cached. Otherwise a directory or a Hub id."
+        },
+    )
+    block_size: int = field(default=256, metadata={"help": "Length of a training sequence, in tokens. Default: 256."})
+    packing: Packing = field(
+        default="packed",
+        metadata={
+            "help": "'packed' (default): documents end to end with an EOS after each, cut into full blocks. "
+            "'truncate_and_pad' (the paper's): one document a block, cut at block_size or padded up to it."
+        },
+    )
+
+    # --- validation ---
+    validation_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to validate on. Default: none, so documents are held out of the training split; "
+            "'embedded' always has its own."
+        },
+    )
+    validation_fraction: float = field(
+        default=0.05,
+        metadata={
+            "help": "Share of the documents held out, chosen by the seed, without validation_split and "
+            "streaming. Default: 0.05; 0.0005 is plenty for a corpus as large as OpenWebText."
+        },
+    )
+    validation_documents: int = field(
+        default=1000,
+        metadata={
+            "help": "Number of documents held out, the first of the stream, when streaming without a "
+            "validation_split. Default: 1000."
+        },
+    )
+    max_eval_tokens: int | None = field(
+        default=10_000_000,
+        metadata={"help": "Evaluate on at most this many tokens, padding included; null for all. Default: 10,000,000."},
+    )
+
+    def __post_init__(self) -> None:
+        # YAML reads 5e-2 as a string
+        try:
+            self.validation_fraction = float(self.validation_fraction)
+        except (TypeError, ValueError):
+            raise ValueError(f"validation_fraction={self.validation_fraction!r} is not a number.") from None
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} has to lie between 0 and 1, both excluded."
+            )
+        self._check_whole("block_size", 2)
+        self._check_whole("validation_documents", 1)
+        if self.max_eval_tokens is not None:
+            self._check_whole("max_eval_tokens", self.block_size)
+        if self.packing not in get_args(Packing):
+            raise ValueError(f"packing={self.packing!r} has to be one of {', '.join(get_args(Packing))}.")
+
+    def _check_whole(self, name: str, smallest: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+            raise ValueError(f"{name}={value!r} has to be a whole number of at least {smallest}.")

@@ -1,0 +1,185 @@
+"""Hub ids through a local stub of the Hub: what `datasets` asks for, answered from a dict of files."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+
+from hf_chts.data import load_documents
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+def jsonl(texts):
+    return gzip.compress("".join(json.dumps({"text": t, "url": "-"}) + "\n" for t in texts).encode())
+
+
+# laid out as allenai/c4: configurations and splits are named in the card
+REPOSITORIES = {
+    "allenai/c4": {
+        "README.md": b"""---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/c4-train.*.json.gz
+  - split: validation
+    path: en/c4-validation.*.json.gz
+- config_name: de
+  data_files:
+  - split: train
+    path: de/*.json.gz
+---
+""",
+        "en/c4-train.00000-of-00002.json.gz": jsonl(["one", "two"]),
+        "en/c4-train.00001-of-00002.json.gz": jsonl(["three"]),
+        "en/c4-validation.00000-of-00001.json.gz": jsonl(["held out"]),
+        "de/c4-train.json.gz": jsonl(["eins"]),
+    },
+    "Skylion007/openwebtext": {"README.md": b"", "train.jsonl": gzip.decompress(jsonl(["web text"]))},
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, content=b"", status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def answer_json(self, content):
+        self.answer(json.dumps(content).encode(), Content_Type="application/json")
+
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(self.path).path)
+        api = path.startswith("/api/")
+        path = path.removeprefix("/api").removeprefix("/datasets/")
+        if path == "openwebtext":  # an old name without a namespace
+            return self.answer(status=307, Location="/api/datasets/Skylion007/openwebtext")
+        repository = next((name for name in REPOSITORIES if path.startswith(f"{name}/") or path == name), None)
+        if repository is None:
+            return self.answer(status=404, X_Error_Code="RepoNotFound")
+        files = REPOSITORIES[repository]
+        action, _, rest = path[len(repository) :].strip("/").partition("/")
+        _, _, name = rest.partition("/")  # after the revision
+        if action == "resolve" and name in files and not api:
+            return self.answer(
+                files[name], ETag=f'"{hash(name):x}"', X_Repo_Commit=SHA, Content_Type="application/octet-stream"
+            )
+        if action == "tree" and any(file.startswith(name) for file in files):
+            return self.answer_json(self.entries(files, name, "recursive=True" in self.path))
+        if action == "paths-info":
+            wanted = json.loads(body)["paths"]
+            return self.answer_json([entry for entry in self.entries(files, "", True) if entry["path"] in wanted])
+        if api and action in ("", "revision"):
+            siblings = [{"rfilename": name} for name in files]
+            return self.answer_json({"id": repository, "sha": SHA, "siblings": siblings, "tags": []})
+        return self.answer(status=404, X_Error_Code="EntryNotFound", X_Repo_Commit=SHA)
+
+    do_HEAD = do_POST = do_GET
+
+    def entries(self, files, folder, recursive):
+        prefix = f"{folder}/" if folder else ""
+        inside = [name for name in files if name.startswith(prefix)]
+        found = {name: {"type": "file", "path": name, "oid": "0" * 40, "size": len(files[name])} for name in inside}
+        for name in inside:
+            parts = name.split("/")[:-1]
+            for depth in range(1, len(parts) + 1):
+                path = "/".join(parts[:depth])
+                if path != folder and path.startswith(prefix):
+                    found[path] = {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
+        return [e for e in found.values() if recursive or "/" not in e["path"][len(prefix) :]]
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+SCRIPT = """
+import json, sys
+from hf_chts.data import load_documents
+
+for dataset, split, options in json.loads(sys.argv[1]):
+    try:
+        found = [row["text"] for row in load_documents(dataset, split, **options)]
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    print("FOUND " + json.dumps(found))
+"""
+
+
+def load(hub, cases, folder):
+    """What `load_documents` gives for each case, in a process of its own: the endpoint is read at import."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(folder),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    command = [sys.executable, "-c", SCRIPT, json.dumps(cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+
+
+def test_hub(hub, tmp_path):
+    en = {"config": "en"}
+    train, validation, german, web, streamed, streamed_web, column, split, config, missing = load(
+        hub,
+        [
+            ("allenai/c4", "train", en),
+            ("allenai/c4", "validation", en),
+            ("allenai/c4", "train", {"config": "de"}),
+            ("openwebtext", "train", {}),
+            ("allenai/c4", "train", {**en, "streaming": True}),
+            ("openwebtext", "train", {"streaming": True}),
+            ("allenai/c4", "train", {**en, "streaming": True, "text_column": "content"}),
+            ("allenai/c4", "dev", en),
+            ("allenai/c4", "train", {"config": "fr"}),
+            ("nobody/nothing", "train", {}),
+        ],
+        tmp_path,
+    )
+    assert train == streamed == ["one", "two", "three"]
+    assert validation == ["held out"]
+    assert german == ["eins"]
+    assert web == streamed_web == ["web text"]
+    assert column.startswith("ValueError: Dataset 'allenai/c4' has no column 'content'")
+    assert column.endswith("text, url.")
+    assert "Split 'dev' of dataset 'allenai/c4' (dataset_config 'en')" in split
+    assert "validation" in split  # the splits there are
+    assert "dataset_config 'fr'" in config
+    assert "'de'" in config  # the configurations there are
+    assert "'nobody/nothing'" in missing
+    assert "doesn't exist on the Hub" in missing
+
+
+@pytest.mark.parametrize("dataset", ["allenai/c4", "openwebtext"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_network(monkeypatch, dataset, streaming):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=f"Split 'train' of dataset '{dataset}'") as raised:
+        load_documents(dataset, config="en", streaming=streaming)
+    assert "Couldn't reach" in str(raised.value) or "offline mode" in str(raised.value)
+    assert "local file or folder, or to 'embedded'" in str(raised.value)

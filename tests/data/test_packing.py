@@ -1,0 +1,159 @@
+"""Blocks against ones put together by hand. Letters stand for their token, "." for EOS."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from hf_chts.data import BlockStream, pack_blocks, packing
+from hf_chts.data.packing import pack, truncate_and_pad
+
+TEXTS = ["abcde", "fg", "", None, "hijklmnopq", "xy"]
+# abcde.fg.hijklmnopq.xy. is 23 tokens: five blocks of four, and "xy." is dropped
+BLOCKS = ["abcd", "e.fg", ".hij", "klmn", "opq."]
+
+
+def spell(example, letters):
+    names = {index: name for name, index in letters.get_vocab().items()} | {letters.eos_token_id: "."}
+    return "".join(names[int(index)] for index in example["input_ids"])
+
+
+def spell_all(examples, letters):
+    return [spell(example, letters) for example in examples]
+
+
+def documents_of(texts):
+    return datasets.Dataset.from_dict({"text": texts})
+
+
+def test_pack():
+    blocks = list(pack([[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]], block_size=3))
+    assert [block["input_ids"].tolist() for block in blocks] == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert all(np.array_equal(block["input_ids"], block["labels"]) for block in blocks)
+
+
+def test_truncate_and_pad():
+    short, exact, long = truncate_and_pad([[1, 2], [3, 4, 5], [6, 7, 8, 9]], block_size=3, pad_token_id=0)
+    assert {name: values.tolist() for name, values in short.items()} == {
+        "input_ids": [1, 2, 0],
+        "attention_mask": [1, 1, 0],
+        "labels": [1, 2, -100],
+    }
+    assert exact["labels"].tolist() == exact["input_ids"].tolist() == [3, 4, 5]
+    assert long["input_ids"].tolist() == [6, 7, 8]
+    assert long["attention_mask"].tolist() == [1, 1, 1]
+
+
+def test_map_style(letters):
+    blocks = pack_blocks(documents_of(TEXTS), letters, 4)
+    assert spell_all(blocks, letters) == BLOCKS
+    assert set(blocks.column_names) == {"input_ids", "labels"}
+    assert blocks[0]["input_ids"].dtype == torch.long
+    assert torch.equal(blocks[3]["labels"], blocks[3]["input_ids"])
+
+
+@pytest.mark.parametrize(("rows", "characters"), [(1, 1), (2, 3), (100, 10**6)])
+def test_batches_do_not_show(letters, monkeypatch, rows, characters):
+    monkeypatch.setattr(packing, "_READ_ROWS", rows)
+    monkeypatch.setattr(packing, "_ENCODE_CHARACTERS", characters)
+    stream = BlockStream(documents_of(TEXTS).to_iterable_dataset(), letters, 4)
+    assert spell_all(stream, letters) == BLOCKS
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_stream_equals_map_style(letters, num_shards):
+    stream = BlockStream(documents_of(TEXTS).to_iterable_dataset(num_shards=num_shards), letters, 4)
+    for _ in range(2):  # every iteration starts anew
+        assert spell_all(stream, letters) == BLOCKS
+    assert next(iter(stream))["labels"].dtype == torch.long
+
+
+def test_stream_workers_share_the_files(letters):
+    """Three files of two documents: the first worker has files 0 and 2, the second file 1."""
+    documents = documents_of(["abc", "def", "ghi", "jkl", "mno", "pqr"]).to_iterable_dataset(num_shards=3)
+    stream = BlockStream(documents, letters, 4)
+    loader = DataLoader(stream, batch_size=None, num_workers=2)
+    assert sorted(spell_all(loader, letters)) == ["abc.", "def.", "ghi.", "jkl.", "mno.", "pqr."]
+    five = BlockStream(documents, letters, 5)
+    loader = DataLoader(five, batch_size=None, num_workers=2)
+    assert sorted(spell_all(loader, letters)) == sorted(["abc.d", "ef.mn", "o.pqr", "ghi.j"])
+    assert spell_all(five, letters) == ["abc.d", "ef.gh", "i.jkl", ".mno."]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stream_leaves_out_the_held_out_documents(letters, num_workers):
+    documents = documents_of(["abc", "def", "ghi", "jkl", "mno", "pqr"]).to_iterable_dataset(num_shards=3)
+    stream = BlockStream(documents, letters, 4, held_out=(2, 1, 0))
+    loader = DataLoader(stream, batch_size=None, num_workers=num_workers)
+    assert sorted(spell_all(loader, letters)) == ["jkl.", "mno.", "pqr."]
+
+
+def test_truncate_and_pad_documents(letters):
+    blocks = pack_blocks(documents_of(TEXTS), letters, 4, "truncate_and_pad")
+    # the pad token is the EOS token
+    assert spell_all(blocks, letters) == ["abcd", "fg..", "hijk", "xy.."]
+    assert blocks["attention_mask"][1].tolist() == [1, 1, 1, 0]
+    assert blocks["labels"][1].tolist() == [*blocks[1]["input_ids"][:3].tolist(), -100]
+    stream = BlockStream(documents_of(TEXTS).to_iterable_dataset(), letters, 4, "truncate_and_pad")
+    for streamed, prepared in zip(stream, blocks, strict=True):
+        assert streamed.keys() == prepared.keys()
+        assert all(torch.equal(streamed[name], prepared[name]) for name in prepared)
+
+
+def test_finite_part_of_a_stream(letters):
+    documents = documents_of(TEXTS).to_iterable_dataset()
+    blocks = pack_blocks(documents, letters, 4, max_blocks=2)
+    assert isinstance(blocks, datasets.Dataset)
+    assert spell_all(blocks, letters) == BLOCKS[:2]
+    assert blocks[0]["labels"].dtype == torch.long
+
+
+def test_other_column(letters):
+    documents = datasets.Dataset.from_dict({"content": TEXTS})
+    assert spell_all(pack_blocks(documents, letters, 4, text_column="content"), letters) == BLOCKS
+
+
+def test_prepared_once(letters, bpe, monkeypatch):
+    """The cache answers for the same blocks, and for no others."""
+    pack_blocks(documents_of(TEXTS), letters, 4)
+    make = packing.blocks
+
+    def make_one(*args):
+        yield next(make(*args))
+        raise RuntimeError("prepared again")
+
+    monkeypatch.setattr(packing, "blocks", make_one)
+    assert spell_all(pack_blocks(documents_of(TEXTS), letters, 4), letters) == BLOCKS
+    for other in [
+        lambda: pack_blocks(documents_of([*TEXTS, "z"]), letters, 4),
+        lambda: pack_blocks(documents_of(TEXTS), bpe, 4),
+        lambda: pack_blocks(documents_of(TEXTS), letters, 5),
+        lambda: pack_blocks(documents_of(TEXTS), letters, 4, max_blocks=3),
+    ]:
+        with pytest.raises(datasets.exceptions.DatasetGenerationError):
+            other()
+
+
+@pytest.mark.parametrize(("texts", "tokens"), [(["abc", "de"], 7), (["", None], 0)])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shorter_than_a_block(letters, texts, tokens, streaming):
+    documents = documents_of(texts)
+    documents = documents.to_iterable_dataset() if streaming else documents
+    with pytest.raises(ValueError, match=f"My corpus holds {tokens} tokens.*block_size=8"):
+        pack_blocks(documents, letters, 8, name="My corpus")
+    if tokens == 7:
+        assert len(pack_blocks(documents, letters, 7)) == 1
+
+
+def test_tokenizer_without_eos(letters, tmp_path):
+    letters.save_pretrained(tmp_path)
+    without = type(letters).from_pretrained(tmp_path, eos_token=None)
+    assert without.eos_token_id is None
+    with pytest.raises(ValueError, match="no eos_token"):
+        next(iter(BlockStream(documents_of(TEXTS).to_iterable_dataset(), without, 4)))
+
+
+def test_unknown_packing(letters):
+    with pytest.raises(ValueError, match="packing='padded'"):
+        packing.blocks(TEXTS, letters, 4, "padded")
