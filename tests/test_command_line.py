@@ -31,7 +31,10 @@ def test_the_demo():
 
 def test_the_command_line_wins(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("learning_rate: 3e-4\nmethod: set\ntarget_modules: [q_proj, k_proj]\nbf16: true\nuse_cpu: true\nmax_steps: 1000\n")
+    file.write_text(
+        "learning_rate: 3e-4\nmethod: set\ntarget_modules: [q_proj, k_proj]\n"
+        "bf16: true\nuse_cpu: true\nmax_steps: 1000\n"
+    )
     for argv in (["--config", str(file)], [f"--config={file}"]):
         _, _, sparsity, args = parse(*argv, "--method", "chts", "--max_steps", "2000", "--output_dir", str(tmp_path))
         assert args.learning_rate == 3e-4  # YAML reads it as text

@@ -26,8 +26,8 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY_OR_HUB_ID)
 ```
 
 The weights are ordinary dense tensors in which the missing links are exactly 0, so nothing but `transformers` is
-needed, and nothing is faster or smaller than a dense model of the same shape. `masks.safetensors` holds the topology as bits;
-`hf_chts.load_sparse` loads both, to train on.
+needed, and nothing is faster or smaller than a dense model of the same shape. `masks.safetensors` holds the topology
+as bits; `hf_chts.load_sparse` loads both, to train on.
 
 ## Sparsity
 

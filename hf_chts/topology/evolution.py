@@ -12,11 +12,15 @@ from hf_chts.topology.sampling import choose
 
 @dataclass(frozen=True)
 class Choice:
-    """How links are chosen: by which score, and hard (the highest) or soft (sampled ∝ score^temperature)."""
+    """How links are chosen: by which score, and hard (the highest) or soft (sampled ∝ score^temperature).
+
+    A `sampler(mask, k, generator=…)` draws what a soft regrowth would, without computing its scores.
+    """
 
     score: Callable[..., Tensor]
     soft: bool = False
     temperature: float = 1.0
+    sampler: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,17 @@ def evolve(
     add = links - (after_pruning - drop)
     if not add:
         return Evolution(kept.clone(), before - after_pruning, drop, 0, 0.0)
-    regrown = choose(
-        regrowth.score(kept),
-        add,
-        ~kept,
-        soft=regrowth.soft,
-        temperature=regrowth.temperature,
-        generator=streams("regrowth"),
-    )
+    if regrowth.soft and regrowth.temperature == 1.0 and regrowth.sampler is not None:
+        regrown = regrowth.sampler(kept, add, generator=streams("regrowth"))
+    else:
+        regrown = choose(
+            regrowth.score(kept),
+            add,
+            ~kept,
+            soft=regrowth.soft,
+            temperature=regrowth.temperature,
+            generator=streams("regrowth"),
+        )
     overlap = overlap_rate(stay & ~kept, regrown)
     return Evolution(kept | regrown, before - after_pruning, drop, add, overlap)
 

@@ -1,4 +1,5 @@
-"""Cannistraci-Hebb link prediction on bipartite layers, node-based (L3n): how likely each missing link is.
+"""Cannistraci-Hebb link prediction on bipartite layers: how likely each missing link is. Here the node-based scores
+(L3n); those that add over paths (L3p), for small layers, are in `path_based.py` and can be imported from here.
 
 A missing link between output i and input j is bridged by paths of length three, i - b - a - j: b is an input of i, a
 is an output that shares inputs with i. The node-based scores (arXiv 2501.19107, §3.2 and App. B) judge each bridging
@@ -11,12 +12,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from hf_chts.topology.path_based import ch2_l3p, ch3_l3p, check_mask
+
+__all__ = ["ch2_l3n", "ch2_l3p", "ch3_1_l3n", "ch3_l3n", "ch3_l3p"]
+
 # Rows of the node-by-node matrices that are held at a time. They are (out, out) and (in, in): whole, they would be n/m
 # copies of an m x n layer.
 _BLOCK_ROWS = 128
 
 # strength(common neighbours, links that leave the community) of pairs of nodes; may overwrite the first
-_Strength = Callable[[Tensor, Tensor], Tensor]
+Strength = Callable[[Tensor, Tensor], Tensor]
 
 
 def ch2_l3n(mask: Tensor) -> Tensor:
@@ -28,39 +33,51 @@ def ch2_l3n(mask: Tensor) -> Tensor:
     Returns:
         float32 (out, in), 0 on the links and where no path of length three leads.
     """
-
-    def strength(common: Tensor, external: Tensor) -> Tensor:
-        # common + 1 where there is a common neighbour, 0 elsewhere: counts are whole numbers
-        return common.add_(common.clamp(max=1)).div_(external)
-
-    return _node_based(mask, strength)
+    return node_based_scores(mask, ch2_strength)
 
 
 def ch3_l3n(mask: Tensor) -> Tensor:
     """CH3-L3n scores: as `ch2_l3n` with 1 in the numerator; bool (out, in) → float32 (out, in)."""
-
-    def strength(common: Tensor, external: Tensor) -> Tensor:
-        return common.clamp_(max=1).div_(external)
-
-    return _node_based(mask, strength)
+    return node_based_scores(mask, ch3_strength)
 
 
-def _node_based(mask: Tensor, strength: _Strength) -> Tensor:
+def ch3_1_l3n(mask: Tensor) -> Tensor:
+    """CH3.1-L3n scores: as `ch2_l3n` with (x + 1)^(1 + x/(1 + x)) in the denominator, where x is the number of links
+    that leave the community, less the one to the seed; bool (out, in) → float32 (out, in).
+
+    Against CH2-L3n, whose denominator is x + 1, a node with many links out of the community counts for less: its
+    exponent goes from 1 at x = 0 towards 2.
+    """
+    return node_based_scores(mask, ch3_1_strength)
+
+
+def ch2_strength(common: Tensor, external: Tensor) -> Tensor:
+    # common + 1 where there is a common neighbour, 0 elsewhere: counts are whole numbers
+    return common.add_(common.clamp(max=1)).div_(external)
+
+
+def ch3_strength(common: Tensor, external: Tensor) -> Tensor:
+    return common.clamp_(max=1).div_(external)
+
+
+def ch3_1_strength(common: Tensor, external: Tensor) -> Tensor:
+    # with external = x + 1, the exponent is 1 + (external − 1)/external
+    return common.add_(common.clamp(max=1)).div_(external.pow(2 - 1 / external))
+
+
+def node_based_scores(mask: Tensor, strength: Strength) -> Tensor:
     """score = U·A + (V·Aᵀ)ᵀ, with U over pairs of outputs and V over pairs of inputs."""
-    if mask.dim() != 2 or mask.dtype != torch.bool:
-        raise ValueError(
-            f"a mask is a bool tensor (out, in); got {mask.dtype} {tuple(mask.shape)}: pass layer.mask or weight != 0"
-        )
+    check_mask(mask)
     links = mask.to(torch.float32)
     scores = torch.empty_like(links)
-    for rows, bridges in _bridges(links, strength):
-        torch.mm(bridges, links, out=scores[rows])
-    for rows, bridges in _bridges(links.t(), strength):
-        scores[:, rows].addmm_(links, bridges.t())
+    for rows, pairs in bridges(links, strength):
+        torch.mm(pairs, links, out=scores[rows])
+    for rows, pairs in bridges(links.t(), strength):
+        scores[:, rows].addmm_(links, pairs.t())
     return scores.masked_fill_(mask, 0)
 
 
-def _bridges(links: Tensor, strength: _Strength) -> Iterator[tuple[slice, Tensor]]:
+def bridges(links: Tensor, strength: Strength) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows, strengths of the pairs (i, j) of nodes for i in rows and all j) over the nodes of `links`' rows."""
     degree = links.sum(1)
     # 8-bit integer products are several times as fast on CPUs (AVX512-VNNI), and as exact. They want the nodes as the

@@ -7,6 +7,8 @@ over cumulative sums and exponential races, in float64, with no limit on n.
 import torch
 from torch import Tensor
 
+from hf_chts.topology.bits import link_positions
+
 
 def choose(
     scores: Tensor,
@@ -42,7 +44,7 @@ def choose(
             f"scores {tuple(scores.shape)} and candidates {tuple(candidates.shape)} ({candidates.dtype}) must have "
             "one shape, and candidates must be bool"
         )
-    index = candidates.flatten().nonzero().squeeze(1)
+    index = link_positions(candidates)
     available = index.numel()
     if not 0 <= k <= available:
         raise ValueError(f"cannot choose {k} of {available} candidates")
@@ -100,7 +102,7 @@ def _draws(weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
     cumulative = weights.cumsum(0, dtype=torch.float64)
     picked = torch.zeros_like(weights, dtype=torch.bool)
     remaining = k
-    for _ in range(4):
+    for _ in range(20):
         points = torch.rand(remaining, dtype=torch.float64, device=weights.device, generator=generator)
         drawn = torch.searchsorted(cumulative, points.mul_(cumulative[-1]), right=True)
         drawn = drawn[drawn < weights.numel()]  # rounding in the last place can end beyond the last weight

@@ -6,7 +6,7 @@ from torch import Tensor
 
 def magnitude(weight: Tensor, mask: Tensor) -> Tensor:
     """|w| on the links, 0 elsewhere; shape and dtype of `weight`, (out, in)."""
-    return torch.where(mask, weight.abs(), 0)
+    return (weight * mask).abs_()
 
 
 def relative_importance(weight: Tensor, mask: Tensor, eps: float = 1e-5) -> Tensor:

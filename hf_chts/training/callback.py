@@ -13,7 +13,7 @@ from hf_chts.checkpoint import TopologyState
 from hf_chts.config import SparsityConfig
 from hf_chts.layers.patching import SparseModel
 from hf_chts.schedule_plan import SchedulePlan
-from hf_chts.topology import link_prediction, scores
+from hf_chts.topology import link_prediction, link_sampling, scores
 from hf_chts.topology.allocation import links_at
 from hf_chts.topology.bits import count_bits, pack_bits
 from hf_chts.topology.evolution import Choice, Evolution, evolve
@@ -27,6 +27,11 @@ SCORES: dict[str, Callable[..., Tensor]] = {
     "random": scores.random,
     "ch2_l3n": link_prediction.ch2_l3n,
     "ch3_l3n": link_prediction.ch3_l3n,
+}
+# soft regrowth that needs no scores
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "ch2_l3n": link_sampling.sample_ch2_l3n,
+    "ch3_l3n": link_sampling.sample_ch3_l3n,
 }
 
 
@@ -124,7 +129,9 @@ class TopologyCallback(TrainerCallback):
             links=links_at(mask.numel(), plan.sparsity(step)),
             drop_fraction=plan.drop_fraction(step),
             removal=Choice(SCORES[config.removal], config.removal_choice == "soft", plan.temperature(step)),
-            regrowth=Choice(SCORES[config.regrowth], config.regrowth_choice == "soft"),
+            regrowth=Choice(
+                SCORES[config.regrowth], config.regrowth_choice == "soft", sampler=SAMPLERS.get(config.regrowth)
+            ),
             pruning=Choice(SCORES[config.pruning]),
             streams=lambda purpose: random_stream(config.topology_seed, number, index, purpose, device=mask.device),
         )

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_chts.layers.masked_linear import MaskedLinear
-from hf_chts.topology.bits import pack_bits, unpack_bits
+from hf_chts.topology.bits import link_positions, pack_bits, unpack_bits
 
 
 class ReplicatedWeights:
@@ -30,12 +30,15 @@ class ReplicatedWeights:
 
         Links that come were 0 in all of them, by the invariant, and stay so.
         """
-        gone = (layer.mask & ~mask).nonzero(as_tuple=True)
+        gone = link_positions(layer.mask & ~mask)
         weight = layer.weight
         state = self.optimizer.state.get(weight, {})
         for tensor in (weight, weight.grad, *state.values()):
             if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
-                tensor[gone] = 0
+                if tensor.is_contiguous():
+                    tensor.view(-1).index_fill_(0, gone, 0)
+                else:
+                    tensor.masked_fill_(~mask, 0)
         layer.mask.copy_(mask)
 
 

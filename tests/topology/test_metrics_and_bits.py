@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_chts.topology.bits import count_bits, pack_bits, unpack_bits
+from hf_chts.topology.bits import count_bits, link_positions, pack_bits, unpack_bits
 from hf_chts.topology.metrics import active_neuron_rate, density, itop_rate, overlap_rate
 from hf_chts.topology.random_streams import random_stream
 
@@ -28,6 +28,12 @@ def test_bits_there_and_back(shape):
     assert unpack_bits(packed, shape).equal(mask)
     assert count_bits(packed) == int(mask.sum())
     assert pack_bits(mask.t()).equal(pack_bits(mask.t().contiguous()))
+
+
+def test_link_positions():
+    assert link_positions(MASK).tolist() == [0, 3, 11]
+    assert link_positions(MASK.t()).tolist() == [0, 9, 11]
+    assert link_positions(torch.zeros(2, 2, dtype=torch.bool)).tolist() == []
 
 
 def test_count_of_every_byte():

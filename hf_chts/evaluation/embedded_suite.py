@@ -1,0 +1,161 @@
+"""Two lm-eval tasks from the embedded corpus's held-out test split: a zero-shot evaluation without a network.
+
+`embedded_bits_per_byte` scores passages of source files. `embedded_next_line` asks which of four lines of a file comes
+next. All choices here are made by a hash of the file's path and the line number, so the tasks depend on nothing but the
+corpus, that is on the Python version: the task's version, `recipe+digest of the data`, tells which one it was.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from hf_chts.data.embedded import Document, embedded_documents
+
+EMBEDDED_TASKS = ("embedded_bits_per_byte", "embedded_next_line")
+
+_RECIPE = 1  # raise when the same corpus would give other tasks
+_PASSAGES, _PASSAGE_CHARACTERS = 128, 2000
+# the standard error of an accuracy is at most 0.5 / sqrt(440) = 2.4%
+_QUESTIONS, _CHOICES = 440, 4
+# some 120 tokens: question and choice fit into the contexts of 256 that the small models are trained on
+_CONTEXT_CHARACTERS, _LEAST_CONTEXT_CHARACTERS = 400, 200
+_LEAST_LINE_CHARACTERS, _LINE_CHARACTERS = 12, 100
+
+_T = TypeVar("_T")
+
+
+def write_embedded_suite(directory: Path) -> tuple[str, ...]:
+    """Write both tasks into `directory`, made if missing, for `TaskManager(include_path=directory)`.
+
+    Returns the names of the tasks. Raises FileNotFoundError where `hf_chts.data.embedded_documents` does.
+    """
+    directory = directory.resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    documents = embedded_documents("test")
+    rolling: dict[str, Any] = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [
+            {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
+            {"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
+        ],
+    }
+    # By summed log-likelihood (acc) short lines win, by the mean over characters (acc_norm) long ones tend to:
+    # both are reported. The four lines come from one pool, so either bias alone scores 25%.
+    next_line: dict[str, Any] = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "\n",
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+        ],
+    }
+    for name, task, rows in zip(
+        EMBEDDED_TASKS, (rolling, next_line), (passages(documents), questions(documents)), strict=True
+    ):
+        _write_task(directory, name, task, rows)
+    return EMBEDDED_TASKS
+
+
+def passages(documents: Iterable[Document]) -> list[dict[str, Any]]:
+    """Up to 128 passages of at most 2,000 characters (or one longer line), whole lines, spread over the documents.
+
+    Each is `{"path", "text"}`. A document's first passage begins where the document begins, as after an EOS in
+    training; the others begin in its middle, as a block of a packed training set does.
+    """
+    pools = []
+    for document in documents:
+        pool: list[dict[str, Any]] = []
+        text = ""
+        for line in document.text.splitlines(keepends=True):
+            if text and len(text) + len(line) > _PASSAGE_CHARACTERS:
+                pool.append({"path": document.path, "text": text})
+                text = ""
+            text += line
+        pool.append({"path": document.path, "text": text})
+        pools.append(_by_hash((f"passage {document.path} {i}", row) for i, row in enumerate(pool)))
+    return _in_turns(pools)[:_PASSAGES]
+
+
+def questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
+    """Up to 440 questions, spread over the documents: which of four lines of a file comes next?
+
+    Each is `{"path", "line", "context", "choices", "answer"}`: `line` is the true line's index in the file (from 0),
+    `context` the whole lines before it, at most 400 characters, without the last line end, `choices` four different
+    lines and `answer` the true one's index. All four are from 12 characters (stripped) to 100 long and occur once in
+    the file, none in the context; the wrong ones are drawn from the lines that could be asked for themselves, so
+    nothing but the context tells them apart. The answer is at every index equally often, also among the first n.
+    """
+    pools = []
+    for document in documents:
+        lines = document.text.split("\n")
+        stripped = Counter(line.strip() for line in lines)
+        contexts = {
+            i: context
+            for i, line in enumerate(lines)
+            if _LEAST_LINE_CHARACTERS <= len(line.strip()) <= len(line) <= _LINE_CHARACTERS
+            and stripped[line.strip()] == 1
+            and len((context := _context(lines, i)).strip()) >= _LEAST_CONTEXT_CHARACTERS
+        }
+        pool = []
+        for i, context in contexts.items():
+            shown = range(i - context.count("\n") - 1, i + 1)
+            others = [j for j in contexts if j not in shown]
+            if len(others) >= _CHOICES - 1:
+                pool.append((f"question {document.path} {i}", (document.path, lines, i, context, others)))
+        pools.append(_by_hash(pool))
+    rows = []
+    for n, (path, lines, i, context, others) in enumerate(_in_turns(pools)[:_QUESTIONS]):
+        wrong = _by_hash((f"wrong {path} {i} {j}", lines[j]) for j in others)[: _CHOICES - 1]
+        answer = n % _CHOICES
+        choices = [*wrong[:answer], lines[i], *wrong[answer:]]
+        rows.append({"path": path, "line": i, "context": context, "choices": choices, "answer": answer})
+    return rows
+
+
+def _context(lines: list[str], index: int) -> str:
+    start = index
+    length = -1  # the last line end is not part of it
+    while start > 0 and length + len(lines[start - 1]) + 1 <= _CONTEXT_CHARACTERS:
+        start -= 1
+        length += len(lines[start]) + 1
+    return "\n".join(lines[start:index])
+
+
+def _by_hash(keyed: Iterable[tuple[str, _T]]) -> list[_T]:
+    ranked = sorted(keyed, key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
+    return [value for _, value in ranked]
+
+
+def _in_turns(pools: list[list[_T]]) -> list[_T]:
+    """The first of every pool, then the second of every pool that has one, and so on."""
+    longest = max((len(pool) for pool in pools), default=0)
+    return [pool[i] for i in range(longest) for pool in pools if i < len(pool)]
+
+
+def _write_task(directory: Path, name: str, task: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (directory / f"{name}.jsonl").write_bytes(data)
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        # its own cache: these rows are rewritten in a moment and no use in the user's cache of datasets
+        "dataset_kwargs": {
+            "data_files": {"test": str(directory / f"{name}.jsonl")},
+            "cache_dir": str(directory / "cache"),
+        },
+        "test_split": "test",
+        "num_fewshot": 0,
+        "metadata": {"version": f"{_RECIPE}+{hashlib.sha256(data).hexdigest()[:8]}"},
+        **task,
+    }
+    (directory / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

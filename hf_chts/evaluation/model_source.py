@@ -1,0 +1,51 @@
+"""Where a model to be evaluated comes from, checked before anything is loaded."""
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def check_model(model: str | Path, *, revision: str = "main", tokenizer: bool = True) -> str:
+    """`model` as the argument of `from_pretrained`: a path that is a directory, or a Hub id.
+
+    Args:
+        model: a directory with a config.json, or a Hub id such as "org/name".
+        revision: branch, tag or commit of a Hub id.
+        tokenizer: the directory must have a tokenizer too.
+
+    Raises:
+        FileNotFoundError: the directory is missing or has no model or no tokenizer, or the Hub has no such model or is
+            out of reach and the model not cached.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{path} has no config.json, so it is not a saved model: export one into it, "
+                "or name one of its checkpoints."
+            )
+        if tokenizer and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+            raise FileNotFoundError(f"{path} has a model but no tokenizer: save one beside it, or pass tokenizer.")
+        return str(path)
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file: name the directory of an exported model, or a Hub id.")
+    name = str(model)
+    try:
+        validate_repo_id(name)
+        meant_as_directory = isinstance(model, Path) or ("/" in name and path.parent.is_dir())
+    except HFValidationError:
+        meant_as_directory = True
+    if meant_as_directory or name.startswith((".", "~", "/")):
+        raise FileNotFoundError(f"There is no directory {name}: export a model there first, or check the path.")
+    try:
+        hf_hub_download(name, "config.json", revision=revision)
+    except (EntryNotFoundError, OSError) as error:  # all of the Hub's errors, offline mode, and no connection
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise FileNotFoundError(
+            f"{name} is neither a directory here nor a model that the Hub gave us: {reason}"
+        ) from error
+    return name

@@ -1,0 +1,247 @@
+import json
+import math
+import random
+import socket
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lm_eval.tasks import TaskManager
+
+from hf_chts.data.embedded import embedded_documents, train_byte_level_bpe
+from hf_chts.evaluation import SUITES, evaluate_zero_shot
+from hf_chts.evaluation.embedded_suite import passages, questions
+from hf_chts.evaluation.harness import load_tasks, task_manager
+from hf_chts.evaluation.suites import check_task_names, suite_tasks
+
+
+def ids_of(text):
+    """Byte b is token 1 + its place among the sorted characters of the byte-level alphabet."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    order = sorted(ByteLevel.alphabet())
+    # GPT-2's mapping: printable bytes stand for themselves, the others for 256, 257, ... in order
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    character = {b: chr(b) for b in printable}
+    for n, b in enumerate(b for b in range(256) if b not in printable):
+        character[b] = chr(256 + n)
+    return [1 + order.index(character[b]) for b in text.encode()]
+
+
+def log_probability(model, context, continuation):
+    with torch.no_grad():
+        logits = model(torch.tensor([(context + continuation)[:-1]])).logits[0].double().log_softmax(-1)
+    rows = range(len(context) - 1, len(context) + len(continuation) - 1)
+    return sum(float(logits[row, token]) for row, token in zip(rows, continuation, strict=True))
+
+
+@pytest.mark.parametrize("length", [640, 200])
+def test_bits_per_byte_agrees_with_windows_worked_out_by_hand(tiny_llama, byte_tokenizer, length):
+    model = tiny_llama(0).eval()
+    result = evaluate_zero_shot(
+        model,
+        "embedded_bits_per_byte",
+        tokenizer=byte_tokenizer,
+        limit=6,
+        batch_size=3,
+        max_length=None if length == 640 else length,
+    )
+    nats, total_bytes, windows = 0.0, 0, 0
+    for row in passages(embedded_documents("test"))[:6]:
+        tokens = [0, *ids_of(row["text"])]  # the first token is predicted from EOS
+        count = len(tokens) - 1
+        for start in range(0, count, length):
+            end = min(start + length, count)
+            begin = max(0, end - length)  # the last window is filled up with what came before
+            nats -= log_probability(model, tokens[begin : start + 1], tokens[start + 1 : end + 1])
+            windows += 1
+        total_bytes += len(row["text"].encode())
+    assert windows > 6
+    assert result["config"]["prefix_token_id"] == 0
+    assert result["config"]["max_length"] == length
+    scores = result["tasks"]["embedded_bits_per_byte"]
+    assert scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / total_bytes, rel=1e-5)
+    assert scores["byte_perplexity"] == pytest.approx(math.exp(nats / total_bytes), rel=1e-5)
+
+
+def test_next_line_agrees_with_choices_scored_by_hand(tiny_llama, byte_tokenizer):
+    model = tiny_llama(1).eval()
+    result = evaluate_zero_shot(model, "embedded_next_line", tokenizer=byte_tokenizer, limit=16)
+    right = right_by_length = 0
+    for question in questions(embedded_documents("test"))[:16]:
+        # the harness counts the white space at the context's end to the continuation
+        context = question["context"].rstrip()
+        gap = question["context"][len(context) :] + "\n"
+        scores = [log_probability(model, ids_of(context), ids_of(gap + choice)) for choice in question["choices"]]
+        per_character = [score / len(choice) for score, choice in zip(scores, question["choices"], strict=True)]
+        right += scores.index(max(scores)) == question["answer"]
+        right_by_length += per_character.index(max(per_character)) == question["answer"]
+    scores = result["tasks"]["embedded_next_line"]
+    accuracy = right / 16
+    assert scores["acc"] == pytest.approx(accuracy)
+    assert scores["acc_norm"] == pytest.approx(right_by_length / 16)
+    assert scores["acc_stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 15))
+    assert result["chance"] == {"embedded_next_line": 0.25}
+    assert result["samples"] == {"embedded_next_line": 16}
+
+
+def test_saved_model_scores_as_the_live_one_without_a_network(tiny_llama, byte_tokenizer, saved_models, monkeypatch):
+    def refuse(*arguments, **options):
+        attempts.append(arguments)
+        raise OSError("no network in this test")
+
+    attempts = []
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    # a relative path of two parts looks like a Hub id
+    monkeypatch.chdir(saved_models[0].parent.parent)
+    directory = f"{saved_models[0].parent.name}/{saved_models[0].name}"
+    saved = evaluate_zero_shot(directory, "embedded", limit=4)
+    assert attempts == []
+    live = evaluate_zero_shot(tiny_llama(0), "embedded", tokenizer=byte_tokenizer, limit=4)
+    assert saved["tasks"] == live["tasks"]
+    assert set(saved["tasks"]) == set(SUITES["embedded"])
+    assert saved["model"] == directory
+    assert json.loads(json.dumps(saved, allow_nan=False)) == saved
+    other = evaluate_zero_shot(saved_models[1], "embedded_bits_per_byte", limit=4)
+    assert other["tasks"]["embedded_bits_per_byte"] != live["tasks"]["embedded_bits_per_byte"]
+
+
+def test_a_training_run_is_not_disturbed(tiny_llama, byte_tokenizer):
+    model = tiny_llama(0).train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    # not the state that an evaluation before this one may have left
+    random.seed(7), torch.manual_seed(7), np.random.seed(7)  # noqa: NPY002
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    evaluate_zero_shot(model, "embedded_next_line", tokenizer=byte_tokenizer, limit=1)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    assert after == before
+    assert [module.training for module in model.modules()] == modes
+    assert byte_tokenizer.pad_token is None
+
+
+def test_dropout_is_off_while_evaluating(tiny_llama, byte_tokenizer):
+    model = tiny_llama(0)
+    evaluated = evaluate_zero_shot(model.eval(), "embedded_bits_per_byte", tokenizer=byte_tokenizer, limit=1)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    in_training = evaluate_zero_shot(model.train(), "embedded_bits_per_byte", tokenizer=byte_tokenizer, limit=1)
+    assert in_training["tasks"] == evaluated["tasks"]
+
+
+def test_the_library_s_own_tokenizer_begins_a_text_with_eos(tiny_llama):
+    tokenizer = train_byte_level_bpe(["text"], 257)
+    assert tokenizer.bos_token is None
+    result = evaluate_zero_shot(tiny_llama(0), "embedded_bits_per_byte", tokenizer=tokenizer, limit=1)
+    assert result["config"]["prefix_token_id"] == tokenizer.eos_token_id == 0
+
+
+def test_contexts_that_do_not_fit_are_reported(tiny_llama, byte_tokenizer, caplog):
+    model = tiny_llama(0)
+    result = evaluate_zero_shot(model, "embedded_next_line", tokenizer=byte_tokenizer, limit=3, max_length=150)
+    assert result["truncated_requests"] == 12
+    assert [record.message for record in caplog.records if "max_length=150" in record.message] != []
+    assert not any("exceeds model's maximum length" in record.message for record in caplog.records)
+
+
+def test_number_of_examples_and_missing_data(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1 =", "answer": "2"}\n' * 3)
+    task = {
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "rows.jsonl")},
+            "cache_dir": str(tmp_path / "c"),
+        },
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "question",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "tag": "sums",
+    }
+    absent = {"data_files": {"test": str(tmp_path / "absent.jsonl")}, "cache_dir": str(tmp_path / "c")}
+    variants = {
+        "own": {"num_fewshot": 2},
+        "none": {},
+        "zero": {"num_fewshot": 0},
+        "gone": {"dataset_kwargs": absent},
+    }
+    for name, change in variants.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | task | change))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+
+    def examples(num_fewshot):
+        loaded, skipped = load_tasks(manager, ["sums"], num_fewshot)
+        assert list(skipped) == ["gone"]
+        assert "absent.jsonl" in skipped["gone"]
+        return {name: task.config.num_fewshot for name, task in loaded["tasks"].items()}
+
+    assert examples(None) == {"own": 2, "none": 0, "zero": 0}
+    assert examples(1) == {"own": 1, "none": 1, "zero": 0}
+    assert examples(0) == {"own": 0, "none": 0, "zero": 0}
+
+
+def test_suites_and_lists_of_tasks():
+    assert suite_tasks("embedded") == ["embedded_bits_per_byte", "embedded_next_line"]
+    assert len(suite_tasks("glue")) == 9
+    assert suite_tasks("superglue, commonsense").count("boolq") == 1
+    assert suite_tasks("perplexity,mmlu") == ["wikitext", "mmlu"]
+    with pytest.raises(ValueError, match="empty name"):
+        suite_tasks("glue,,rte")
+    with pytest.raises(ValueError, match=r"'hellaswaq'.*embedded, glue.*Closest: hellaswag"):
+        check_task_names(["rte", "hellaswaq"], ["rte", "hellaswag"])
+
+
+def test_the_harness_has_every_task_of_the_suites_without_a_scan_of_all_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_chts.evaluation.harness._all_harness_tasks", lambda: pytest.fail("scanned them all"))
+    names = suite_tasks(",".join(name for name in SUITES if name != "embedded"))
+    index = task_manager(names, tmp_path).task_index
+    check_task_names(names, index)
+    assert set(suite_tasks("glue")) == index["glue"].tags
+    assert set(suite_tasks("superglue")) == index["super-glue-lm-eval-v1"].tags
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"limit": 0}, ValueError, "limit=0"),
+        ({"num_fewshot": -1}, ValueError, "num_fewshot=-1"),
+        ({"batch_size": "many"}, ValueError, "batch_size='many'"),
+        ({"tokenizer": None}, ValueError, "pass tokenizer"),
+        ({"dtype": "bfloat16"}, ValueError, "dtype='bfloat16'"),
+        ({"max_length": 641}, ValueError, "max_length=641.*640"),
+        ({"suite": "embedded,"}, ValueError, "empty name"),
+    ],
+)
+def test_options_out_of_range(tiny_llama, byte_tokenizer, options, error, named):
+    with pytest.raises(error, match=named):
+        evaluate_zero_shot(tiny_llama(0), **({"tokenizer": byte_tokenizer} | options))
+
+
+def test_tokenizer_of_another_model(tiny_llama, byte_tokenizer):
+    model = tiny_llama(0)
+    model.resize_token_embeddings(100)
+    with pytest.raises(ValueError, match=r"257 tokens.*100 embeddings"):
+        evaluate_zero_shot(model, tokenizer=byte_tokenizer)
+
+
+def test_a_missing_model_is_an_error_before_anything_is_loaded(tmp_path, tiny_llama, monkeypatch):
+    def too_far(*arguments, **options):
+        raise AssertionError("the suite was written before the model was looked for")
+
+    monkeypatch.setattr("hf_chts.evaluation.zero_shot.write_embedded_suite", too_far)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "file").touch()
+    for missing in (tmp_path / "none", "runs/none", "./none", "a/b/c", str(tmp_path / "none")):
+        with pytest.raises(FileNotFoundError, match=r"no directory .*(none|c)"):
+            evaluate_zero_shot(missing)
+    with pytest.raises(FileNotFoundError, match=r"runs has no config\.json"):
+        evaluate_zero_shot("runs")
+    with pytest.raises(FileNotFoundError, match="file is a file"):
+        evaluate_zero_shot("file")
+    tiny_llama(0).save_pretrained("runs")
+    with pytest.raises(FileNotFoundError, match="runs has a model but no tokenizer"):
+        evaluate_zero_shot("runs")
