@@ -1,8 +1,10 @@
 """Pretrain a sparse language model: `accelerate launch train_llama.py --config configs/X.yaml [--field value]…`"""
 
+import os
 import sys
 from pathlib import Path
 
+import torch
 from transformers import default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -26,6 +28,7 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"train_llama.py: {error}") from error
 
+    use_all_cores(args)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
@@ -77,6 +80,13 @@ def build_trainer(
         preprocess_logits_for_metrics=preprocess_logits,
         compute_metrics=compute_metrics,
     )
+
+
+def use_all_cores(args: SparseTrainingArguments) -> None:
+    """`accelerate launch` leaves a CPU process one thread, unless its config says use_cpu or OMP_NUM_THREADS is set."""
+    if args.device.type == "cpu" and torch.get_num_threads() == 1:
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
 
 
 def checkpoint_to_resume(args: SparseTrainingArguments) -> str | bool | None:

@@ -34,7 +34,7 @@ def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
         update_interval=INTERVAL,
     )
     callback = TopologyCallback(sparsify(model, config))
-    callback.plan = config.plan(STEPS)
+    callback.prepare(STEPS)
     optimizer = torch.optim.AdamW(model.parameters())
     ids = torch.randint(0, model.config.vocab_size, (tokens // 256, 256))
     updates, passes = [], []
@@ -77,7 +77,7 @@ def peak_copies(out_features: int, in_features: int, method: str, sparsity: floa
     )
     model = torch.nn.Sequential(torch.nn.Linear(in_features, out_features, bias=False))
     callback = TopologyCallback(sparsify(model, config))
-    callback.plan = config.plan(STEPS)
+    callback.prepare(STEPS)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(1, in_features)).sum().backward()
     optimizer.step()

@@ -1,6 +1,7 @@
 """Masks and counters on disk: saved with every checkpoint, verified before anything is loaded.
 
-`masks.safetensors` holds `<layer>.mask`, and in training checkpoints `<layer>.explored`, bit-packed (topology/bits.py).
+`masks.safetensors` holds `<layer>.mask`, and in training checkpoints `<layer>.explored`, bit-packed (topology/bits.py),
+and `<layer>.stored`, where the weights of links that left are kept.
 Its metadata hold the shapes, the step and a digest of the contents. `topology_history.json` holds what each update did.
 """
 
@@ -31,29 +32,27 @@ class TopologyState:
     Attributes:
         masks: bool (out, in) by layer name.
         explored: the links that were ever active, bit-packed uint8 by layer name; empty where nothing evolves.
+        stored: the weights of links that left, (out, in) by layer name; empty where they are not kept.
         step: finished optimizer steps.
         history: one dict of figures for each update so far.
     """
 
     masks: dict[str, Tensor]
     explored: dict[str, Tensor] = field(default_factory=dict)
+    stored: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def save_masks(
-    directory: str | Path,
-    masks: Mapping[str, Tensor],
-    explored: Mapping[str, Tensor] | None = None,
-    step: int = 0,
-) -> None:
-    """Write masks.safetensors into `directory`, whole or not at all."""
-    tensors = {f"{name}.mask": pack_bits(mask).cpu() for name, mask in masks.items()}
-    tensors |= {f"{name}.explored": bits.cpu() for name, bits in (explored or {}).items()}
+def save_masks(directory: str | Path, state: TopologyState) -> None:
+    """Write masks.safetensors into `directory`, whole or not at all; the history is not in it."""
+    tensors = {f"{name}.mask": pack_bits(mask).cpu() for name, mask in state.masks.items()}
+    tensors |= {f"{name}.explored": bits.cpu() for name, bits in state.explored.items()}
+    tensors |= {f"{name}.stored": weights.cpu() for name, weights in state.stored.items()}
     metadata = {
         "format": FORMAT,
-        "shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
-        "step": str(step),
+        "shapes": json.dumps({name: list(mask.shape) for name, mask in state.masks.items()}),
+        "step": str(state.step),
     }
     metadata["digest"] = _digest(tensors, metadata)
     _write_whole(Path(directory) / MASKS_NAME, save(tensors, metadata))
@@ -61,7 +60,7 @@ def save_masks(
 
 def save_topology(directory: str | Path, state: TopologyState) -> None:
     """Write masks, explored links and history into a checkpoint directory."""
-    save_masks(directory, state.masks, state.explored, state.step)
+    save_masks(directory, state)
     text = json.dumps({"step": state.step, "history": state.history}, indent=1)
     _write_whole(Path(directory) / HISTORY_NAME, text.encode())
 
@@ -88,12 +87,16 @@ def load_masks(directory: str | Path) -> TopologyState:
         if metadata.pop("digest", None) != _digest(tensors, metadata):
             raise ValueError("its contents do not have the digest that was saved with them")
         shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        kinds = {"mask", "explored"} if any(key.endswith(".explored") for key in tensors) else {"mask"}
-        if set(tensors) != {f"{name}.{kind}" for name in shapes for kind in kinds}:
+        kinds = {"mask"} | {key.rsplit(".", 1)[-1] for key in tensors}
+        if not kinds <= {"mask", "explored", "stored"} or set(tensors) != {
+            f"{name}.{kind}" for name in shapes for kind in kinds
+        }:
             raise ValueError("its tensors are not those that its list of shapes names")
         masks = {name: unpack_bits(tensors[f"{name}.mask"], shape) for name, shape in shapes.items()}
-        explored = {name: tensors[f"{name}.explored"] for name in shapes if "explored" in kinds}
-        return TopologyState(masks, explored, int(metadata["step"]))
+        explored, stored = (
+            {name: tensors[f"{name}.{kind}"] for name in shapes if kind in kinds} for kind in ("explored", "stored")
+        )
+        return TopologyState(masks, explored, stored, int(metadata["step"]))
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise ValueError(
             f"{path} cannot be used: {error}. Restore it from a backup, or take an earlier checkpoint"

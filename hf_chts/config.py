@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "update_until": 0.75,
     "drop_fraction": 0.1,
     "sparsity_schedule": "constant",
+    "regrown_weights": "zero",
 }
 
 # What each method is made of; what a method does not name is the default above or the field's own. To add
@@ -36,6 +37,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "static": {"update_until": 0.0},
     # among equal scores hard and soft are the same choice, and soft draws need one pass less
     "set": {"regrowth_choice": "soft"},
+    "rigl": {"regrowth": "gradient"},
+    "mest": {"removal": "mest", "regrowth_choice": "soft", "sparsity_schedule": "elastic"},
+    "gmp": {
+        "initial_sparsity": 0.5,
+        "sparsity_schedule": "cubic",
+        "regrowth": "stored",
+        "regrown_weights": "historical",
+    },
+    "granet": {"regrowth": "gradient", "initial_sparsity": 0.5, "sparsity_schedule": "cubic"},
+    "cht": {"initial_topology": "bipartite_receptive_field", "regrowth": "ch3_l3n"},
     "chts": {
         "initial_topology": "bipartite_receptive_field",
         "removal_choice": "soft",
@@ -56,12 +67,13 @@ METHODS: dict[str, dict[str, Any]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "initial_topology": ("erdos_renyi", "bipartite_receptive_field"),
     "brf_degrees": ("fixed", "uniform"),
-    "removal": ("magnitude", "relative_importance"),
+    "removal": ("magnitude", "relative_importance", "mest"),
     "removal_choice": ("hard", "soft"),
-    "regrowth": ("random", "ch2_l3n", "ch3_l3n"),
+    "regrowth": ("random", "gradient", "ch2_l3n", "ch3_l3n", "ch3_1_l3n", "stored"),
     "regrowth_choice": ("hard", "soft"),
     "pruning": ("magnitude", "relative_importance"),
-    "sparsity_schedule": ("constant", "linear", "cubic", "sigmoid"),
+    "sparsity_schedule": ("constant", "linear", "cubic", "sigmoid", "elastic"),
+    "regrown_weights": ("zero", "historical"),
     "drop_schedule": ("constant", "linear", "cosine"),
 }
 
@@ -86,7 +98,7 @@ class SparsityConfig:
             to do.
     """
 
-    method: str = _option("chtss", "Sparse training method: dense, static, set, chts or chtss.")
+    method: str = _option("chtss", f"Sparse training method: {', '.join(METHODS)}.")
     sparsity: float = _by_method("sparsity", "Final share of missing links in every sparse layer, in (0, 1).")
     initial_sparsity: float = _by_method(
         "initial_sparsity", "Sparsity at step 0 where the sparsity has a schedule; else it is `sparsity`."
@@ -101,12 +113,20 @@ class SparsityConfig:
     )
     brf_r: float = _option(0.1, "Spread of the bipartite receptive field: 0 takes the nearest inputs, 1 is uniform.")
     brf_degrees: str = _option("fixed", "Output degrees of the receptive field: fixed or uniform.")
-    removal: str = _by_method("removal", "Score by which links are removed: magnitude or relative_importance.")
+    removal: str = _by_method("removal", f"Score by which links are removed: {', '.join(CHOICES['removal'])}.")
     removal_choice: str = _by_method("removal_choice", "hard keeps the highest scores; soft samples them by score^T.")
     softness_start: float = _option(0.5, "Softness δ of a soft removal at the first update, T = δ/(1−δ), in [0, 1).")
     softness_end: float = _option(0.9, "Softness δ of a soft removal at the last update, in [0, 1).")
-    regrowth: str = _by_method("regrowth", "Score by which links are regrown: random, ch2_l3n or ch3_l3n.")
+    regrowth: str = _by_method(
+        "regrowth",
+        f"Score by which links are regrown: {', '.join(CHOICES['regrowth'])}. With stored (GMP) the largest weights "
+        "are links, among those that are and those that were, and ζ has no part.",
+    )
     regrowth_choice: str = _by_method("regrowth_choice", "hard takes the highest scores; soft samples by score.")
+    regrown_weights: str = _by_method(
+        "regrown_weights",
+        "Weight that a regrown link starts with: zero, or historical: what it had when it was removed (paper App. J).",
+    )
     pruning: str = _by_method("pruning", "Score by which links are given up as sparsity rises.")
     update_interval: int = _option(100, "Optimizer steps between topology updates (ΔT).")
     update_until: float = _by_method("update_until", "Fraction of the run after which the topology stays.")
@@ -114,9 +134,15 @@ class SparsityConfig:
         "drop_fraction", "Share of the links replaced at the first updates (ζ), in [0, 1]."
     )
     drop_schedule: str = _option("cosine", "How ζ falls to 0 at `update_until`: constant, linear or cosine.")
+    percolation: bool = _option(
+        False,
+        "Before regrowth, remove the links of neurons that coupled layers leave without input or output. Known for "
+        "LLaMA-like blocks.",
+    )
     sparsity_schedule: str = _by_method(
         "sparsity_schedule",
-        "How sparsity rises from initial_sparsity: constant, linear, cubic or sigmoid.",
+        "How sparsity rises from initial_sparsity: constant, linear, cubic, sigmoid, or elastic (MEST's EM&S: 0.05 "
+        "below the target, then 0.025).",
     )
     sparsity_schedule_until: float = _option(
         None,
@@ -141,7 +167,8 @@ class SparsityConfig:
         if isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", [self.target_modules])
         if self.initial_sparsity is None:
-            object.__setattr__(self, "initial_sparsity", self.sparsity)
+            below = 0.05 if self.sparsity_schedule == "elastic" else 0.0
+            object.__setattr__(self, "initial_sparsity", self.sparsity - below)
         if self.sparsity_schedule_until is None:
             half = 0.5 if self.sparsity_schedule == "sigmoid" else 1.0
             object.__setattr__(self, "sparsity_schedule_until", half * self.update_until)
@@ -150,6 +177,16 @@ class SparsityConfig:
     @property
     def is_dense(self) -> bool:
         return self.method == "dense"
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether updates use the dense gradient of their step."""
+        return self.evolves and (self.regrowth == "gradient" or self.removal == "mest")
+
+    @property
+    def stores_weights(self) -> bool:
+        """Whether the weights of links that left are kept."""
+        return self.evolves and self.regrown_weights == "historical"
 
     @property
     def evolves(self) -> bool:
@@ -256,6 +293,20 @@ class SparsityConfig:
             raise ValueError(
                 f"sparsity_schedule_until is {self.sparsity_schedule_until} of the run, after the last topology update "
                 f"at {self.update_until}: the target sparsity would never be reached. Lower it, or raise update_until"
+            )
+        elif self.sparsity_schedule == "elastic" and self.initial_sparsity != self.sparsity - 0.05:
+            raise ValueError(
+                f"initial_sparsity is {self.initial_sparsity}, but the elastic schedule starts 0.05 below a "
+                f"sparsity of {self.sparsity}: leave initial_sparsity out"
+            )
+        if self.regrowth == "stored" and self.percolation:
+            raise ValueError(
+                "percolation is true, but with regrowth 'stored' nothing is regrown: set percolation to false"
+            )
+        if self.regrowth == "stored" and self.regrown_weights != "historical":
+            raise ValueError(
+                f"regrowth is 'stored' and regrown_weights {self.regrown_weights!r}: links that return by their stored "
+                "weight must start with it. Set regrown_weights: historical"
             )
         for pattern in self.target_modules or []:
             try:

@@ -55,6 +55,8 @@ class SchedulePlan:
         config = self.config
         if not self.decay_end:
             return config.sparsity
+        if config.sparsity_schedule == "elastic":
+            return schedules.elastic(step, self.decay_end, config.sparsity)
         window = (step, 0, self.decay_end, config.initial_sparsity, config.sparsity)
         if config.sparsity_schedule == "sigmoid":
             return schedules.sigmoid(*window, k=config.sigmoid_k)

@@ -47,7 +47,7 @@ def test_a_sparsity_may_stay_where_the_method_is_changed_to_dense():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "chtz"}, "unknown method 'chtz'; did you mean 'chts'?"),
+        ({"method": "chtz"}, "unknown method 'chtz'; did you mean 'cht'?"),
         ({"sparsity": 0.0}, "sparsity is 0.0; .* strictly between 0 and 1"),
         ({"sparsity": 1.0}, "sparsity is 1.0; .* For a dense model use method: dense"),
         ({"sparsity": 90}, "sparsity is 90.0; .*0.9 keeps 10% of the links"),
@@ -68,6 +68,8 @@ def test_a_sparsity_may_stay_where_the_method_is_changed_to_dense():
         ({"target_modules": ["*proj"]}, "which is no regular expression"),
         ({"target_modules": []}, "must be a list of module names"),
         ({"brf_r": 2}, "brf_r is 2.0"),
+        ({"method": "mest", "initial_sparsity": 0.5}, "elastic schedule starts 0.05 below a sparsity of 0.9"),
+        ({"regrowth": "stored"}, "Set regrown_weights: historical"),
     ],
 )
 def test_bad_values(values, message):

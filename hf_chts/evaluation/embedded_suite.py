@@ -20,8 +20,8 @@ EMBEDDED_TASKS = ("embedded_bits_per_byte", "embedded_next_line")
 
 _RECIPE = 1  # raise when the same corpus would give other tasks
 _PASSAGES, _PASSAGE_CHARACTERS = 128, 2000
-# the standard error of an accuracy is at most 0.5 / sqrt(440) = 2.4%
-_QUESTIONS, _CHOICES = 440, 4
+# the standard error of an accuracy is at most 0.5 / sqrt(900) = 1.7%
+_QUESTIONS, _CHOICES = 900, 4
 # some 120 tokens: question and choice fit into the contexts of 256 that the small models are trained on
 _CONTEXT_CHARACTERS, _LEAST_CONTEXT_CHARACTERS = 400, 200
 _LEAST_LINE_CHARACTERS, _LINE_CHARACTERS = 12, 100
@@ -87,7 +87,7 @@ def passages(documents: Iterable[Document]) -> list[dict[str, Any]]:
 
 
 def questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
-    """Up to 440 questions, spread over the documents: which of four lines of a file comes next?
+    """Up to 900 questions, spread over the documents: which of four lines of a file comes next?
 
     Each is `{"path", "line", "context", "choices", "answer"}`: `line` is the true line's index in the file (from 0),
     `context` the whole lines before it, at most 400 characters, without the last line end, `choices` four different

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_chts.checkpoint import load_masks, save_masks
+from hf_chts.checkpoint import TopologyState, load_masks, save_masks
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.export.model_card import model_card
 from hf_chts.layers.patching import SparseModel, sparsify
@@ -51,7 +51,7 @@ def export_sparse(
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     sparse.config.save(directory / CONFIG_NAME)
-    save_masks(directory, sparse.masks())
+    save_masks(directory, TopologyState(sparse.masks()))
     card = model_card(sparse, training=training or {}, metrics=metrics or {})
     (directory / "README.md").write_text(card, encoding="utf-8")
     return directory

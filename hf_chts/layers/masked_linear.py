@@ -15,20 +15,26 @@ class _KeepLinks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, dense_gradient: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
+        ctx.dense_gradient = dense_gradient
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
+        if ctx.dense_gradient is not None:
+            ctx.dense_gradient.add_(grad)
         # not a product: 0 · inf would put NaN off the mask
-        return torch.where(mask, grad, 0), None
+        return torch.where(mask, grad, 0), None, None
 
 
-def keep_links(weight: Tensor, mask: Tensor) -> Tensor:
-    """`weight` unchanged, with a gradient that is 0 where `mask` (bool, same shape) is False."""
-    return _KeepLinks.apply(weight, mask)
+def keep_links(weight: Tensor, mask: Tensor, dense_gradient: Tensor | None = None) -> Tensor:
+    """`weight` unchanged, with a gradient that is 0 where `mask` (bool, same shape) is False.
+
+    The gradient that there would be without the mask is added to `dense_gradient`, where one is given, in backward.
+    """
+    return _KeepLinks.apply(weight, mask, dense_gradient)
 
 
 class MaskedLinear(nn.Linear):
@@ -39,6 +45,8 @@ class MaskedLinear(nn.Linear):
     """
 
     mask: Tensor
+    # where the dense gradient of the current step adds up over its micro-batches; None on steps that do not need it
+    dense_gradient: Tensor | None = None
 
     @staticmethod
     def convert(linear: nn.Linear, mask: Tensor) -> "MaskedLinear":
@@ -62,6 +70,7 @@ class MaskedLinear(nn.Linear):
     def revert(self) -> nn.Linear:
         """Turn the layer back into a plain, dense `nn.Linear`; the weights stay as they are."""
         del self._buffers["mask"]
+        self.__dict__.pop("dense_gradient", None)
         self._non_persistent_buffers_set.discard("mask")
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
@@ -86,7 +95,7 @@ class MaskedLinear(nn.Linear):
         return int(torch.count_nonzero(self.mask))
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, keep_links(self.weight, self.mask), self.bias)
+        return functional.linear(input, keep_links(self.weight, self.mask, self.dense_gradient), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, links={self.links}"

@@ -1,11 +1,14 @@
 """sparsify(): which projections of a model become masked layers, with which topology; and dense again."""
 
 import re
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_chts.config import SparsityConfig
+from hf_chts.layers.coupling import couplings
 from hf_chts.layers.masked_linear import MaskedLinear
 from hf_chts.topology.allocation import links_at
 from hf_chts.topology.initial import bipartite_receptive_field, erdos_renyi
@@ -94,6 +97,8 @@ def sparsify(model: nn.Module, config: SparsityConfig, *, masks: dict[str, Tenso
     if SparseModel.of(model) is not None:
         raise ValueError("the model is sparse already: call unsparsify() on its handle, SparseModel.of(model)")
     targets = {} if config.is_dense else find_targets(model, config)
+    if config.percolation and targets:
+        couplings(cast(PreTrainedModel, model), list(targets))  # refuses architectures whose coupling is not known
     if masks is None:
         masks = {
             name: initial_mask(linear.weight, index, config) for index, (name, linear) in enumerate(targets.items())

@@ -1,4 +1,4 @@
-"""One topology update of one layer: prune → remove → regrow."""
+"""One topology update of one layer: prune → remove → regrow. Percolation of coupled layers goes before regrowth."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Evolution:
 
     mask: Tensor  # bool (out, in), the new topology
     pruned: int  # links given up because the density fell
-    removed: int  # links removed to be replaced
+    removed: int  # links removed to be replaced, by percolation too
     regrown: int  # links added
     overlap: float  # the share of the regrown that had just been removed
 
@@ -64,23 +64,62 @@ def evolve(
         ValueError: `links` or `drop_fraction` out of range, or a score that is negative or not finite (for example
             because a weight is NaN).
     """
+    stay, kept = remove(
+        weight,
+        mask,
+        links=links,
+        drop_fraction=drop_fraction,
+        removal=removal,
+        pruning=pruning,
+        streams=streams,
+    )
+    return regrow(mask, stay, kept, links=links, regrowth=regrowth, streams=streams)
+
+
+def remove(
+    weight: Tensor,
+    mask: Tensor,
+    *,
+    links: int,
+    drop_fraction: float,
+    removal: Choice,
+    pruning: Choice,
+    streams: Callable[[str], torch.Generator],
+) -> tuple[Tensor, Tensor]:
+    """The first half of `evolve`: (what pruning leaves, what removal leaves of that), bool (out, in) each."""
     if not 0 <= links <= mask.numel():
         raise ValueError(f"links is {links}; a layer of {tuple(mask.shape)} has 0 to {mask.numel()}")
     if not 0 <= drop_fraction <= 1:
         raise ValueError(f"drop_fraction is {drop_fraction}; it must lie in [0, 1]")
-
-    before = int(torch.count_nonzero(mask))
+    count = int(torch.count_nonzero(mask))
     stay = mask
-    if links < before:
-        stay = _keep(weight, stay, links, pruning, streams("pruning"))
-    after_pruning = min(links, before)
-    drop = round(drop_fraction * after_pruning)
-    kept = stay
-    if drop:
-        kept = _keep(weight, stay, after_pruning - drop, removal, streams("removal"))
-    add = links - (after_pruning - drop)
+    if links < count:
+        stay, count = _keep(weight, mask, links, pruning, streams("pruning")), links
+    drop = round(drop_fraction * count)
+    kept = _keep(weight, stay, count - drop, removal, streams("removal")) if drop else stay
+    return stay, kept
+
+
+def regrow(
+    mask: Tensor,
+    stay: Tensor,
+    kept: Tensor,
+    *,
+    links: int,
+    regrowth: Choice,
+    streams: Callable[[str], torch.Generator],
+) -> Evolution:
+    """The second half of `evolve`: add links to `kept` until there are `links`.
+
+    Args:
+        mask: bool (out, in), the topology before the update.
+        stay: what pruning left of it.
+        kept: what removal, and percolation where there is any, left of that.
+    """
+    before, after_pruning, left = (int(torch.count_nonzero(m)) for m in (mask, stay, kept))
+    add = links - left
     if not add:
-        return Evolution(kept.clone(), before - after_pruning, drop, 0, 0.0)
+        return Evolution(kept.clone(), before - after_pruning, after_pruning - left, 0, 0.0)
     if regrowth.soft and regrowth.temperature == 1.0 and regrowth.sampler is not None:
         regrown = regrowth.sampler(kept, add, generator=streams("regrowth"))
     else:
@@ -93,7 +132,26 @@ def evolve(
             generator=streams("regrowth"),
         )
     overlap = overlap_rate(stay & ~kept, regrown)
-    return Evolution(kept | regrown, before - after_pruning, drop, add, overlap)
+    return Evolution(kept | regrown, before - after_pruning, after_pruning - left, add, overlap)
+
+
+def reselect(weight: Tensor, mask: Tensor, stored: Tensor, *, links: int, generator: torch.Generator) -> Evolution:
+    """GMP's update (arXiv 1710.01878): the `links` largest weights are links, be they links now or pruned before.
+
+    Args:
+        weight: (out, in), 0 off the mask; read only.
+        mask: bool (out, in); read only.
+        stored: (out, in), the last weight of what is no link; read only.
+        links: how many links there are afterwards.
+
+    Raises:
+        ValueError: `links` out of range, or a weight is not finite.
+    """
+    every = torch.ones_like(mask)
+    chosen = choose(torch.where(mask, weight, stored).abs_(), links, every, soft=False, generator=generator)
+    regrown = int(torch.count_nonzero(chosen & ~mask))
+    pruned = int(torch.count_nonzero(mask)) - links
+    return Evolution(chosen, pruned, regrown, regrown, 0.0)
 
 
 def _keep(weight: Tensor, mask: Tensor, k: int, choice: Choice, generator: torch.Generator) -> Tensor:

@@ -40,3 +40,12 @@ def sigmoid(step: float, start: float, end: float, initial: float, final: float,
 def cosine_anneal(step: float, end: float, initial: float) -> float:
     """initial/2·(1 + cos(π·step/end)): the drop fraction of RigL (arXiv 1911.11134), 0 from `end` on."""
     return initial / 2 * (1 + math.cos(math.pi * _progress(step, 0, end)))
+
+
+def elastic(step: float, end: float, final: float) -> float:
+    """MEST's elastic mutation and shrinkage (EM&S, arXiv 2110.14032), as sparsities: 0.05 below `final` in the first
+    0.6 of the way to `end`, 0.025 below it until `end`, and `final` from there on."""
+    t = _progress(step, 0, end)
+    if t == 1:
+        return final
+    return final - (0.05 if t < 0.6 else 0.025)

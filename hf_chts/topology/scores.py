@@ -20,6 +20,16 @@ def relative_importance(weight: Tensor, mask: Tensor, eps: float = 1e-5) -> Tens
     return size / (size.sum(1, keepdim=True) + eps) + size / (size.sum(0, keepdim=True) + eps)
 
 
+def mest(weight: Tensor, mask: Tensor, grad: Tensor) -> Tensor:
+    """|w| + 0.01·|g| on the links, 0 elsewhere; all (out, in), `grad` the gradient of the weight (arXiv 2110.14032)."""
+    return ((weight.abs() + 0.01 * grad.abs()) * mask).abs_()
+
+
+def gradient(mask: Tensor, grad: Tensor) -> Tensor:
+    """|g| where there is no link, 0 on the links; `grad` (out, in) is the dense gradient (RigL, arXiv 1911.11134)."""
+    return grad.abs().masked_fill_(mask, 0)
+
+
 def random(mask: Tensor) -> Tensor:
     """The same score for every missing link, so that any choice among them is uniform (SET, arXiv 1707.04780)."""
     return (~mask).to(torch.float32)

@@ -25,11 +25,16 @@ class ReplicatedWeights:
         return layer.weight.detach()
 
     @torch.no_grad()
-    def set_topology(self, layer: MaskedLinear, mask: Tensor) -> None:
+    def set_topology(self, layer: MaskedLinear, mask: Tensor, stored: Tensor | None = None) -> None:
         """Give the layer a new mask; weight, gradient and every moment of the links that go become 0.
 
-        Links that come were 0 in all of them, by the invariant, and stay so.
+        Links that come were 0 in all of them, by the invariant, and stay so; with `stored`, (out, in), they start with
+        its weight, and the weights of the links that go are put there.
         """
+        if stored is not None:
+            come = link_positions(mask & ~layer.mask)
+            revived = stored.view(-1)[come]
+            torch.where(layer.mask, layer.weight, stored, out=stored)
         gone = link_positions(layer.mask & ~mask)
         weight = layer.weight
         state = self.optimizer.state.get(weight, {})
@@ -39,6 +44,8 @@ class ReplicatedWeights:
                     tensor.view(-1).index_fill_(0, gone, 0)
                 else:
                     tensor.masked_fill_(~mask, 0)
+        if stored is not None:
+            weight.view(-1).index_copy_(0, come, revived)
         layer.mask.copy_(mask)
 
 
@@ -46,6 +53,15 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, in place."""
+    _, world_size = rank_and_world()
+    if world_size > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size
+    return tensor
 
 
 def share_out(costs: Mapping[str, float], world_size: int) -> dict[str, int]:

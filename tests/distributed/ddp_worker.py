@@ -91,7 +91,7 @@ def one_update(method):
     config = SparsityConfig(method=method, update_interval=4)
     sparse = sparsify(tiny_llama(seed=3), config)
     callback = TopologyCallback(sparse)
-    callback.plan = config.plan(STEPS)
+    callback.prepare(STEPS)
     optimizer = torch.optim.AdamW(sparse.model.parameters())
     callback.update(4, ReplicatedWeights(optimizer))
     return {name: mask.clone() for name, mask in sparse.masks().items()}

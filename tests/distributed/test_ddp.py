@@ -14,7 +14,7 @@ ROOT = HERE.parents[1]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("method", ["set", "chtss"])
+@pytest.mark.parametrize("method", ["set", "rigl", "gmp", "chtss"])
 def test_two_ranks(tmp_path, method):
     command = [
         str(Path(sys.executable).parent / "accelerate"), "launch",

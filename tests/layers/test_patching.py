@@ -6,8 +6,10 @@ import pytest
 import torch
 from tiny import tiny_llama
 from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from hf_chts import MaskedLinear, SparseModel, SparsityConfig, sparsify
+from hf_chts.config import METHODS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -21,7 +23,7 @@ def same(before, model):
     return types == before[1] and all(weights[name].equal(before[0][name]) for name in weights)
 
 
-@pytest.mark.parametrize("method", ["static", "set", "chts", "chtss"])
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"dense"}))
 @pytest.mark.parametrize("sparsity", [0.7, 0.95])
 def test_default_targets_and_exact_links(method, sparsity):
     model = tiny_llama()
@@ -145,6 +147,17 @@ def test_refused_before_anything_is_touched(change, values, message):
         sparsify(model, SparsityConfig(**values))
     assert same(before, model)
     assert SparseModel.of(model) is None
+
+
+def test_percolation_of_an_unknown_architecture_is_refused_by_name():
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    )
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="percolation is not known for .*GPTNeoX"):
+        sparsify(model, SparsityConfig(percolation=True))
+    assert same(before, model)
+    assert len(sparsify(model, SparsityConfig()).layers) == 4
 
 
 def test_tied_embeddings_are_refused_as_a_target():

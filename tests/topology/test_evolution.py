@@ -1,12 +1,14 @@
 """Updates worked out by hand on a 4x5 layer, and the invariants of any update."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from hf_chts.topology.evolution import Choice, evolve
+from hf_chts.topology.evolution import Choice, evolve, reselect
 from hf_chts.topology.link_prediction import ch2_l3n
 from hf_chts.topology.random_streams import random_stream
-from hf_chts.topology.scores import magnitude, random, relative_importance
+from hf_chts.topology.scores import gradient, magnitude, mest, random, relative_importance
 
 WEIGHT = torch.tensor(
     [
@@ -139,6 +141,67 @@ def test_soft_removal_prefers_small_weights_and_gets_harder():
         hard = step(weight, mask, links=1250, drop_fraction=0.0).mask
         cold[temperature] = int((kept & hard).sum()) / 1250
     assert 0.6 < cold[1.0] < cold[9.0] < 1.0
+
+
+GRADIENT = torch.tensor(
+    [
+        [9.0, -0.5, 9.0, 0.1, 9.0],
+        [0.2, 9.0, -0.9, 9.0, 0.3],
+        [9.0, 0.4, 9.0, -0.8, 0.0],
+        [-0.7, 9.0, 0.6, 0.0, 9.0],
+    ]
+)
+
+
+# RigL: ζ·9 smallest weights go, as many missing links with the largest |gradient| come; those just removed have 9
+@pytest.mark.parametrize(
+    ("drop_fraction", "gone", "come"),
+    [
+        (0.1, [(0, 2)], [(0, 2)]),
+        (0.33, [(0, 2), (1, 3), (2, 2)], [(0, 2), (1, 3), (2, 2)]),
+    ],
+)
+def test_rigl_takes_the_largest_gradients(drop_fraction, gone, come):
+    result = step(drop_fraction=drop_fraction, regrowth=Choice(partial(gradient, grad=GRADIENT)))
+    expected = MASK.clone()
+    for link in gone:
+        expected[link] = False
+    for link in come:
+        expected[link] = True
+    assert result.mask.equal(expected)
+    # without gradients on what was removed, the largest elsewhere: 0.9, 0.8, 0.7
+    elsewhere = GRADIENT.masked_fill(MASK, 0)
+    result = step(drop_fraction=0.33, regrowth=Choice(partial(gradient, grad=elsewhere)))
+    expected = MASK.clone()
+    for link in [(0, 2), (1, 3), (2, 2)]:
+        expected[link] = False
+    for link in [(1, 2), (2, 3), (3, 0)]:
+        expected[link] = True
+    assert result.mask.equal(expected)
+
+
+def test_mest_keeps_small_weights_with_large_gradients():
+    grad = torch.zeros(4, 5)
+    grad[0, 2] = -25.0  # 0.1 + 0.01 · 25 = 0.35: now above 0.2 and 0.3
+    assert mest(WEIGHT, MASK, grad)[0, 2] == pytest.approx(0.35)
+    result = step(
+        drop_fraction=0.22, removal=Choice(partial(mest, grad=grad)), regrowth=Choice(lambda mask: mask * 0.0)
+    )
+    assert result.mask[0, 2]
+    assert mest(WEIGHT, MASK, GRADIENT)[~MASK].eq(0).all()
+
+
+def test_gmp_weights_may_return():
+    stored = torch.zeros(4, 5)
+    stored[0, 1], stored[3, 3], stored[2, 4] = 0.65, -0.45, 0.05
+    # 9 → 7 links; by size 0.9 0.8 0.7 0.65 0.6 0.5 0.45 | 0.4 0.3 0.2 0.1
+    result = reselect(WEIGHT, MASK, stored, links=7, generator=random_stream(0))
+    expected = torch.zeros(4, 5, dtype=torch.bool)
+    for link in [(0, 0), (1, 1), (2, 0), (0, 1), (3, 1), (3, 4), (3, 3)]:
+        expected[link] = True
+    assert result.mask.equal(expected)
+    assert (result.pruned, result.removed, result.regrown) == (2, 2, 2)
+    assert stored[0, 1] == 0.65
 
 
 def test_bad_input():

@@ -38,6 +38,11 @@ def test_cosine_anneal():
     assert schedules.cosine_anneal(150, 100, 0.3) == pytest.approx(0.0)
 
 
+def test_elastic():
+    values = {step: schedules.elastic(step, 100, 0.9) for step in (0, 59, 60, 99, 100, 120)}
+    assert values == {0: 0.85, 59: 0.85, 60: 0.875, 99: 0.875, 100: 0.9, 120: 0.9}
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="start 5 and end 5"):
         schedules.linear(0, 5, 5, 0.0, 1.0)

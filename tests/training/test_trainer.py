@@ -9,11 +9,13 @@ import torch
 from tiny import random_blocks, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, sparsify
+from hf_chts import SparseModel, SparseTrainer, SparseTrainingArguments, SparsityConfig, sparsify
+from hf_chts.layers.coupling import couplings
 from hf_chts.topology.allocation import links_at
+from hf_chts.topology.percolation import anp_rate
 
 STEPS, INTERVAL = 24, 4
-EVOLVING = ["set", "chts", "chtss"]
+EVOLVING = ["set", "rigl", "mest", "gmp", "granet", "cht", "chts", "chtss"]
 
 
 def arguments(directory, kind=SparseTrainingArguments, **changes):
@@ -84,8 +86,9 @@ class Invariants(TrainerCallback):
         changed = 0
         for name, layer in self.trainer.sparse.layers.items():
             fresh = layer.mask & ~self.before[name]
-            assert layer.weight[fresh].eq(0).all()
-            changed += int(fresh.sum())
+            if self.trainer.sparse.config.regrown_weights == "zero":
+                assert layer.weight[fresh].eq(0).all()
+            changed += int((layer.mask != self.before[name]).sum())
             assert layer.links == links_at(layer.mask.numel(), plan.sparsity(state.global_step - state.global_step % 4))
         assert (changed > 0) <= plan.is_update(state.global_step)
         self.updates += plan.is_update(state.global_step) and changed > 0
@@ -107,6 +110,25 @@ def test_invariants_at_every_step(tmp_path, method, bf16):
     run.train()
     assert invariants.updates == (0 if method == "static" else 18 // INTERVAL)
     assert run.sparse.sparsity() == pytest.approx(0.9, abs=1e-3)
+    assert all(layer.dense_gradient is None for layer in run.sparse.layers.values())
+
+
+def test_percolation_keeps_the_links_exact_and_more_neurons_whole(tmp_path):
+    active = {}
+    for percolation in (False, True):
+        run = SparseTrainer(
+            model=tiny_llama(num_key_value_heads=2),
+            args=arguments(tmp_path, save_strategy="no"),
+            sparsity=config("set", percolation=percolation, sparsity=0.97, drop_fraction=0.3),
+            train_dataset=random_blocks(),
+        )
+        invariants = Invariants()
+        invariants.trainer = run
+        run.add_callback(invariants)
+        run.train()
+        active[percolation] = anp_rate(run.sparse.masks(), couplings(run.model, list(run.sparse.layers)))
+        assert ("active_neurons_percolated" in run.topology.history[0]) == percolation
+    assert active[True] != active[False]
 
 
 def test_zero_moments_where_links_left_and_came_back_later(tmp_path):
@@ -114,6 +136,67 @@ def test_zero_moments_where_links_left_and_came_back_later(tmp_path):
     run.train()
     for layer in run.sparse.layers.values():
         assert run.optimizer.state[layer.weight]["exp_avg"][layer.mask].ne(0).any()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_dense_gradient_is_that_of_an_unmasked_copy(tmp_path, accumulation):
+    seen = {}
+
+    class Gradients(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step + 1 == INTERVAL:
+                seen.update({name: layer.dense_gradient.clone() for name, layer in run.sparse.layers.items()})
+            else:
+                assert all(layer.dense_gradient is None for layer in run.sparse.layers.values())
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step + 1 == INTERVAL:
+                seen["model"] = copy.deepcopy(run.model)
+
+    run = trainer(
+        tmp_path, "rigl", callbacks=[Gradients()], gradient_accumulation_steps=accumulation, save_strategy="no",
+        max_grad_norm=1e-3, max_steps=8,
+    )  # fmt: skip
+    batches = []
+    inner = run.training_step
+    run.training_step = lambda model, inputs, *rest: (batches.append(inputs), inner(model, inputs, *rest))[1]
+    run.train()
+    dense = seen.pop("model")
+    dense.zero_grad()
+    SparseModel.of(dense).unsparsify()
+    for inputs in batches[(INTERVAL - 1) * accumulation : INTERVAL * accumulation]:
+        (dense(**inputs).loss / accumulation).backward()
+    assert len(seen) == 14
+    for name, gradient in seen.items():
+        torch.testing.assert_close(gradient, dense.get_parameter(f"{name}.weight").grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["set", "chtss"])
+def test_historical_weights_come_back(tmp_path, method):
+    left, back = {}, []
+
+    class History(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            self.before = {n: (x.weight.detach().clone(), x.mask.clone()) for n, x in run.sparse.layers.items()}
+
+        def on_step_end(self, args, state, control, **kwargs):
+            for name, layer in run.sparse.layers.items():
+                weight, mask = self.before[name]
+                known = left.setdefault(name, torch.zeros_like(weight))
+                come, gone = layer.mask & ~mask, mask & ~layer.mask
+                assert layer.weight[come].equal(known[come])
+                back.append(int(known[come].ne(0).sum()))
+                known[gone] = weight[gone]
+
+    run = SparseTrainer(
+        model=tiny_llama(),
+        args=arguments(tmp_path, save_strategy="no"),
+        sparsity=config(method, regrown_weights="historical", drop_fraction=0.5),
+        train_dataset=random_blocks(),
+    )
+    run.add_callback(History())
+    run.train()
+    assert sum(back) > 0
 
 
 def test_dense_is_the_plain_trainer_bit_for_bit(tmp_path):
@@ -171,6 +254,9 @@ def test_resume_bit_for_bit(tmp_path, method, checkpoint):
     resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{checkpoint}"))
     assert losses(resumed) == losses(whole)
     assert same_weights(weights(resumed), weights(whole))
+    assert whole.topology.stored.keys() == resumed.topology.stored.keys()
+    for name, stored in whole.topology.stored.items():
+        assert stored.equal(resumed.topology.stored[name])
     for name, mask in whole.sparse.masks().items():
         assert mask.equal(resumed.sparse.masks()[name])
         assert whole.topology.explored[name].equal(resumed.topology.explored[name])
