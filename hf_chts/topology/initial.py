@@ -4,8 +4,19 @@
 import torch
 from torch import Tensor
 
-from hf_chts.topology.allocation import links_at
+from hf_chts.topology.allocation import layer_links
+from hf_chts.topology.correlated import correlated
 from hf_chts.topology.sampling import choose
+from hf_chts.topology.scale_free import bipartite_scale_free
+from hf_chts.topology.small_world import bipartite_small_world
+
+__all__ = [
+    "bipartite_receptive_field",
+    "bipartite_scale_free",
+    "bipartite_small_world",
+    "correlated",
+    "erdos_renyi",
+]
 
 # Rows of BRF drawn at a time: float64 keys for all rows of a large layer would be gigabytes
 _BLOCK_ELEMENTS = 1 << 24
@@ -13,9 +24,8 @@ _BLOCK_ELEMENTS = 1 << 24
 
 def erdos_renyi(out_features: int, in_features: int, sparsity: float, *, generator: torch.Generator) -> Tensor:
     """Every set of links equally likely, with the exact number of links."""
-    _check(out_features, in_features, sparsity)
+    links = layer_links(out_features, in_features, sparsity)
     every = torch.ones(out_features, in_features, dtype=torch.bool, device=generator.device)
-    links = links_at(every.numel(), sparsity)
     return choose(every.to(torch.float32), links, every, soft=True, generator=generator)
 
 
@@ -42,11 +52,10 @@ def bipartite_receptive_field(
     Raises:
         ValueError: a size, `sparsity`, `r` or `degree_distribution` out of range.
     """
-    _check(out_features, in_features, sparsity)
+    total = layer_links(out_features, in_features, sparsity)
     if not 0 <= r <= 1:
         raise ValueError(f"r of the bipartite receptive field is {r}; it must lie in [0, 1]")
     device = generator.device
-    total = links_at(out_features * in_features, sparsity)
     if degree_distribution == "fixed":
         degrees = _fixed_degrees(out_features, total, generator)
     elif degree_distribution == "uniform":
@@ -98,10 +107,3 @@ def _uniform_degrees(nodes: int, largest: int, total: int, generator: torch.Gene
         order = torch.randperm(room.numel(), generator=generator, device=device)
         degrees[room[order[: abs(error)]]] += 1 if error > 0 else -1
     return degrees
-
-
-def _check(out_features: int, in_features: int, sparsity: float) -> None:
-    if out_features < 1 or in_features < 1:
-        raise ValueError(f"a layer has at least one node a side; got {out_features} x {in_features}")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity}; it must lie in [0, 1)")

@@ -70,20 +70,23 @@ def node_based_scores(mask: Tensor, strength: Strength) -> Tensor:
     check_mask(mask)
     links = mask.to(torch.float32)
     scores = torch.empty_like(links)
-    for rows, pairs in bridges(links, strength):
+    for rows, pairs in bridges(mask, links, strength):
         torch.mm(pairs, links, out=scores[rows])
-    for rows, pairs in bridges(links.t(), strength):
+    for rows, pairs in bridges(mask.t(), links.t(), strength):
         scores[:, rows].addmm_(links, pairs.t())
     return scores.masked_fill_(mask, 0)
 
 
-def bridges(links: Tensor, strength: Strength) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (rows, strengths of the pairs (i, j) of nodes for i in rows and all j) over the nodes of `links`' rows."""
+def bridges(mask: Tensor, links: Tensor, strength: Strength) -> Iterator[tuple[slice, Tensor]]:
+    """Yields (rows, strengths of the pairs (i, j) of nodes for i in rows and all j) over the nodes of the rows.
+
+    `links` is `mask` in float32, (nodes, others).
+    """
     degree = links.sum(1)
     # 8-bit integer products are several times as fast on CPUs (AVX512-VNNI), and as exact. They want the nodes as the
     # fast dimension of both operands, and on CUDA they have restrictions on shapes, where fp32 counts exactly too.
     integer = links.device.type == "cpu"
-    by_neighbour = links.t().to(torch.int8).contiguous() if integer else links.t()
+    by_neighbour = mask.t().contiguous().view(torch.int8) if integer else links.t()
     for start in range(0, links.shape[0], _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
         block = by_neighbour[:, rows].t()

@@ -106,7 +106,7 @@ class _Paths:
         self.neighbour = (link_positions(mask) % mask.shape[1]).to(torch.int32)
         # Running sums over each row of strength · degree. In float32 a weight is off by 1e-7 of its row's sum at most.
         self.running = torch.empty(nodes, nodes, dtype=torch.float32, device=mask.device)
-        for rows, pairs in bridges(weights, strength):
+        for rows, pairs in bridges(mask, weights, strength):
             pairs.mul_(degree)
             # a pair of a node with itself leads only to its own links
             pairs.diagonal(rows.start).zero_()

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ SCORES: dict[str, Callable[..., Tensor]] = {
     "ch3_l3n": link_prediction.ch3_l3n,
     "ch3_1_l3n": link_prediction.ch3_1_l3n,
 }
+# Layers that are evolved at a time in one process: each holds several copies of itself meanwhile
+_WORKERS = 4
+_T = TypeVar("_T")
 NEED_GRADIENT = ("mest", "gradient")
 # soft regrowth that needs no scores
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
@@ -142,16 +146,19 @@ class TopologyCallback(TrainerCallback):
         }
         dealt = share_out(costs, world_size)
         owner = {name: dealt[group[0]] for group in self.groups for name in group}
+        gradients: dict[str, Tensor | None] = {}
+        for name, layer in layers.items():
+            gradient, layer.dense_gradient = layer.dense_gradient, None
+            gradients[name] = None if gradient is None else mean_over_ranks(gradient)
         mine = {}
-        for group in self.groups:
-            gradients = {}
-            for name in group:
-                gradient, layers[name].dense_gradient = layers[name].dense_gradient, None
-                gradients[name] = None if gradient is None else mean_over_ranks(gradient)
-            if dealt[group[0]] == rank:
-                whole = {name: weights.weight(layers[name]) for name in group}
-                for name, result in self._evolve(group, step, whole, gradients).items():
-                    mine[name] = (result.mask, (result.pruned, result.removed, result.regrown, result.overlap))
+
+        def evolve(group: list[str]) -> dict[str, Evolution]:
+            whole = {name: weights.weight(layers[name]) for name in group}
+            return self._evolve(group, step, whole, gradients)
+
+        for results in _in_threads(evolve, [group for group in self.groups if dealt[group[0]] == rank]):
+            for name, result in results.items():
+                mine[name] = (result.mask, (result.pruned, result.removed, result.regrown, result.overlap))
         totals = [0.0, 0.0, 0.0, 0.0]
         for name, (mask, (pruned, removed, regrown, overlap)) in exchange(mine, layers, owner).items():
             weights.set_topology(layers[name], mask, self.stored.get(name))
@@ -237,6 +244,24 @@ class TopologyCallback(TrainerCallback):
             "links_removed": int(pruned + removed),
             "links_regrown": int(regrown),
         }
+
+
+def _in_threads(evolve: Callable[[list[str]], _T], groups: list[list[str]]) -> Iterator[_T]:
+    """`evolve` of every group, in order; some groups at a time where the work is done by CPU threads.
+
+    An update is many small operations, which gain little from several threads each. Results do not depend on it: every
+    layer has its own random streams.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, _WORKERS, len(groups))
+    if workers <= 1 or torch.get_default_device().type != "cpu":
+        yield from map(evolve, groups)
+        return
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+            yield from pool.map(evolve, groups)
+    finally:
+        torch.set_num_threads(threads)  # MKL's number is not a thread's own
 
 
 def update_cost(shape: torch.Size | tuple[int, ...], config: SparsityConfig) -> float:

@@ -1,0 +1,60 @@
+"""Correlated sparse topological initialization (CSTI), for layers that see raw input."""
+
+import torch
+from torch import Tensor
+
+from hf_chts.topology.allocation import layer_links
+from hf_chts.topology.sampling import choose
+
+# Rows of the correlation matrix computed at a time, in float64
+_BLOCK_ROWS = 1024
+
+
+def correlated(inputs: Tensor, out_features: int, sparsity: float, *, generator: torch.Generator) -> Tensor:
+    """CSTI: links where the layer's input features are correlated over calibration inputs (arXiv 2501.19107, App. D).
+
+    The Pearson correlations between the features, with 0 for a feature with itself and for one that is constant, are
+    tiled and cut to (out, in): output i stands for feature i mod in. The links are at the largest absolute values,
+    equals chosen uniformly at random.
+
+    Args:
+        inputs: (samples, in) floating point or integer, two samples at least: what the layer sees, flattened to rows.
+        out_features: outputs of the layer.
+
+    Returns:
+        bool (out, in) with exactly `links_at(out * in, sparsity)` links, on the generator's device.
+
+    Raises:
+        ValueError: `inputs` of another shape, with fewer than two samples, or not finite; a size or `sparsity` out of
+            range.
+    """
+    if inputs.dim() != 2:
+        raise ValueError(
+            f"calibration inputs are (samples, in_features); got {tuple(inputs.shape)}: flatten(0, -2) them"
+        )
+    samples, ins = inputs.shape
+    if samples < 2:
+        raise ValueError(f"a correlation takes at least two calibration samples; got {samples}")
+    total = layer_links(out_features, ins, sparsity)
+    values = inputs.detach().to(generator.device, torch.float64)
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            f"{int((~torch.isfinite(values)).sum())} of the {values.numel()} calibration inputs are not finite: "
+            "leave those samples out"
+        )
+
+    # told by its values: its deviations from the mean are rounding errors, and would correlate with anything
+    constant = (values == values[0]).all(0)
+    values = values / values.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)  # so that no square overflows
+    values = values - values.mean(0)
+    values = values / values.norm(dim=0)
+    values[:, constant] = 0  # (samples, in), each feature of mean 0 and length 1
+
+    scores = torch.empty(min(out_features, ins), ins, dtype=torch.float32, device=generator.device)
+    for start in range(0, len(scores), _BLOCK_ROWS):
+        block = slice(start, min(start + _BLOCK_ROWS, len(scores)))
+        # rounding to float32 makes equal what differs in its last place, such as (a, b) and (b, a)
+        scores[block] = (values[:, block].t() @ values).abs_().float()
+    scores.diagonal().zero_()
+    scores = scores.repeat(-(-out_features // ins), 1)[:out_features]
+    return choose(scores, total, torch.ones_like(scores, dtype=torch.bool), soft=False, generator=generator)

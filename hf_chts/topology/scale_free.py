@@ -1,0 +1,128 @@
+"""Bipartite scale-free (BSF): a Barabási-Albert network made bipartite, hubs included."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_chts.topology.allocation import apportion, layer_links
+
+
+def bipartite_scale_free(
+    out_features: int,
+    in_features: int,
+    sparsity: float,
+    *,
+    equal_partition: bool = False,
+    resort: bool = False,
+    generator: torch.Generator,
+) -> Tensor:
+    """BSF: links drawn at random with the degrees of a Barabási-Albert network (arXiv 2501.19107, App. D and E).
+
+    A Barabási-Albert network is grown on out + in nodes with about as many links as the layer, and its nodes are dealt
+    to the two sides at random. The paper then rewires the links inside a side so that they join the sides and all nodes
+    keep their degrees. Here the degrees are kept and all links drawn anew: each side's degrees are scaled to add up to
+    the number of links (their own sum is another, above all where the sides differ in size) and cut off at the size of
+    the other side, with the excess shared among the others; then a network with exactly these degrees is drawn at
+    random. In dense or tiny layers there may be none, and some nodes of the larger side get a few links more or fewer.
+    Above half density the cut-off leaves little of the heavy tail.
+
+    Args:
+        equal_partition: every input has the same degree (to within one link), and outputs keep theirs; for a layer
+            that sees raw input, where no feature should be a hub by chance.
+        resort: nodes in order of degree on both sides, the largest first, instead of at random, so that the hubs of
+            one layer's output meet those of the next one's input, if that is resorted too.
+
+    Returns:
+        bool (out, in) with exactly `links_at(out * in, sparsity)` links, on the generator's device.
+
+    Raises:
+        ValueError: a size or `sparsity` out of range.
+    """
+    total = layer_links(out_features, in_features, sparsity)
+    degrees = _barabasi_albert_degrees(out_features + in_features, total, generator)
+    order = torch.randperm(len(degrees), generator=generator, device=degrees.device)
+    outs = apportion(degrees[order[:out_features]], total, in_features)
+    ins = degrees[order[out_features:]]
+    ins = apportion(torch.ones_like(ins) if equal_partition else ins, total, out_features)
+    if resort:
+        outs, ins = outs.sort(descending=True).values, ins.sort(descending=True).values
+    elif equal_partition:
+        # else the inputs with one link more would be the first ones
+        ins = ins[torch.randperm(in_features, generator=generator, device=ins.device)]
+    if out_features <= in_features:
+        return _connect(outs, ins, generator)
+    return _connect(ins, outs, generator).t().contiguous()
+
+
+def _barabasi_albert_degrees(nodes: int, links: int, generator: torch.Generator) -> Tensor:
+    """Degrees, oldest node first, of a Barabási-Albert network with the whole number k of links for each new node that
+    comes nearest to `links` in all. It grows from a star of k + 1 nodes.
+
+    Returns:
+        int64 (nodes,), at least 1 each, 2·k·(nodes − k) in all.
+    """
+    # k + k·(nodes − k − 1) links; `links` is at most nodes²/4
+    k = max(1, round((nodes - math.sqrt(nodes**2 - 4 * links)) / 2))
+    degrees = torch.zeros(nodes, dtype=torch.float64, device=generator.device)
+    degrees[0], degrees[1 : k + 1] = k, 1
+    for node in range(k + 1, nodes):
+        degrees[_draw(degrees[:node].log(), k, generator)] += 1
+        degrees[node] = k
+    return degrees.to(torch.int64)
+
+
+def _connect(rows: Tensor, columns: Tensor, generator: torch.Generator) -> Tensor:
+    """A random bool matrix with the row sums `rows` and the column sums `columns`. Where there is none, some columns
+    get a few links more or fewer.
+
+    Sequential sampling after Chen, Diaconis, Holmes and Liu (JASA 100, 2005): row by row, the largest first, each draws
+    its columns without replacement in proportion to the odds of a column to be one of its own, which are open links
+    over rows that could do without.
+    """
+    by_size, order = rows.sort(descending=True)
+    mask = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
+    open_links = columns.to(torch.float64)
+    sums = by_size.cumsum(0)
+    if not _can_be_connected(sums, open_links):
+        open_links -= _unplaced(by_size, open_links)
+    for done, (row, degree) in enumerate(zip(order.tolist(), by_size.tolist(), strict=True)):
+        # log 0 = −inf keeps a finished column out; division by 0 gives +inf to one that needs all rows left
+        odds = open_links / (len(rows) - done - open_links)
+        chosen = _draw(odds.log(), degree, generator)
+        left = open_links.clone()
+        left[chosen] -= 1
+        if not _can_be_connected(sums[done + 1 :] - sums[done], left):
+            chosen = _fullest(open_links, degree)
+            left = open_links.clone()
+            left[chosen] -= 1
+        mask[row, chosen] = True
+        open_links = left
+    return mask
+
+
+def _fullest(open_links: Tensor, degree: int) -> Tensor:
+    """The columns with most open links: a choice that never leads to a dead end where there is a way out (Ryser)."""
+    return open_links.argsort(descending=True, stable=True)[:degree]
+
+
+def _unplaced(by_size: Tensor, columns: Tensor) -> Tensor:
+    """What remains open of the columns (below 0: what they have too many) once all rows took the fullest ones."""
+    left = columns.clone()
+    for degree in by_size.tolist():
+        left[_fullest(left, degree)] -= 1
+    return left
+
+
+def _can_be_connected(sums: Tensor, columns: Tensor) -> bool:
+    """Gale and Ryser's condition: the k largest rows together, `sums[k - 1]`, find as many links as they need in
+    Σ min(column, k), for all k."""
+    counts = torch.bincount(columns.to(torch.int64), minlength=len(sums) + 1)
+    or_more = counts.flip(0).cumsum(0).flip(0)[1 : len(sums) + 1]  # columns of degree 1, 2, … or more
+    return bool((sums <= or_more.cumsum(0)).all())
+
+
+def _draw(log_weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k distinct indices, drawn one after another in proportion to the weights; +inf goes first, −inf last."""
+    uniform = torch.rand(log_weights.shape, dtype=torch.float64, device=log_weights.device, generator=generator)
+    return (log_weights - uniform.neg_().log1p_().neg_().log_()).topk(k, sorted=False).indices
