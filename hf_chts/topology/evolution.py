@@ -131,7 +131,7 @@ def regrow(
             temperature=regrowth.temperature,
             generator=streams("regrowth"),
         )
-    overlap = overlap_rate(stay & ~kept, regrown)
+    overlap = overlap_rate(stay, regrown)  # what is regrown was not kept: if it stayed, it was removed
     return Evolution(kept | regrown, before - after_pruning, after_pruning - left, add, overlap)
 
 

@@ -46,30 +46,29 @@ def _sample(mask: Tensor, k: int, strength: Strength, generator: torch.Generator
     links = int(torch.count_nonzero(mask))
     missing = mask.numel() - links
     taken = mask.clone()
+    remaining = k
     # Where many of the missing links are wanted, or most paths end on a link, the scores are the cheaper way; and in
     # very oblong layers the pairs of the longer side would take more memory than the scores.
     if 0 < 8 * k <= missing and 2 * missing >= mask.numel() and max(mask.shape) <= 4 * min(mask.shape):
-        _draw_paths(taken, mask, k, strength, generator)
-    remaining = links + k - int(torch.count_nonzero(taken))
+        remaining = _draw_paths(taken, mask, k, strength, generator)
     if remaining:
         scores = node_based_scores(mask, strength)
         return (taken | choose(scores, remaining, ~taken, soft=True, generator=generator)) & ~mask
     return taken & ~mask
 
 
-def _draw_paths(taken: Tensor, mask: Tensor, k: int, strength: Strength, generator: torch.Generator) -> None:
-    """Mark up to k drawn links in `taken`, which starts as a copy of `mask`."""
+def _draw_paths(taken: Tensor, mask: Tensor, k: int, strength: Strength, generator: torch.Generator) -> int:
+    """Mark up to k drawn links in `taken`, which starts as a copy of `mask`; returns how many are missing."""
     weights = mask.to(torch.float32)
     outputs, inputs = _Paths(mask, weights, strength), _Paths(mask.t(), weights.t(), strength)
     del weights
     total = outputs.total + inputs.total
-    wanted = int(torch.count_nonzero(mask)) + k
     width = mask.shape[1]
     flat = taken.view(-1)
     remaining, draws = k, 2 * k
     for _ in range(_ROUNDS):
         if not remaining or not total:
-            return
+            break
         points = torch.rand(draws + 64, dtype=torch.float64, device=mask.device, generator=generator)
         points.mul_(total)
         by_outputs = points < outputs.total
@@ -80,10 +79,12 @@ def _draw_paths(taken: Tensor, mask: Tensor, k: int, strength: Strength, generat
         ends[~by_outputs] = torch.where(real, out * width + inn, -1)
         ends = ends[ends >= 0]
         fresh = ends[~flat[ends]]
-        flat[_first_distinct(fresh, remaining)] = True
-        before, remaining = remaining, wanted - int(torch.count_nonzero(flat))
+        fresh = _first_distinct(fresh, remaining)
+        flat[fresh] = True
+        remaining -= len(fresh)
         # as many draws for each link as it took now, and some
-        draws = min(3 * draws * remaining // (2 * max(before - remaining, 1)), mask.numel())
+        draws = min(3 * draws * remaining // (2 * max(len(fresh), 1)), mask.numel())
+    return remaining
 
 
 def _first_distinct(values: Tensor, k: int) -> Tensor:
@@ -129,11 +130,10 @@ class _Paths:
     def _search(self, row: Tensor, value: Tensor) -> Tensor:
         """The first position in each of the rows whose running sum exceeds `value`, the last if none does."""
         nodes = self.running.shape[1]
-        running, start = self.running.view(-1), row * nodes
-        low, high = torch.zeros_like(row), torch.full_like(row, nodes - 1)
-        for _ in range(nodes.bit_length()):
-            middle = (low + high) // 2
-            beyond = running.index_select(0, start + middle) > value
-            high = torch.where(beyond, middle, high)
-            low = torch.where(beyond, low, middle + 1)
-        return high
+        # how many of a row's sums do not exceed the value, found bit by bit from the highest
+        running, start = self.running.view(-1), row * nodes - 1
+        count = torch.zeros_like(row)
+        for bit in reversed(range(nodes.bit_length())):
+            probe = (count + (1 << bit)).clamp_(max=nodes)
+            count = torch.where(running.index_select(0, start + probe) <= value, probe, count)
+        return count.clamp_(max=nodes - 1)

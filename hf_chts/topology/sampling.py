@@ -73,14 +73,13 @@ def choose(
     elif temperature == 1.0 and k <= positive // 8:
         picked = _draws(weights, k, generator)
     else:
-        picked = torch.zeros_like(weights, dtype=torch.bool)
-        picked[_race(weights, k, temperature, generator)] = True
+        picked = _race(weights, k, temperature, generator)
     chosen = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
     chosen[index[picked]] = True
     return chosen.view(candidates.shape)
 
 
-# Below, weights are (n,), and a choice is bool (n,).
+# Below, weights are (n,), and a choice is bool (n,) or a list of distinct indices (k,).
 
 
 def _highest(weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
