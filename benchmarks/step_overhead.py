@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig
 
@@ -74,6 +74,7 @@ def measure(model: str, batch: int, length: int, steps: int, repeats: int) -> di
             trainer = SparseTrainer(args=SparseTrainingArguments(**settings), sparsity=sparsity, **common)
         else:
             trainer = Trainer(args=TrainingArguments(**settings), **common)
+        trainer.remove_callback(PrinterCallback)  # standard output is for the JSON lines
         trainer.train()
         return statistics.median(watch.seconds[2:])
 
@@ -102,6 +103,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama_60m", help="a file of configs/models (default: llama_60m)")
     parser.add_argument("--repeats", type=int, default=9, help="pairs of runs for each batch (default: 9)")
+    parser.add_argument(
+        "--batches", nargs="+", default=["8x256", "1x128"], help="sequences x tokens (default: 8x256 1x128)"
+    )
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.model, 8, 256, 6, arguments.repeats)), flush=True)
-    print(json.dumps(measure(arguments.model, 1, 128, 12, arguments.repeats)), flush=True)
+    for batch in arguments.batches:
+        sequences, length = (int(number) for number in batch.split("x"))
+        # about as many seconds for a small batch as for a large one
+        steps = max(6, min(24, 12_288 // (sequences * length)))
+        print(json.dumps(measure(arguments.model, sequences, length, steps, arguments.repeats)), flush=True)

@@ -65,7 +65,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "initial_topology": ("erdos_renyi", "bipartite_receptive_field"),
+    "initial_topology": (
+        "erdos_renyi",
+        "bipartite_receptive_field",
+        "bipartite_small_world",
+        "bipartite_scale_free",
+        "correlated",
+    ),
+    "allocation": ("uniform", "erdos_renyi"),
     "brf_degrees": ("fixed", "uniform"),
     "removal": ("magnitude", "relative_importance", "mest"),
     "removal_choice": ("hard", "soft"),
@@ -108,11 +115,20 @@ class SparsityConfig:
         "Linear layers to make sparse: suffixes of module names (q_proj) or regular expressions that match whole "
         "names. None: all linear projections of the decoder blocks; embeddings and lm_head stay dense.",
     )
+    allocation: str = _option(
+        "uniform",
+        "How the links are shared out among layers: uniform, the same sparsity in each; erdos_renyi, density in "
+        "proportion to (out + in)/(out·in).",
+    )
     initial_topology: str = _by_method(
-        "initial_topology", "Topology at step 0: erdos_renyi or bipartite_receptive_field."
+        "initial_topology",
+        f"Topology at step 0: {', '.join(CHOICES['initial_topology'])} (correlated needs calibration inputs).",
     )
     brf_r: float = _option(0.1, "Spread of the bipartite receptive field: 0 takes the nearest inputs, 1 is uniform.")
     brf_degrees: str = _option("fixed", "Output degrees of the receptive field: fixed or uniform.")
+    bsw_beta: float = _option(0.25, "Share of the bipartite small world's links that are rewired, in [0, 1].")
+    bsf_equal_partition: bool = _option(False, "Give all inputs of the bipartite scale-free network one degree.")
+    bsf_resort: bool = _option(False, "Order both sides of the bipartite scale-free network by degree.")
     removal: str = _by_method("removal", f"Score by which links are removed: {', '.join(CHOICES['removal'])}.")
     removal_choice: str = _by_method("removal_choice", "hard keeps the highest scores; soft samples them by score^T.")
     softness_start: float = _option(0.5, "Softness δ of a soft removal at the first update, T = δ/(1−δ), in [0, 1).")
@@ -268,7 +284,7 @@ class SparsityConfig:
                     f"{name} is {value}; it is a share of missing links strictly between 0 and 1 "
                     "(0.9 keeps 10% of the links). For a dense model use method: dense"
                 )
-        for name in ("brf_r", "drop_fraction", "update_until", "sparsity_schedule_until"):
+        for name in ("brf_r", "bsw_beta", "drop_fraction", "update_until", "sparsity_schedule_until"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         for name in ("softness_start", "softness_end"):
@@ -319,7 +335,7 @@ class SparsityConfig:
             value = getattr(self, name)
             if hint is float and isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(self, name, float(value))
-            elif hint in (float, int, str) and (not isinstance(value, hint) or isinstance(value, bool)):
+            elif hint in (float, int, str, bool) and type(value) is not hint:
                 advice = ""
                 if isinstance(value, str) and hint is float:
                     advice = " (YAML reads 3e-1 as text: write 3.0e-1)"
@@ -333,7 +349,7 @@ class SparsityConfig:
 
 
 def _article(kind: type) -> str:
-    return {float: "a number", int: "a whole number", str: "text"}[kind]
+    return {float: "a number", int: "a whole number", str: "text", bool: "true or false"}[kind]
 
 
 def _unknown(what: str, value: Any, known: Any) -> str:

@@ -69,6 +69,9 @@ def test_a_sparsity_may_stay_where_the_method_is_changed_to_dense():
         ({"target_modules": []}, "must be a list of module names"),
         ({"brf_r": 2}, "brf_r is 2.0"),
         ({"method": "mest", "initial_sparsity": 0.5}, "elastic schedule starts 0.05 below a sparsity of 0.9"),
+        ({"allocation": "global"}, "unknown allocation 'global'"),
+        ({"percolation": "yes"}, "percolation is 'yes'; it must be true or false"),
+        ({"method": "gmp", "percolation": True}, "percolation is true, but with regrowth 'stored'"),
         ({"regrowth": "stored"}, "Set regrown_weights: historical"),
     ],
 )

@@ -1,6 +1,7 @@
 """sparsify(): which projections of a model become masked layers, with which topology; and dense again."""
 
 import re
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -10,8 +11,14 @@ from transformers import PreTrainedModel
 from hf_chts.config import SparsityConfig
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.masked_linear import MaskedLinear
-from hf_chts.topology.allocation import links_at
-from hf_chts.topology.initial import bipartite_receptive_field, erdos_renyi
+from hf_chts.topology.allocation import allocate, links_at
+from hf_chts.topology.initial import (
+    bipartite_receptive_field,
+    bipartite_scale_free,
+    bipartite_small_world,
+    correlated,
+    erdos_renyi,
+)
 from hf_chts.topology.random_streams import random_stream
 
 _HANDLE = "_hf_chts_sparse_model"
@@ -78,7 +85,13 @@ class SparseModel:
         self.model._ddp_params_and_buffers_to_ignore = [*others, *sorted(mine)]  # type: ignore[assignment]
 
 
-def sparsify(model: nn.Module, config: SparsityConfig, *, masks: dict[str, Tensor] | None = None) -> SparseModel:
+def sparsify(
+    model: nn.Module,
+    config: SparsityConfig,
+    *,
+    masks: dict[str, Tensor] | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
+) -> SparseModel:
     """Make the target layers of `model` sparse, in place.
 
     Args:
@@ -86,6 +99,8 @@ def sparsify(model: nn.Module, config: SparsityConfig, *, masks: dict[str, Tenso
         config: what to patch and with which initial topology; with method "dense" nothing is.
         masks: topologies to take over instead of drawing initial ones, bool (out, in) by layer name, for exactly the
             target layers.
+        calibration: for the initial topology "correlated", the inputs of every target layer over some samples,
+            (samples, in_features) by layer name.
 
     Returns:
         The handle; also found again with `SparseModel.of(model)`.
@@ -100,9 +115,7 @@ def sparsify(model: nn.Module, config: SparsityConfig, *, masks: dict[str, Tenso
     if config.percolation and targets:
         couplings(cast(PreTrainedModel, model), list(targets))  # refuses architectures whose coupling is not known
     if masks is None:
-        masks = {
-            name: initial_mask(linear.weight, index, config) for index, (name, linear) in enumerate(targets.items())
-        }
+        masks = initial_masks({name: linear.weight for name, linear in targets.items()}, config, calibration)
     else:
         _check_masks(masks, targets)
     layers = {name: MaskedLinear.convert(linear, masks[name]) for name, linear in targets.items()}
@@ -150,22 +163,65 @@ def find_targets(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Linea
     return targets
 
 
-def initial_mask(weight: Tensor, index: int, config: SparsityConfig) -> Tensor:
-    """The initial topology of the `index`-th layer, bool, shape and device of `weight` (out, in)."""
-    # drawn on the CPU, so that it is the same whatever device the model is on
-    generator = random_stream(config.topology_seed, 0, index, "initial topology")
-    shape = (weight.shape[0], weight.shape[1])
-    if config.initial_topology == "erdos_renyi":
-        mask = erdos_renyi(*shape, config.initial_sparsity, generator=generator)
-    else:
-        mask = bipartite_receptive_field(
-            *shape,
-            config.initial_sparsity,
-            r=config.brf_r,
-            degree_distribution=config.brf_degrees,
-            generator=generator,
+def initial_masks(
+    weights: Mapping[str, Tensor], config: SparsityConfig, calibration: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The initial topologies of layers with these weights (out, in), by name: bool, on the weights' devices.
+
+    Raises:
+        ValueError: the initial topology is "correlated" and calibration inputs are missing or do not fit.
+    """
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+    sparsities = allocated(shapes, config.initial_sparsity, config)
+    masks = {}
+    for index, (name, shape) in enumerate(shapes.items()):
+        # drawn on the CPU, so that it is the same whatever device the model is on
+        generator = random_stream(config.topology_seed, 0, index, "initial topology")
+        if config.initial_topology == "correlated":
+            inputs = _calibration_inputs(name, shape, calibration)
+            mask = correlated(inputs, shape[0], sparsities[name], generator=generator)
+        else:
+            mask = _INITIAL[config.initial_topology](*shape, sparsities[name], config, generator)
+        masks[name] = mask.to(weights[name].device)
+    return masks
+
+
+def allocated(shapes: Mapping[str, tuple[int, int]], sparsity: float, config: SparsityConfig) -> dict[str, float]:
+    """The sparsity of each layer where that of all is `sparsity`."""
+    if config.allocation == "uniform":
+        return dict.fromkeys(shapes, sparsity)  # each layer to its own nearest link, whatever the total
+    return allocate(shapes, sparsity, config.allocation)
+
+
+_INITIAL: dict[str, Callable[[int, int, float, SparsityConfig, torch.Generator], Tensor]] = {
+    "erdos_renyi": lambda out, inn, sparsity, config, generator: erdos_renyi(out, inn, sparsity, generator=generator),
+    "bipartite_receptive_field": lambda out, inn, sparsity, config, generator: bipartite_receptive_field(
+        out, inn, sparsity, r=config.brf_r, degree_distribution=config.brf_degrees, generator=generator
+    ),
+    "bipartite_small_world": lambda out, inn, sparsity, config, generator: bipartite_small_world(
+        out, inn, sparsity, beta=config.bsw_beta, generator=generator
+    ),
+    "bipartite_scale_free": lambda out, inn, sparsity, config, generator: bipartite_scale_free(
+        out,
+        inn,
+        sparsity,
+        equal_partition=config.bsf_equal_partition,
+        resort=config.bsf_resort,
+        generator=generator,
+    ),
+}
+
+
+def _calibration_inputs(name: str, shape: tuple[int, int], calibration: Mapping[str, Tensor] | None) -> Tensor:
+    inputs = (calibration or {}).get(name)
+    if inputs is None or inputs.dim() != 2 or inputs.shape[1] != shape[1]:
+        given = "nothing" if inputs is None else str(tuple(inputs.shape))
+        raise ValueError(
+            f"the initial topology 'correlated' needs calibration inputs (samples, {shape[1]}) for {name}, got "
+            f"{given}: pass sparsify(model, config, calibration={{layer name: inputs}}), or choose another "
+            "initial_topology"
         )
-    return mask.to(weight.device)
+    return inputs
 
 
 def _block_projections(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:

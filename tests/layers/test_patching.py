@@ -73,6 +73,42 @@ def test_the_topology_depends_on_its_seed_alone():
     assert not q.equal(k)
 
 
+@pytest.mark.parametrize("topology", ["bipartite_small_world", "bipartite_scale_free"])
+def test_other_initial_topologies(topology):
+    config = SparsityConfig(method="set", initial_topology=topology, bsw_beta=0.0, bsf_equal_partition=True)
+    layers = sparsify(tiny_llama(), config).layers
+    assert all(layer.links == round(layer.mask.numel() * 0.1) for layer in layers.values())
+    columns = layers["model.layers.0.self_attn.q_proj"].mask.sum(0)
+    assert columns.max() - columns.min() <= 1  # β = 0 is a lattice; equal partition is asked for
+    rows = layers["model.layers.0.self_attn.q_proj"].mask.sum(1)
+    assert (rows.max() - rows.min() > 1) == (topology == "bipartite_scale_free")
+
+
+def test_correlated_needs_calibration_inputs():
+    config = SparsityConfig(method="set", initial_topology="correlated", target_modules=["q_proj"])
+    model = tiny_llama()
+    before = snapshot(model)
+    wrong = {f"model.layers.{i}.self_attn.q_proj": torch.randn(20, 39) for i in range(2)}
+    for calibration in (None, wrong):
+        with pytest.raises(ValueError, match=r"needs calibration inputs \(samples, 40\) for model.layers.0"):
+            sparsify(model, config, calibration=calibration)
+    assert same(before, model)
+    inputs = {name: torch.randn(20, 40) for name in wrong}
+    sparse = sparsify(model, config, calibration=inputs)
+    for name, layer in sparse.layers.items():
+        strength = torch.corrcoef(inputs[name].T).abs().fill_diagonal_(0)
+        assert strength[layer.mask].min() >= strength[~layer.mask].max() - 1e-6
+
+
+def test_allocation_by_nodes():
+    config = SparsityConfig(method="set", allocation="erdos_renyi")
+    sparse = sparsify(tiny_llama(), config)
+    assert sparse.links() == round(0.1 * sum(mask.numel() for mask in sparse.masks().values()))
+    square = sparse.layers["model.layers.0.self_attn.q_proj"]  # 80 nodes to 1,600 weights
+    oblong = sparse.layers["model.layers.0.mlp.up_proj"]  # 100 nodes to 2,400 weights
+    assert square.links / oblong.links == pytest.approx(80 / 100, rel=0.02)
+
+
 def test_dense_changes_nothing():
     model = tiny_llama()
     before = snapshot(model)

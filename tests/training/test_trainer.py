@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_chts import SparseModel, SparseTrainer, SparseTrainingArguments, SparsityConfig, sparsify
 from hf_chts.layers.coupling import couplings
-from hf_chts.topology.allocation import links_at
+from hf_chts.topology.allocation import allocate_links, links_at
 from hf_chts.topology.percolation import anp_rate
 
 STEPS, INTERVAL = 24, 4
@@ -129,6 +129,22 @@ def test_percolation_keeps_the_links_exact_and_more_neurons_whole(tmp_path):
         active[percolation] = anp_rate(run.sparse.masks(), couplings(run.model, list(run.sparse.layers)))
         assert ("active_neurons_percolated" in run.topology.history[0]) == percolation
     assert active[True] != active[False]
+
+
+def test_allocation_over_layers_holds_at_every_update(tmp_path):
+    run = SparseTrainer(
+        model=tiny_llama(),
+        args=arguments(tmp_path, save_strategy="no"),
+        sparsity=config("chtss", allocation="erdos_renyi"),
+        train_dataset=random_blocks(),
+    )
+    run.train()
+    shapes = {name: tuple(mask.shape) for name, mask in run.sparse.masks().items()}
+    assert {name: layer.links for name, layer in run.sparse.layers.items()} == allocate_links(
+        shapes, 0.9, "erdos_renyi"
+    )
+    possible = sum(mask.numel() for mask in run.sparse.masks().values())
+    assert run.sparse.links() == round(possible * 0.1)
 
 
 def test_zero_moments_where_links_left_and_came_back_later(tmp_path):
