@@ -26,7 +26,7 @@ def main() -> None:
         )
         trainer = build_trainer(model_args, data_args, sparsity, args)
     except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"train_llama.py: {error}") from error
+        raise SystemExit(f"train_llama.py: {' '.join(str(error).split())}") from error  # one line, whoever raised it
 
     use_all_cores(args)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))

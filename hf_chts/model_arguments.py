@@ -36,6 +36,8 @@ def load_config(args: ModelArguments, root: Path) -> AutoConfig:
     name = args.model
     if not Path(name).exists() and (root / name).exists():
         name = str(root / name)
+    elif name.endswith(".json") and not Path(name).exists():
+        raise ValueError(f"model {name!r}: there is no such config file, neither here nor in {root}")
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
