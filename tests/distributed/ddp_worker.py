@@ -92,6 +92,9 @@ def one_update(method):
     sparse = sparsify(tiny_llama(seed=3), config)
     callback = TopologyCallback(sparse)
     callback.prepare(STEPS)
+    if config.needs_gradient:
+        for layer in sparse.layers.values():
+            layer.dense_gradient = layer.weight.detach().cos()  # any, as long as it is the same on all ranks
     optimizer = torch.optim.AdamW(sparse.model.parameters())
     callback.update(4, ReplicatedWeights(optimizer))
     return {name: mask.clone() for name, mask in sparse.masks().items()}
