@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
@@ -64,7 +64,7 @@ class TopologyUpdate:
     def evolve(self, group: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, Evolution]:
         """Evolve layers that are coupled, or one that is not; `weights` are theirs, (out, in), read only."""
         config, masks = self.plan.config, self.masks
-        links = self._links()
+        links = self._links
         if config.regrowth == "stored":
             return {
                 name: reselect(
@@ -110,6 +110,7 @@ class TopologyUpdate:
             for name in group
         }
 
+    @cached_property
     def _links(self) -> dict[str, int]:
         shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in self.masks.items()}
         sparsities = allocated(shapes, self.plan.sparsity(self.step), self.plan.config)
