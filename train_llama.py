@@ -42,6 +42,7 @@ def main() -> None:
         tokenizer=trainer.processing_class,
         training=recipe(model_args, data_args, args, trainer.state.max_steps),
         metrics={name: metrics[f"eval_{name}"] for name in ("loss", "perplexity", "bits_per_byte")},
+        packed=model_args.export == "packed",
     )
     figure = training_figure(trainer.state.log_history, output / "training.png")
     print(
@@ -59,6 +60,8 @@ def build_trainer(
     """Everything that can be refused is refused here, before training starts."""
     if args.max_steps > 0:
         sparsity.plan(args.max_steps)
+    if sparsity.is_dense and model_args.export == "packed":
+        raise ValueError("export packed: a dense model has nothing to pack, leave export plain")
     config = load_config(model_args, ROOT)
     with args.main_process_first(desc="preparing the data"):
         data = load_data(data_args, vocab_size=config.vocab_size, seed=args.seed)

@@ -1,14 +1,15 @@
 """Masks and counters on disk: saved with every checkpoint, verified before anything is loaded.
 
 `masks.safetensors` holds `<layer>.mask`, and in training checkpoints `<layer>.explored`, bit-packed (topology/bits.py),
-and `<layer>.stored`, where the weights of links that left are kept.
+and, where they are kept, `<layer>.stored`, the weights of links that left, and `<layer>.born`, when links were regrown.
 Its metadata hold the shapes, the step and a digest of the contents. `topology_history.json` holds what each update did.
 """
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class TopologyState:
         masks: bool (out, in) by layer name.
         explored: the links that were ever active, bit-packed uint8 by layer name; empty where nothing evolves.
         stored: the weights of links that left, (out, in) by layer name; empty where they are not kept.
+        born: the number of the update that regrew each link, int16 by layer name; empty where it is not kept.
+        softness: δ of each layer's next removal, by name; empty where it does not adapt.
         step: finished optimizer steps.
         history: one dict of figures for each update so far.
     """
@@ -42,26 +45,36 @@ class TopologyState:
     stored: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    born: dict[str, Tensor] = field(default_factory=dict)
+    softness: dict[str, float] = field(default_factory=dict)
 
 
 def save_masks(directory: str | Path, state: TopologyState) -> None:
     """Write masks.safetensors into `directory`, whole or not at all; the history is not in it."""
     tensors = {f"{name}.mask": pack_bits(mask).cpu() for name, mask in state.masks.items()}
     tensors |= {f"{name}.explored": bits.cpu() for name, bits in state.explored.items()}
-    tensors |= {f"{name}.stored": weights.cpu() for name, weights in state.stored.items()}
+    tensors |= {f"{name}.stored": weights.cpu().contiguous() for name, weights in state.stored.items()}
+    tensors |= {f"{name}.born": updates.cpu().contiguous() for name, updates in state.born.items()}
+    metadata = mask_metadata(tensors, {name: tuple(mask.shape) for name, mask in state.masks.items()}, state.step)
+    _write_whole(Path(directory) / MASKS_NAME, save(tensors, metadata))
+
+
+def mask_metadata(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], step: int = 0
+) -> dict[str, str]:
+    """The metadata of masks.safetensors with these tensors; they are asked for one after the other."""
     metadata = {
         "format": FORMAT,
-        "shapes": json.dumps({name: list(mask.shape) for name, mask in state.masks.items()}),
-        "step": str(state.step),
+        "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
+        "step": str(step),
     }
-    metadata["digest"] = _digest(tensors, metadata)
-    _write_whole(Path(directory) / MASKS_NAME, save(tensors, metadata))
+    return metadata | {"digest": _digest(tensors, metadata)}
 
 
 def save_topology(directory: str | Path, state: TopologyState) -> None:
     """Write masks, explored links and history into a checkpoint directory."""
     save_masks(directory, state)
-    text = json.dumps({"step": state.step, "history": state.history}, indent=1)
+    text = json.dumps({"step": state.step, "history": state.history, "softness": state.softness}, indent=1)
     _write_whole(Path(directory) / HISTORY_NAME, text.encode())
 
 
@@ -72,35 +85,88 @@ def load_masks(directory: str | Path) -> TopologyState:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, damaged or not ours; the message names the file.
     """
-    path = Path(directory) / MASKS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: {directory} is not a checkpoint or export of a sparse model, or it "
-            "was not copied whole"
-        )
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not iterable
+    file = MaskFile(directory)
+    explored, stored, born = (
+        {name: file.tensors[f"{name}.{kind}"] for name in file.shapes if kind in file.kinds}
+        for kind in ("explored", "stored", "born")
+    )
+    masks = {name: file.mask(name) for name in file.shapes}
+    return TopologyState(masks, explored, stored, file.step, born=born)
+
+
+class MaskFile:
+    """masks.safetensors of an export or a checkpoint, verified; a tensor is read when it is asked for.
+
+    Attributes:
+        shapes: (out, in) by layer name.
+        step: finished optimizer steps.
+        kinds: which of mask, explored, stored and born there is of every layer.
+        tensors: by `<layer>.<kind>`, as they are stored.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_masks`.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.path = Path(directory) / MASKS_NAME
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{self.path} is missing: {directory} is not a checkpoint or export of a sparse model, or it "
+                "was not copied whole"
+            )
+        try:
+            self._read()
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise self._unusable(error) from error
+
+    def mask(self, name: str) -> Tensor:
+        """bool (out, in): the mask of a layer."""
+        try:
+            return unpack_bits(self.tensors[f"{name}.mask"], self.shapes[name])
+        except ValueError as error:
+            raise self._unusable(error) from error
+
+    def _read(self) -> None:
+        file = safe_open(str(self.path), framework="pt")
+        metadata = dict(file.metadata() or {})
+        self.tensors: Mapping[str, Tensor] = _Lazy(file)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}, this hf_chts reads {FORMAT!r}")
-        if metadata.pop("digest", None) != _digest(tensors, metadata):
+        if metadata.pop("digest", None) != _digest(self.tensors, metadata):
             raise ValueError("its contents do not have the digest that was saved with them")
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        kinds = {"mask"} | {key.rsplit(".", 1)[-1] for key in tensors}
-        if not kinds <= {"mask", "explored", "stored"} or set(tensors) != {
-            f"{name}.{kind}" for name in shapes for kind in kinds
+        self.shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        self.step = int(metadata["step"])
+        self.kinds = {"mask"} | {key.rsplit(".", 1)[-1] for key in self.tensors}
+        if not self.kinds <= {"mask", "explored", "stored", "born"} or set(self.tensors) != {
+            f"{name}.{kind}" for name in self.shapes for kind in self.kinds
         }:
             raise ValueError("its tensors are not those that its list of shapes names")
-        masks = {name: unpack_bits(tensors[f"{name}.mask"], shape) for name, shape in shapes.items()}
-        explored, stored = (
-            {name: tensors[f"{name}.{kind}"] for name in shapes if kind in kinds} for kind in ("explored", "stored")
+        for name, shape in self.shapes.items():
+            # Python's integers, which do not overflow
+            if min(shape) < 1 or self.tensors[f"{name}.mask"].shape != ((math.prod(shape) + 7) // 8,):
+                raise ValueError(f"the mask of {name} has another number of bits than its shape {shape}")
+
+    def _unusable(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"{self.path} cannot be used: {error}. Restore it from a backup, or take an earlier checkpoint"
         )
-        return TopologyState(masks, explored, stored, int(metadata["step"]))
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be used: {error}. Restore it from a backup, or take an earlier checkpoint"
-        ) from error
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read anew whenever it is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._keys = list(file.keys())
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def load_topology(directory: str | Path) -> TopologyState:
@@ -120,7 +186,8 @@ def load_topology(directory: str | Path) -> TopologyState:
         if saved["step"] != state.step:
             raise ValueError(f"it is of step {saved['step']}, the masks beside it are of step {state.step}")
         state.history = list(saved["history"])
-    except (ValueError, KeyError, TypeError) as error:
+        state.softness = {name: float(value) for name, value in saved["softness"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be used: {error}. Restore it from a backup, or take an earlier checkpoint"
         ) from error
@@ -129,7 +196,7 @@ def load_topology(directory: str | Path) -> TopologyState:
 
 def verify_fits(state: TopologyState, layers: Mapping[str, Any], directory: str | Path) -> None:
     """Raises ValueError if the saved masks are not those of a model with these masked layers."""
-    shapes = {name: tuple(layer.mask.shape) for name, layer in layers.items()}
+    shapes = {name: tuple(layer.topology.shape) for name, layer in layers.items()}
     saved = {name: tuple(mask.shape) for name, mask in state.masks.items()}
     if shapes != saved:
         differing = sorted(set(shapes.items()) ^ set(saved.items()))

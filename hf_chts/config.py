@@ -10,79 +10,11 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from hf_chts.methods import CHOICES, DEFAULTS, METHODS
 from hf_chts.schedule_plan import SchedulePlan
 
 CONFIG_NAME = "sparsity_config.json"
 VERSION = 1
-
-# What a field is where neither the run nor its method says anything
-DEFAULTS: dict[str, Any] = {
-    "sparsity": 0.9,
-    "initial_topology": "erdos_renyi",
-    "removal": "magnitude",
-    "removal_choice": "hard",
-    "regrowth": "random",
-    "regrowth_choice": "hard",
-    "pruning": "magnitude",
-    "update_until": 0.75,
-    "drop_fraction": 0.1,
-    "sparsity_schedule": "constant",
-    "regrown_weights": "zero",
-}
-
-# What each method is made of; what a method does not name is the default above or the field's own. To add
-# a method, add a row here and, where no part exists for it yet, one function in hf_chts/topology.
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"sparsity": 0.0, "update_until": 0.0},
-    "static": {"update_until": 0.0},
-    # among equal scores hard and soft are the same choice, and soft draws need one pass less
-    "set": {"regrowth_choice": "soft"},
-    "rigl": {"regrowth": "gradient"},
-    "mest": {"removal": "mest", "regrowth_choice": "soft", "sparsity_schedule": "elastic"},
-    "gmp": {
-        "initial_sparsity": 0.5,
-        "sparsity_schedule": "cubic",
-        "regrowth": "stored",
-        "regrown_weights": "historical",
-    },
-    "granet": {"regrowth": "gradient", "initial_sparsity": 0.5, "sparsity_schedule": "cubic"},
-    "cht": {"initial_topology": "bipartite_receptive_field", "regrowth": "ch3_l3n"},
-    "chts": {
-        "initial_topology": "bipartite_receptive_field",
-        "removal_choice": "soft",
-        "regrowth": "ch2_l3n",
-        "regrowth_choice": "soft",
-    },
-    "chtss": {
-        "initial_topology": "bipartite_receptive_field",
-        "removal_choice": "soft",
-        "regrowth": "ch2_l3n",
-        "regrowth_choice": "soft",
-        "initial_sparsity": 0.5,
-        "sparsity_schedule": "sigmoid",
-        "pruning": "relative_importance",
-    },
-}
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "initial_topology": (
-        "erdos_renyi",
-        "bipartite_receptive_field",
-        "bipartite_small_world",
-        "bipartite_scale_free",
-        "correlated",
-    ),
-    "allocation": ("uniform", "erdos_renyi"),
-    "brf_degrees": ("fixed", "uniform"),
-    "removal": ("magnitude", "relative_importance", "mest"),
-    "removal_choice": ("hard", "soft"),
-    "regrowth": ("random", "gradient", "ch2_l3n", "ch3_l3n", "ch3_1_l3n", "stored"),
-    "regrowth_choice": ("hard", "soft"),
-    "pruning": ("magnitude", "relative_importance"),
-    "sparsity_schedule": ("constant", "linear", "cubic", "sigmoid", "elastic"),
-    "regrown_weights": ("zero", "historical"),
-    "drop_schedule": ("constant", "linear", "cosine"),
-}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -113,12 +45,20 @@ class SparsityConfig:
     target_modules: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
         None,
         "Linear layers to make sparse: suffixes of module names (q_proj) or regular expressions that match whole "
-        "names. None: all linear projections of the decoder blocks; embeddings and lm_head stay dense.",
+        "names. None: all linear projections of the blocks; embeddings and lm_head stay dense.",
     )
     allocation: str = _option(
         "uniform",
         "How the links are shared out among layers: uniform, the same sparsity in each; erdos_renyi, density in "
-        "proportion to (out + in)/(out·in).",
+        "proportion to (out + in)/(out·in); global, by the largest weights of all layers, anew at each update.",
+    )
+    layer_sparsity: dict[str, float] | str | None = _option(  # noqa: RUF009 - _option calls field()
+        None,
+        'Final sparsity of single layers, by patterns as in target_modules, as JSON: {"down_proj": 0.95}. Their '
+        "sparsity rises in step with that of the others, among which `sparsity` is shared out.",
+    )
+    per_head: bool = _option(
+        False, "Give each attention head's rows of q, k and v a topology of their own, with the same number of links."
     )
     initial_topology: str = _by_method(
         "initial_topology",
@@ -132,7 +72,14 @@ class SparsityConfig:
     removal: str = _by_method("removal", f"Score by which links are removed: {', '.join(CHOICES['removal'])}.")
     removal_choice: str = _by_method("removal_choice", "hard keeps the highest scores; soft samples them by score^T.")
     softness_start: float = _option(0.5, "Softness δ of a soft removal at the first update, T = δ/(1−δ), in [0, 1).")
-    softness_end: float = _option(0.9, "Softness δ of a soft removal at the last update, in [0, 1).")
+    softness_end: float = _option(
+        0.9, "Softness δ of a soft removal at the last update, in [0, 1); the highest that adaptive softness takes."
+    )
+    softness_schedule: str = _option(
+        "linear",
+        "linear: δ goes from softness_start to softness_end over the updates. adaptive: each layer has a δ of its own, "
+        "lower (softer) where the links that it regrows are those just removed, higher where none are.",
+    )
     regrowth: str = _by_method(
         "regrowth",
         f"Score by which links are regrown: {', '.join(CHOICES['regrowth'])}. With stored (GMP) the largest weights "
@@ -142,6 +89,11 @@ class SparsityConfig:
     regrown_weights: str = _by_method(
         "regrown_weights",
         "Weight that a regrown link starts with: zero, or historical: what it had when it was removed (paper App. J).",
+    )
+    regrown_adam: str = _option(
+        "global_steps",
+        "Adam's bias correction of regrown links: global_steps, torch's own; per_weight_steps, anew for each link from "
+        "the update that regrew it (two bytes a weight; torch's Adam and AdamW).",
     )
     pruning: str = _by_method("pruning", "Score by which links are given up as sparsity rises.")
     update_interval: int = _option(100, "Optimizer steps between topology updates (ΔT).")
@@ -182,6 +134,8 @@ class SparsityConfig:
             object.__setattr__(self, "initial_sparsity", 0.0)
         if isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", [self.target_modules])
+        if isinstance(self.layer_sparsity, str):
+            object.__setattr__(self, "layer_sparsity", _mapping("layer_sparsity", self.layer_sparsity))
         if self.initial_sparsity is None:
             below = 0.05 if self.sparsity_schedule == "elastic" else 0.0
             object.__setattr__(self, "initial_sparsity", self.sparsity - below)
@@ -203,6 +157,22 @@ class SparsityConfig:
     def stores_weights(self) -> bool:
         """Whether the weights of links that left are kept."""
         return self.evolves and self.regrown_weights == "historical"
+
+    @property
+    def overrides(self) -> dict[str, float]:
+        """`layer_sparsity` as a dict: final sparsity by pattern."""
+        assert not isinstance(self.layer_sparsity, str), "__post_init__ reads JSON"
+        return self.layer_sparsity or {}
+
+    @property
+    def adapts_softness(self) -> bool:
+        """Whether each layer finds its own softness of removal."""
+        return self.evolves and self.softness_schedule == "adaptive"
+
+    @property
+    def ages_links(self) -> bool:
+        """Whether it is kept when each link was regrown."""
+        return self.evolves and self.regrown_adam == "per_weight_steps"
 
     @property
     def evolves(self) -> bool:
@@ -324,11 +294,27 @@ class SparsityConfig:
                 f"regrowth is 'stored' and regrown_weights {self.regrown_weights!r}: links that return by their stored "
                 "weight must start with it. Set regrown_weights: historical"
             )
-        for pattern in self.target_modules or []:
+        if self.softness_schedule == "adaptive" and self.removal_choice != "soft":
+            raise ValueError(
+                f"softness_schedule is 'adaptive', but removal_choice is {self.removal_choice!r}: set removal_choice: "
+                "soft, or softness_schedule: linear"
+            )
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
+        patterns = [("target_modules", pattern) for pattern in self.target_modules or []]
+        patterns += [("layer_sparsity", pattern) for pattern in self.layer_sparsity or ()]
+        for name, pattern in patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"target_modules has {pattern!r}, which is no regular expression: {error}") from error
+                raise ValueError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
+        for pattern, sparsity in self.overrides.items():
+            if not (isinstance(sparsity, float) and 0 < sparsity < 1):
+                raise ValueError(
+                    f"layer_sparsity has {sparsity!r} for {pattern!r}; it must be a number strictly between 0 and 1. "
+                    "To keep layers dense, leave them out of target_modules"
+                )
 
     def _check_types(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -340,12 +326,22 @@ class SparsityConfig:
                 if isinstance(value, str) and hint is float:
                     advice = " (YAML reads 3e-1 as text: write 3.0e-1)"
                 raise ValueError(f"{name} is {value!r}; it must be {_article(hint)}{advice}")
+            elif name == "layer_sparsity":
+                if not (value is None or (isinstance(value, dict) and all(isinstance(key, str) for key in value))):
+                    raise ValueError(f"{name} is {value!r}; it must map module names or patterns to numbers")
             elif (
                 list[str] in get_args(hint)
                 and value is not None
                 and not (isinstance(value, list) and value and all(isinstance(item, str) for item in value))
             ):
                 raise ValueError(f"{name} is {value!r}; it must be a list of module names or patterns")
+
+
+def _mapping(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f'{name} is {text!r}, which is no JSON: {error}; for example {{"down_proj": 0.95}}') from error
 
 
 def _article(kind: type) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hf_chts.export.packed_loading import forget_packing
+
 
 @dataclass
 class ModelArguments:
@@ -25,6 +27,17 @@ class ModelArguments:
         default=None,
         metadata={"help": "Where the trained model is exported. Default: the folder 'export' in output_dir."},
     )
+    export: str = field(
+        default="plain",
+        metadata={
+            "help": "plain: dense tensors, which load without hf_chts. packed: the bits of the masks and the values of "
+            "the links, which load with it. Default: plain."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.export not in ("plain", "packed"):
+            raise ValueError(f"export is plain or packed, got {self.export!r}")
 
 
 def load_config(args: ModelArguments, root: Path) -> AutoConfig:
@@ -39,11 +52,13 @@ def load_config(args: ModelArguments, root: Path) -> AutoConfig:
     elif name.endswith(".json") and not Path(name).exists():
         raise ValueError(f"model {name!r}: there is no such config file, neither here nor in {root}")
     try:
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {args.model!r} is neither a config file nor a Hub id that can be read: {error}"
         ) from error
+    forget_packing(config)
+    return config
 
 
 def build_model(args: ModelArguments, config: AutoConfig) -> PreTrainedModel:

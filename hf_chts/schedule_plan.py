@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_chts.topology import schedules
+from hf_chts.topology.softness import temperature
 
 if TYPE_CHECKING:
     from hf_chts.config import SparsityConfig
@@ -79,7 +80,7 @@ class SchedulePlan:
             softness = schedules.linear(step, first, self.last_update, config.softness_start, config.softness_end)
         else:
             softness = config.softness_start
-        return softness / (1 - softness)
+        return temperature(softness)
 
 
 def _whole_intervals(steps: float, interval: int) -> int:

@@ -6,8 +6,8 @@ import pytest
 
 from hf_chts import SparseTrainingArguments, SparsityConfig
 from hf_chts.command_line import parse_run
-from hf_chts.config import METHODS
 from hf_chts.data import DataArguments
+from hf_chts.methods import METHODS
 from hf_chts.model_arguments import ModelArguments, load_config
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hf_chts import SparsityConfig
-from hf_chts.config import METHODS
+from hf_chts.methods import METHODS
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -69,7 +69,7 @@ def test_a_sparsity_may_stay_where_the_method_is_changed_to_dense():
         ({"target_modules": []}, "must be a list of module names"),
         ({"brf_r": 2}, "brf_r is 2.0"),
         ({"method": "mest", "initial_sparsity": 0.5}, "elastic schedule starts 0.05 below a sparsity of 0.9"),
-        ({"allocation": "global"}, "unknown allocation 'global'"),
+        ({"allocation": "even"}, "unknown allocation 'even'"),
         ({"percolation": "yes"}, "percolation is 'yes'; it must be true or false"),
         ({"method": "gmp", "percolation": True}, "percolation is true, but with regrowth 'stored'"),
         ({"regrowth": "stored"}, "Set regrown_weights: historical"),

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_chts import SparsityConfig
-from hf_chts.config import METHODS
+from hf_chts.methods import METHODS
 
 
 def test_updates_of_the_papers_60m_run():

@@ -1,13 +1,23 @@
-"""A plain Hugging Face directory of a sparse model, and back."""
+"""A Hugging Face directory of a sparse model, plain or packed, and back."""
 
+import os
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_chts.checkpoint import TopologyState, load_masks, save_masks
+from hf_chts.checkpoint import MASKS_NAME, TopologyState, load_masks, save_masks
 from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.export.auto_class import auto_class
+from hf_chts.export.convert import SHARD_SIZE, pack_directory
 from hf_chts.export.model_card import model_card
+from hf_chts.export.packed_files import PackedFiles
+from hf_chts.export.packed_format import is_packed
+from hf_chts.export.packed_loading import forget_packing
+from hf_chts.export.sources import architecture, checked_config, local_directory
+from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, DamagedFile, remove_weights
+from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.layers.patching import SparseModel, sparsify
 
 
@@ -18,22 +28,29 @@ def export_sparse(
     tokenizer: PreTrainedTokenizerBase | None = None,
     training: dict[str, Any] | None = None,
     metrics: dict[str, float] | None = None,
+    packed: bool = False,
+    max_shard_size: int | str = SHARD_SIZE,
 ) -> Path:
-    """Write a model that `sparsify` patched as a plain Hugging Face directory.
+    """Write a model that `sparsify` patched as a Hugging Face directory.
 
-    The weights are dense tensors with exact zeros under the standard keys, so that `from_pretrained` and the lm-eval
-    harness load them without hf_chts. Beside them: the tokenizer, `sparsity_config.json`, `masks.safetensors` and a
-    model card.
+    Plain, the weights are dense tensors with exact zeros under the standard keys, so that `from_pretrained` and the
+    lm-eval harness load them without hf_chts. Beside them: the tokenizer, `sparsity_config.json`, `masks.safetensors`
+    and a model card.
+
+    Packed, sparse weights are stored as the bits of their masks and the values of their links (packed_format.py), so
+    there is no `masks.safetensors`. The directory loads with `load_sparse`, with `from_pretrained` where hf_chts is
+    imported, and nowhere else: without it transformers raises. A plain directory is written beside it for a moment.
 
     Args:
         training: the recipe, for the model card: name → value.
         metrics: what was measured on the model, for the model card: name → value.
+        max_shard_size: bytes, or "5GB", as in `save_pretrained`.
 
     Returns:
-        The directory.
+        The directory. Weights of an earlier export in it are gone.
 
     Raises:
-        ValueError: the model was never sparsified.
+        ValueError: the model was never sparsified, or is dense and to be packed.
         NotADirectoryError: `directory` is a file.
         RuntimeError: a weight is not 0 off its mask. Nothing is written then.
     """
@@ -46,37 +63,85 @@ def export_sparse(
         )
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file: export to a directory")
+    if packed and sparse.config.is_dense:
+        raise ValueError("a dense model has nothing to pack: export it plain")
     sparse.check()
-    model.save_pretrained(directory)
+    card = model_card(sparse, training=training or {}, metrics=metrics or {})
+    forget_packing(model.config)
+    if not packed:
+        _write_plain(sparse, directory, tokenizer, card, max_shard_size)
+        remove_weights(directory, PACKED_STEM)
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
+        plain, new = Path(temporary) / "plain", Path(temporary) / "packed"
+        _write_plain(sparse, plain, tokenizer, card, max_shard_size)
+        transposed = [name for name, layer in sparse.layers.items() if layer.transposed]
+        pack_directory(plain, new, max_shard_size=max_shard_size, transposed=transposed)
+        directory.mkdir(exist_ok=True)
+        for stem in (PLAIN_STEM, PACKED_STEM):
+            remove_weights(directory, stem)
+        (directory / MASKS_NAME).unlink(missing_ok=True)
+        for path in new.iterdir():
+            os.replace(path, directory / path.name)
+    return directory
+
+
+def _write_plain(
+    sparse: SparseModel,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    card: str,
+    max_shard_size: int | str,
+) -> None:
+    cast(PreTrainedModel, sparse.model).save_pretrained(directory, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     sparse.config.save(directory / CONFIG_NAME)
     save_masks(directory, TopologyState(sparse.masks()))
-    card = model_card(sparse, training=training or {}, metrics=metrics or {})
     (directory / "README.md").write_text(card, encoding="utf-8")
-    return directory
 
 
-def load_sparse(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load an export with its masks, to train on: the model is patched, `SparseModel.of(model)` is its handle.
+def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load an export, plain or packed, with its masks, to train on.
 
-    Only to use the model, `AutoModelForCausalLM.from_pretrained` is enough.
+    The model is patched, `SparseModel.of(model)` is its handle. Only to use the model, `from_pretrained` of its Auto
+    class is enough: AutoModelForCausalLM for a causal LM, AutoModelForSeq2SeqLM for an encoder-decoder. The class is
+    told by `architectures` in its config. Nothing that a file says is run, or taken for the name of another file.
 
     Args:
-        kwargs: for `AutoModelForCausalLM.from_pretrained`.
+        source: a directory or a Hub id.
+        kwargs: for `from_pretrained`; with a Hub id also revision, token and the like.
 
     Raises:
-        FileNotFoundError, ValueError: masks or config are missing, damaged or do not fit the weights.
+        FileNotFoundError, ValueError: weights, masks or config are missing, damaged or do not fit each other.
     """
+    directory = local_directory(source, kwargs)
+    contents = checked_config(directory)
     config = SparsityConfig.load(directory)
-    state = load_masks(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, **kwargs)
-    for name, mask in state.masks.items():
-        weight = model.get_parameter(f"{name}.weight").detach()
+    packed = PackedFiles(directory) if is_packed(contents) else None
+    masks = {} if packed else load_masks(directory).masks
+    options = {"trust_remote_code": False, "use_safetensors": True} | kwargs | {"output_loading_info": True}
+    model, info = auto_class(architecture(contents)).from_pretrained(directory, **options)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{directory} has no weights for {sorted(info['missing_keys'])[:3]} of a {type(model).__name__}: its "
+            "config.json is of another model, or it was not copied whole"
+        )
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PLAIN_LAYERS)}
+    if packed:
+        for key, stored in packed.weights.items():
+            name = key.removesuffix(".weight")
+            if name in layers and masked_class(layers[name]).transposed != stored.transposed:
+                raise DamagedFile(packed.files.entries[f"{key}_bits"].path, f"{key} lies the other way in the model")
+            masks[name] = packed.mask(key)
+    for name in [] if packed else sorted(masks.keys() & layers.keys()):
+        layer, mask = layers[name], masks[name]
+        weight = masked_class(layer).matrix(layer.get_parameter("weight").detach())
         if weight.shape == mask.shape and (weight[~mask.to(weight.device)] != 0).any():
             raise ValueError(
                 f"{directory}: {name} has weights off its mask, so weights and masks are of different models: "
                 "restore both from one export"
             )
-    sparsify(model, config, masks=state.masks)
+    sparsify(model, config, masks=masks)  # refuses masks that no layer is for
     return model

@@ -89,7 +89,7 @@ def allocate_links(
         if scores is None:
             raise ValueError("how is 'global', which compares scores: give those of each layer, such as |w|")
         _check_scores(shapes, scores)
-        return dict(zip(shapes, _highest([scores[name] for name in shapes], total), strict=True))
+        return dict(zip(shapes, _highest(scores, list(shapes), total), strict=True))
     if scores is not None:
         raise ValueError(f"how is {how!r}, which takes no scores: leave them out, or choose 'global'")
     shares = sizes if how == "uniform" else [shape[0] + shape[1] for shape in shapes.values()]
@@ -134,7 +134,8 @@ def _check_scores(shapes: Mapping[str, tuple[int, int]], scores: Mapping[str, Te
     if set(scores) != set(shapes):
         missing, extra = sorted(set(shapes) - set(scores)), sorted(set(scores) - set(shapes))
         raise ValueError(f"the scores are not those of these layers: missing {missing[:3]}, unknown {extra[:3]}")
-    for name, score in scores.items():
+    for name in shapes:
+        score = scores[name]
         if tuple(score.shape) != tuple(shapes[name]) or not score.is_floating_point():
             raise ValueError(
                 f"the scores of {name} are {score.dtype} {tuple(score.shape)}; the layer takes floating point "
@@ -148,18 +149,21 @@ def _check_scores(shapes: Mapping[str, tuple[int, int]], scores: Mapping[str, Te
             )
 
 
-def _highest(scores: list[Tensor], total: int) -> list[int]:
-    """How many of the `total` highest scores are in each tensor, where the highest of each tensor is always one."""
-    wanted = total - len(scores)
-    best = [int(_bits(score).max()) for score in scores]
-    above = [0] * len(scores)  # scores above the threshold, of each tensor, but for its highest
+def _highest(scores: Mapping[str, Tensor], names: list[str], total: int) -> list[int]:
+    """How many of the `total` highest scores are in each tensor, where the highest of each tensor is always one.
+
+    The tensors are read one at a time, some times over: a mapping may make them where they are read.
+    """
+    wanted = total - len(names)
+    best = [int(_bits(scores[name]).max()) for name in names]
+    above = [0] * len(names)  # scores above the threshold, of each tensor, but for its highest
     # The threshold is found 16 bits at a time, first the upper and then, among scores that agree with it there, the
     # lower: no copy of all the scores is sorted
     upper = None
     for _ in range(2):
-        counts = torch.zeros(len(scores), 1 << 16, dtype=torch.int64)
-        for row, score in enumerate(scores):
-            bits = _bits(score)
+        counts = torch.zeros(len(names), 1 << 16, dtype=torch.int64)
+        for row, name in enumerate(names):
+            bits = _bits(scores[name])
             part = bits >> 16 if upper is None else (bits & 0xFFFF)[bits >> 16 == upper]
             counts[row] = torch.bincount(part, minlength=1 << 16).cpu()
             if upper is None:

@@ -1,6 +1,6 @@
 """One topology update of one layer: prune → remove → regrow. Percolation of coupled layers goes before regrowth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,21 @@ class Evolution:
     removed: int  # links removed to be replaced, by percolation too
     regrown: int  # links added
     overlap: float  # the share of the regrown that had just been removed
+
+
+def joined(parts: Sequence[Evolution]) -> Evolution:
+    """What was done to a layer of which blocks of rows, in order, evolved on their own."""
+    if len(parts) == 1:
+        return parts[0]
+    regrown = sum(part.regrown for part in parts)
+    overlapping = sum(part.overlap * part.regrown for part in parts)
+    return Evolution(
+        torch.cat([part.mask for part in parts]),
+        sum(part.pruned for part in parts),
+        sum(part.removed for part in parts),
+        regrown,
+        overlapping / regrown if regrown else 0.0,
+    )
 
 
 def evolve(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -109,6 +109,12 @@ class SparseTrainerMixin(_AnyTrainer):
         verify_fits(state, self.sparse.layers, directory)
         _verify_same_run(saved_config, self.sparse.config, directory)
         self.topology.restore(state)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.topology is not None:
+            self.topology.losses.add(loss)
+        return loss
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

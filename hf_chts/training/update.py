@@ -3,20 +3,20 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from hf_chts.layers.patching import allocated
+from hf_chts.layers.initial_masks import block_links
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.topology import link_prediction, link_sampling, scores
-from hf_chts.topology.allocation import links_at
-from hf_chts.topology.evolution import Choice, Evolution, regrow, remove, reselect
+from hf_chts.topology.evolution import Choice, Evolution, joined, regrow, remove, reselect
 from hf_chts.topology.percolation import Junction, percolate
 from hf_chts.topology.random_streams import random_stream
+from hf_chts.topology.softness import temperature
 
 # The parts that a config names
 SCORES: dict[str, Callable[..., Tensor]] = {
@@ -49,80 +49,114 @@ class TopologyUpdate:
         plan: the run's schedules.
         step: finished optimizer steps.
         masks: bool (out, in) of all layers, by name in the model's order; read only.
+        links: how many links each layer has afterwards, by name.
         gradients: the dense gradients of the step by layer name, where the config needs them; else None.
         stored: the weights of what is no link by layer name, where they are kept.
         junctions: how layers are coupled, for percolation; none without it.
+        blocks: into how many blocks of rows, with as many links each, a layer is cut; by name, 1 where there is none.
+        softness: the softness δ of each layer's removal by name, where it adapts; else the plan's holds for all.
     """
 
     plan: SchedulePlan
     step: int
     masks: Mapping[str, Tensor]
+    links: Mapping[str, int]
     gradients: Mapping[str, Tensor | None]
     stored: Mapping[str, Tensor]
-    junctions: Sequence[Junction]
+    junctions: Sequence[Junction] = ()
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    softness: Mapping[str, float] = field(default_factory=dict)
 
     def evolve(self, group: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, Evolution]:
         """Evolve layers that are coupled, or one that is not; `weights` are theirs, (out, in), read only."""
-        config, masks = self.plan.config, self.masks
-        links = self._links
-        if config.regrowth == "stored":
-            return {
-                name: reselect(
-                    weights[name],
-                    masks[name],
-                    self.stored[name],
-                    links=links[name],
-                    generator=self._stream(name, "pruning"),
-                )
-                for name in group
-            }
+        pieces = {name: self._pieces(name) for name in group}
+        if self.plan.config.regrowth == "stored":
+            return {name: joined([self._reselect(p, weights[name]) for p in pieces[name]]) for name in group}
         stay, kept = {}, {}
         for name in group:
-            stay[name], kept[name] = remove(
-                weights[name],
-                masks[name],
-                links=links[name],
-                drop_fraction=self.plan.drop_fraction(self.step),
-                removal=Choice(
-                    self._score(config.removal, name),
-                    config.removal_choice == "soft",
-                    self.plan.temperature(self.step),
-                ),
-                pruning=Choice(self._score(config.pruning, name)),
-                streams=partial(self._stream, name),
-            )
+            halves = [self._remove(piece, weights[name]) for piece in pieces[name]]
+            stay[name], kept[name] = (_cat(parts) for parts in zip(*halves, strict=True))
         junctions = [junction for junction in self.junctions if set(junction.layers) & set(group)]
         if junctions:
             kept = percolate(kept, junctions)
-        return {
-            name: regrow(
-                masks[name],
-                stay[name],
-                kept[name],
-                links=links[name],
-                regrowth=Choice(
-                    self._score(config.regrowth, name),
-                    config.regrowth_choice == "soft",
-                    sampler=SAMPLERS.get(config.regrowth),
-                ),
-                streams=partial(self._stream, name),
-            )
-            for name in group
-        }
+        return {name: joined([self._regrow(piece, stay[name], kept[name]) for piece in pieces[name]]) for name in group}
 
-    @cached_property
-    def _links(self) -> dict[str, int]:
-        shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in self.masks.items()}
-        sparsities = allocated(shapes, self.plan.sparsity(self.step), self.plan.config)
-        return {name: links_at(mask.numel(), sparsities[name]) for name, mask in self.masks.items()}
+    def _pieces(self, name: str) -> "list[_Piece]":
+        rows, n = self.masks[name].shape[0], self.blocks.get(name, 1)
+        return [
+            _Piece(name, slice(rows * i // n, rows * (i + 1) // n), block_links(self.links[name], i, n), i)
+            for i in range(n)
+        ]
 
-    def _score(self, part: str, name: str) -> Callable[..., Tensor]:
-        return partial(SCORES[part], grad=self.gradients[name]) if part in NEED_GRADIENT else SCORES[part]
+    def _reselect(self, piece: "_Piece", weight: Tensor) -> Evolution:
+        return reselect(
+            weight[piece.rows],
+            self.masks[piece.layer][piece.rows],
+            self.stored[piece.layer][piece.rows],
+            links=piece.links,
+            generator=self._stream(piece, "pruning"),
+        )
 
-    def _stream(self, name: str, purpose: str) -> torch.Generator:
-        layer = list(self.masks).index(name)
+    def _remove(self, piece: "_Piece", weight: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.plan.config
+        softness = self.softness.get(piece.layer)
+        return remove(
+            weight[piece.rows],
+            self.masks[piece.layer][piece.rows],
+            links=piece.links,
+            drop_fraction=self.plan.drop_fraction(self.step),
+            removal=Choice(
+                self._score(config.removal, piece),
+                config.removal_choice == "soft",
+                self.plan.temperature(self.step) if softness is None else temperature(softness),
+            ),
+            pruning=Choice(self._score(config.pruning, piece)),
+            streams=partial(self._stream, piece),
+        )
+
+    def _regrow(self, piece: "_Piece", stay: Tensor, kept: Tensor) -> Evolution:
+        config = self.plan.config
+        return regrow(
+            self.masks[piece.layer][piece.rows],
+            stay[piece.rows],
+            kept[piece.rows],
+            links=piece.links,
+            regrowth=Choice(
+                self._score(config.regrowth, piece),
+                config.regrowth_choice == "soft",
+                sampler=SAMPLERS.get(config.regrowth),
+            ),
+            streams=partial(self._stream, piece),
+        )
+
+    def _score(self, part: str, piece: "_Piece") -> Callable[..., Tensor]:
+        if part not in NEED_GRADIENT:
+            return SCORES[part]
+        gradient = self.gradients[piece.layer]
+        assert gradient is not None, f"no dense gradient of {piece.layer} was kept"
+        return partial(SCORES[part], grad=gradient[piece.rows])
+
+    def _stream(self, piece: "_Piece", purpose: str) -> torch.Generator:
+        layer = list(self.masks).index(piece.layer)
         number = self.plan.number_of_updates(self.step)
-        return random_stream(self.plan.config.topology_seed, number, layer, purpose, device=self.masks[name].device)
+        if piece.block:
+            purpose = f"{purpose} {piece.block}"
+        device = self.masks[piece.layer].device
+        return random_stream(self.plan.config.topology_seed, number, layer, purpose, device=device)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The rows of a layer that evolve on their own: all of them, or those of one attention head."""
+
+    layer: str
+    rows: slice
+    links: int
+    block: int
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def in_threads(evolve: Callable[[list[str]], _T], groups: Sequence[list[str]], device: torch.device) -> Iterator[_T]:

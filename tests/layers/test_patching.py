@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from hf_chts import MaskedLinear, SparseModel, SparsityConfig, sparsify
-from hf_chts.config import METHODS
+from hf_chts.methods import METHODS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -57,6 +57,18 @@ def test_r_0_takes_the_nearest_inputs(shape):
         assert taken.max() <= left.min() + 1e-9
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (40, 200), (200, 40), (63, 101)])
+@pytest.mark.parametrize("degrees", ["fixed", "uniform"])
+def test_every_input_is_in_some_centres_reach(shape, degrees):
+    # centres are spread over the whole ring of inputs, so at r = 0 no input is left out for want of a near one
+    mask = brf(shape, 0.9, r=0, degree_distribution=degrees)
+    assert degrees == "uniform" or mask.any(0).all()
+    middle = mask.sum(0).double().mean()
+    # no side of the ring gets more than another: thirds of the inputs have the same number of links, within a degree
+    thirds = [part.sum().item() / part.shape[1] for part in mask.tensor_split(3, dim=1)]
+    assert max(thirds) - min(thirds) < (0.2 if degrees == "fixed" else 0.5) * middle
+
+
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_r_1_is_uniform_over_the_inputs(shape):
     outs, ins = shape

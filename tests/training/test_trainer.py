@@ -6,110 +6,34 @@ import shutil
 
 import pytest
 import torch
+from cases import (
+    CASES,
+    INTERVAL,
+    STEPS,
+    Invariants,
+    arguments,
+    case_config,
+    losses,
+    same_weights,
+    trainer,
+    weights,
+)
 from tiny import random_blocks, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_chts import SparseModel, SparseTrainer, SparseTrainingArguments, SparsityConfig, sparsify
+from hf_chts import SparseModel, SparseTrainer, SparsityConfig, sparsify
 from hf_chts.layers.coupling import couplings
-from hf_chts.topology.allocation import allocate_links, links_at
+from hf_chts.topology.allocation import allocate_links
 from hf_chts.topology.percolation import anp_rate
 
-STEPS, INTERVAL = 24, 4
-EVOLVING = ["set", "rigl", "mest", "gmp", "granet", "cht", "chts", "chtss"]
 
-
-def arguments(directory, kind=SparseTrainingArguments, **changes):
-    settings = {
-        "output_dir": str(directory),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "logging_steps": 1,
-        "save_steps": 10,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "report_to": "none",
-    }
-    if kind is SparseTrainingArguments:
-        settings["update_warmup_steps"] = 2
-    return kind(**(settings | changes))
-
-
-def config(method="chtss", **changes):
-    return SparsityConfig(**({"method": method, "update_interval": INTERVAL} | changes))
-
-
-def trainer(directory, method="chtss", callbacks=None, model=None, **changes):
-    return SparseTrainer(
-        model=model or tiny_llama(),
-        args=arguments(directory, **changes),
-        sparsity=config(method),
-        train_dataset=random_blocks(),
-        eval_dataset=random_blocks(8),
-        callbacks=callbacks,
-    )
-
-
-def losses(run):
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-
-
-def weights(run):
-    return {name: value.clone() for name, value in run.model.state_dict().items()}
-
-
-def same_weights(first, second):
-    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
-
-
-class Invariants(TrainerCallback):
-    """Looks at every layer where the gradient is clipped, after the optimizer step and after the update."""
-
-    def __init__(self):
-        self.trainer = None
-        self.before = {}
-        self.updates = 0
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        for layer in self.trainer.sparse.layers.values():
-            assert layer.weight.grad[~layer.mask].eq(0).all()
-            assert layer.weight.grad[layer.mask].ne(0).any()
-
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.zero_off_mask(optimizer)
-        self.before = {name: mask.clone() for name, mask in self.trainer.sparse.masks().items()}
-
-    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-        self.zero_off_mask(optimizer)
-        plan = self.trainer.sparse.config.plan(STEPS)
-        changed = 0
-        for name, layer in self.trainer.sparse.layers.items():
-            fresh = layer.mask & ~self.before[name]
-            if self.trainer.sparse.config.regrown_weights == "zero":
-                assert layer.weight[fresh].eq(0).all()
-            changed += int((layer.mask != self.before[name]).sum())
-            assert layer.links == links_at(layer.mask.numel(), plan.sparsity(state.global_step - state.global_step % 4))
-        assert (changed > 0) <= plan.is_update(state.global_step)
-        self.updates += plan.is_update(state.global_step) and changed > 0
-
-    def zero_off_mask(self, optimizer):
-        for layer in self.trainer.sparse.layers.values():
-            moments = optimizer.state[layer.weight]
-            for tensor in (layer.weight, moments["exp_avg"], moments["exp_avg_sq"]):
-                assert tensor[~layer.mask].eq(0).all()
-
-
-@pytest.mark.parametrize("method", ["static", *EVOLVING])
+@pytest.mark.parametrize("case", ["static", *CASES])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_invariants_at_every_step(tmp_path, method, bf16):
-    invariants = Invariants()
-    run = trainer(tmp_path, method, callbacks=None, bf16=bf16, gradient_accumulation_steps=2, save_strategy="no")
-    invariants.trainer = run
-    run.add_callback(invariants)  # after TopologyCallback
+def test_invariants_at_every_step(tmp_path, case, bf16):
+    run = trainer(tmp_path, case, bf16=bf16, gradient_accumulation_steps=2, save_strategy="no")
+    invariants = Invariants.watch(run)
     run.train()
-    assert invariants.updates == (0 if method == "static" else 18 // INTERVAL)
-    assert run.sparse.sparsity() == pytest.approx(0.9, abs=1e-3)
+    assert invariants.updates == (0 if case == "static" else 18 // INTERVAL)
     assert all(layer.dense_gradient is None for layer in run.sparse.layers.values())
 
 
@@ -119,12 +43,10 @@ def test_percolation_keeps_the_links_exact_and_more_neurons_whole(tmp_path):
         run = SparseTrainer(
             model=tiny_llama(num_key_value_heads=2),
             args=arguments(tmp_path, save_strategy="no"),
-            sparsity=config("set", percolation=percolation, sparsity=0.97, drop_fraction=0.3),
+            sparsity=case_config("set", percolation=percolation, sparsity=0.97, drop_fraction=0.3),
             train_dataset=random_blocks(),
         )
-        invariants = Invariants()
-        invariants.trainer = run
-        run.add_callback(invariants)
+        Invariants.watch(run)
         run.train()
         active[percolation] = anp_rate(run.sparse.masks(), couplings(run.model, list(run.sparse.layers)))
         assert ("active_neurons_percolated" in run.topology.history[0]) == percolation
@@ -135,7 +57,7 @@ def test_allocation_over_layers_holds_at_every_update(tmp_path):
     run = SparseTrainer(
         model=tiny_llama(),
         args=arguments(tmp_path, save_strategy="no"),
-        sparsity=config("chtss", allocation="erdos_renyi"),
+        sparsity=case_config("chtss", allocation="erdos_renyi"),
         train_dataset=random_blocks(),
     )
     run.train()
@@ -207,7 +129,7 @@ def test_historical_weights_come_back(tmp_path, method):
     run = SparseTrainer(
         model=tiny_llama(),
         args=arguments(tmp_path, save_strategy="no"),
-        sparsity=config(method, regrown_weights="historical", drop_fraction=0.5),
+        sparsity=case_config(method, regrown_weights="historical", drop_fraction=0.5),
         train_dataset=random_blocks(),
     )
     run.add_callback(History())
@@ -251,7 +173,7 @@ def test_the_clipped_norm_is_that_of_the_masked_gradient(tmp_path):
 
 def dense_norm(directory):
     model = tiny_llama()
-    sparsify(model, config("static")).unsparsify()
+    sparsify(model, case_config("static")).unsparsify()
     run = Trainer(
         model=model,
         args=arguments(directory, TrainingArguments, max_steps=1, max_grad_norm=1e9, save_strategy="no"),
@@ -261,12 +183,12 @@ def dense_norm(directory):
     return next(entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry)
 
 
-@pytest.mark.parametrize("method", ["static", *EVOLVING])
+@pytest.mark.parametrize("case", ["static", *CASES])
 @pytest.mark.parametrize("checkpoint", [10, 20])
-def test_resume_bit_for_bit(tmp_path, method, checkpoint):
-    whole = trainer(tmp_path / "whole", method)
+def test_resume_bit_for_bit(tmp_path, case, checkpoint):
+    whole = trainer(tmp_path / "whole", case)
     whole.train()
-    resumed = trainer(tmp_path / "resumed", method, model=tiny_llama(seed=5))
+    resumed = trainer(tmp_path / "resumed", case, model=tiny_llama(seed=5))
     resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{checkpoint}"))
     assert losses(resumed) == losses(whole)
     assert same_weights(weights(resumed), weights(whole))
@@ -276,6 +198,9 @@ def test_resume_bit_for_bit(tmp_path, method, checkpoint):
     for name, mask in whole.sparse.masks().items():
         assert mask.equal(resumed.sparse.masks()[name])
         assert whole.topology.explored[name].equal(resumed.topology.explored[name])
+    assert resumed.topology.softness == whole.topology.softness
+    if whole.topology.adam:
+        assert all(born.equal(resumed.topology.adam.born[name]) for name, born in whole.topology.adam.born.items())
     assert figures(resumed.topology.history) == figures(whole.topology.history)
 
 
@@ -298,7 +223,7 @@ def test_what_is_logged_with_each_update(tmp_path):
     run.train()
     entries = [entry for entry in run.state.log_history if "itop" in entry]
     assert [entry["step"] for entry in entries] == [4, 8, 12, 16]
-    plan = config().plan(STEPS)
+    plan = case_config().plan(STEPS)
     for entry in entries:
         assert entry["sparsity"] == pytest.approx(plan.sparsity(entry["step"]), abs=1e-3)
         assert 0 <= entry["overlap"] <= 1
@@ -370,13 +295,13 @@ def test_best_model_comes_back_with_its_masks(tmp_path):
     assert best.endswith("checkpoint-4")  # the worst by loss, with a topology of its own
     run.sparse.check()
     step = int(best.rsplit("-", 1)[1])
-    sparsity = config().plan(STEPS).sparsity(step)
+    sparsity = case_config().plan(STEPS).sparsity(step)
     assert run.sparse.sparsity() == pytest.approx(sparsity, abs=1e-3)
 
 
 def test_model_init(tmp_path):
     run = SparseTrainer(
-        model_init=lambda: tiny_llama(), args=arguments(tmp_path), sparsity=config(), train_dataset=random_blocks()
+        model_init=lambda: tiny_llama(), args=arguments(tmp_path), sparsity=case_config(), train_dataset=random_blocks()
     )
     run.train()
     first, masks = losses(run), {name: mask.clone() for name, mask in run.sparse.masks().items()}
@@ -388,13 +313,13 @@ def test_model_init(tmp_path):
 
 def test_a_handle_is_taken_as_it_is(tmp_path):
     model = tiny_llama()
-    sparse = sparsify(model, config("set"))
+    sparse = sparsify(model, case_config("set"))
     assert SparseTrainer(model=model, args=arguments(tmp_path)).sparse is sparse
     assert SparseTrainer(model=model, args=arguments(tmp_path), sparsity=sparse).sparse is sparse
     with pytest.raises(ValueError, match="handle of another model"):
         SparseTrainer(model=tiny_llama(), args=arguments(tmp_path), sparsity=sparse)
     with pytest.raises(ValueError, match="sparse already, with another config"):
-        SparseTrainer(model=model, args=arguments(tmp_path), sparsity=config("chts"))
+        SparseTrainer(model=model, args=arguments(tmp_path), sparsity=case_config("chts"))
 
 
 def test_schedules_that_do_not_fit_leave_the_model_alone(tmp_path):

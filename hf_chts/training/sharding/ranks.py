@@ -1,8 +1,4 @@
-"""The only file that knows how an engine holds weights, moments and ranks.
-
-Every engine answers the same few questions: whose turn is a layer, what is its whole weight, and where must zeros go
-when its topology changes.
-"""
+"""Ranks: who evolves which layer, and how the new masks reach all of them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,43 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_chts.layers.masked_linear import MaskedLinear
-from hf_chts.topology.bits import link_positions, pack_bits, unpack_bits
-
-
-class ReplicatedWeights:
-    """One process, or DDP: every rank holds every weight and every moment whole."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
-    def weight(self, layer: MaskedLinear) -> Tensor:
-        """The whole weight of a layer, (out, in), to read."""
-        return layer.weight.detach()
-
-    @torch.no_grad()
-    def set_topology(self, layer: MaskedLinear, mask: Tensor, stored: Tensor | None = None) -> None:
-        """Give the layer a new mask; weight, gradient and every moment of the links that go become 0.
-
-        Links that come were 0 in all of them, by the invariant, and stay so; with `stored`, (out, in), they start with
-        its weight, and the weights of the links that go are put there.
-        """
-        if stored is not None:
-            come = link_positions(mask & ~layer.mask)
-            revived = stored.view(-1)[come]
-            torch.where(layer.mask, layer.weight, stored, out=stored)
-        gone = link_positions(layer.mask & ~mask)
-        weight = layer.weight
-        state = self.optimizer.state.get(weight, {})
-        for tensor in (weight, weight.grad, *state.values()):
-            if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
-                if tensor.is_contiguous():
-                    tensor.view(-1).index_fill_(0, gone, 0)
-                else:
-                    tensor.masked_fill_(~mask, 0)
-        if stored is not None:
-            weight.view(-1).index_copy_(0, come, revived)
-        layer.mask.copy_(mask)
+from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.topology.bits import pack_bits, unpack_bits
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -80,13 +41,13 @@ def share_out(costs: Mapping[str, float], world_size: int) -> dict[str, int]:
 
 def exchange(
     mine: Mapping[str, tuple[Tensor, Sequence[float]]],
-    layers: Mapping[str, MaskedLinear],
+    layers: Mapping[str, MaskedLayer],
     owner: Mapping[str, int],
 ) -> dict[str, tuple[Tensor, list[float]]]:
     """Give each rank's new masks, and the figures that go with them, to all ranks.
 
     Args:
-        mine: (mask, figures) of the layers that this rank owns; as many figures for every layer.
+        mine: (mask (out, in), figures) of the layers that this rank owns; as many figures for every layer.
         layers: all layers, in one order on all ranks.
         owner: rank by layer name.
 
@@ -117,5 +78,5 @@ def exchange(
         dist.broadcast(bits, src=source)
         dist.broadcast(figures, src=source)
         for name, packed, row in zip(names, bits.split(sizes), figures.tolist(), strict=True):
-            result[name] = (unpack_bits(packed, layers[name].mask.shape), row)
+            result[name] = (unpack_bits(packed, layers[name].topology.shape), row)
     return {name: result[name] for name in layers}

@@ -1,0 +1,251 @@
+"""Plain directories to packed ones and back, one tensor in memory at a time."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from hf_chts.checkpoint import MASKS_NAME, MaskFile, mask_metadata
+from hf_chts.config import SparsityConfig
+from hf_chts.export import packed_format
+from hf_chts.export.auto_class import auto_class
+from hf_chts.export.model_card import with_loading
+from hf_chts.export.packed_files import PackedFiles
+from hf_chts.export.packed_format import is_packed, pack_values, packed_config, plain_config
+from hf_chts.export.sources import architecture
+from hf_chts.export.weight_files import (
+    FLOATS,
+    PACKED_STEM,
+    PLAIN_STEM,
+    Planned,
+    WeightFiles,
+    read_json,
+    write_file,
+    write_shards,
+)
+from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
+from hf_chts.topology.bits import count_bits, pack_bits
+
+SHARD_SIZE = "50GB"  # as in save_pretrained
+
+_CARD = "README.md"
+# what an export has beside weights and config.json: tokenizer, generation and sparsity config, model card, own code
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", _CARD, "LICENSE*")
+_NOT_COPIED = ("*.index.json", "config.json", "trainer_state.json", "topology_history.json", "adapter_config.json")
+
+
+def pack_directory(
+    source: str | Path,
+    target: str | Path,
+    *,
+    max_shard_size: int | str = SHARD_SIZE,
+    transposed: Collection[str] | None = None,
+) -> Path:
+    """Write a packed directory (packed_format.py) of a plain export.
+
+    Args:
+        source: what `export_sparse` wrote, or a checkpoint of SparseTrainer.
+        target: a directory that is new or empty.
+        max_shard_size: bytes, or "5GB".
+        transposed: names of the layers whose weight lies as (in, out). None: the classes of the model tell.
+
+    Returns:
+        `target`, which is there whole or not at all.
+
+    Raises:
+        FileNotFoundError: `source` lacks weights, masks or a config.
+        FileExistsError: `target` is not empty.
+        ValueError: `source` is dense or packed already, or damaged, or has weights off its masks.
+    """
+    source = Path(source)
+    config = read_json(source / "config.json")
+    if "quantization_config" in config:
+        state = "packed" if is_packed(config) else "quantized"
+        raise ValueError(f"{source} is {state} already: pack a plain export of a sparse model")
+    if SparsityConfig.load(source).is_dense:
+        raise ValueError(f"{source} is a dense model: there is nothing to pack, use it as it is")
+    masks, files = MaskFile(source), WeightFiles(source, PLAIN_STEM)
+    layers = {f"{name}.weight": name for name in masks.shapes}
+    for key, name in layers.items():
+        if key not in files.entries:
+            raise ValueError(
+                f"{source} has a mask of {name} and no weight {key}: its tensors are stored under other names than the "
+                "model's, so it cannot be packed. Use the plain directory"
+            )
+    if transposed is None:
+        transposed = _transposed_layers(source, config)
+
+    def metadata(tensors: Sequence[Planned]) -> dict[str, str]:
+        here = {tensor.key.removesuffix("_bits") for tensor in tensors}
+        return packed_format.metadata(key for key, name in layers.items() if name in transposed and key in here)
+
+    groups = [
+        _packed(files, masks, key, layers[key], layers[key] in transposed) if key in layers else [_copied(files, key)]
+        for key in files.entries
+    ]
+    with _new_directory(target) as new:
+        write_shards(new, PACKED_STEM, groups, max_shard_size=max_shard_size, metadata=metadata, single=False)
+        _copy_others(source, new, packed_config(config), packed=True)
+    return Path(target)
+
+
+def unpack_directory(source: str | Path, target: str | Path, *, max_shard_size: int | str = SHARD_SIZE) -> Path:
+    """The inverse of `pack_directory`: the plain directory, with masks.safetensors, and every bit of its tensors.
+
+    Raises:
+        FileNotFoundError: `source` lacks weights or a config.
+        FileExistsError: `target` is not empty.
+        ValueError: `source` is not packed, or damaged.
+    """
+    source = Path(source)
+    config = read_json(source / "config.json")
+    if not is_packed(config):
+        raise ValueError(f"{source} is not packed: its config.json has no quantization_config of hf_chts")
+    packed = PackedFiles(source)
+    packed.check_links()
+    groups = [[_dense(packed, key)] for key in packed.weights] + [[_copied(packed.files, key)] for key in packed.others]
+    with _new_directory(target) as new:
+        write_shards(
+            new,
+            PLAIN_STEM,
+            groups,
+            max_shard_size=max_shard_size,
+            metadata=lambda tensors: {"format": "pt"},
+            single=True,
+        )
+        masks = _MaskBits(packed)
+        shapes = {name: masks.shape(name) for name in masks.keys_by_name}
+        tensors = [
+            Planned(f"{name}.mask", "U8", packed.files.entries[f"{key}_bits"].shape, _reader(masks, f"{name}.mask"))
+            for name, key in masks.keys_by_name.items()
+        ]
+        write_file(new / MASKS_NAME, tensors, mask_metadata(masks, shapes))
+        _copy_others(source, new, plain_config(config), packed=False)
+    return Path(target)
+
+
+def _packed(files: WeightFiles, masks: MaskFile, key: str, name: str, transposed: bool) -> list[Planned]:
+    """The three tensors of a weight that is stored plain."""
+    entry, shape = files.entries[key], masks.shapes[name]
+    lies = shape[::-1] if transposed else shape
+    if entry.dtype not in FLOATS or entry.shape != lies:
+        raise ValueError(
+            f"{entry.path}: {key} is {entry.dtype} {entry.shape}, and its mask is for floats {lies}: weights and masks "
+            "are of different models, restore both from one export"
+        )
+
+    def mask() -> Tensor:
+        return masks.mask(name).t() if transposed else masks.mask(name)
+
+    def values() -> Tensor:
+        try:
+            return pack_values(files.read(key), mask())
+        except ValueError as error:
+            raise ValueError(
+                f"{entry.path}: {name} {error}, so weights and masks are of different models: restore both from one "
+                "export"
+            ) from error
+
+    def bits() -> Tensor:
+        return pack_bits(mask()) if transposed else masks.tensors[f"{name}.mask"]
+
+    packed_bits = masks.tensors[f"{name}.mask"]
+    return [
+        Planned(f"{key}_bits", "U8", tuple(packed_bits.shape), bits),
+        Planned(f"{key}_values", entry.dtype, (count_bits(packed_bits),), values),
+        Planned(f"{key}_shape", "I64", (2,), lambda: torch.tensor(lies)),
+    ]
+
+
+def _dense(packed: PackedFiles, key: str) -> Planned:
+    weight = packed.weights[key]
+    return Planned(key, weight.dtype, weight.shape, lambda: packed.weight(key))
+
+
+def _copied(files: WeightFiles, key: str) -> Planned:
+    entry = files.entries[key]
+    return Planned(key, entry.dtype, entry.shape, lambda: files.read(key))
+
+
+def _reader(tensors: Mapping[str, Tensor], key: str) -> Callable[[], Tensor]:
+    return lambda: tensors[key]
+
+
+class _MaskBits(Mapping[str, Tensor]):
+    """The tensors of masks.safetensors, from packed weights: `<layer>.mask` → uint8, the bits of its mask (out, in)."""
+
+    def __init__(self, packed: PackedFiles) -> None:
+        self._packed = packed
+        self.keys_by_name = {key.removesuffix(".weight"): key for key in packed.weights}
+
+    def shape(self, name: str) -> tuple[int, int]:
+        weight = self._packed.weights[self.keys_by_name[name]]
+        return (weight.shape[1], weight.shape[0]) if weight.transposed else weight.shape
+
+    def __getitem__(self, key: str) -> Tensor:
+        weight = self.keys_by_name[key.removesuffix(".mask")]
+        return (
+            pack_bits(self._packed.mask(weight))
+            if self._packed.weights[weight].transposed
+            else self._packed.bits(weight)
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{name}.mask" for name in self.keys_by_name)
+
+    def __len__(self) -> int:
+        return len(self.keys_by_name)
+
+
+def _transposed_layers(source: Path, config: dict[str, Any]) -> set[str]:
+    """The names of layers whose weight lies as (in, out); told by the model's classes, made without memory."""
+    name = architecture(config)
+    try:
+        with torch.device("meta"):
+            model = auto_class(name).from_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
+    except Exception as error:
+        raise ValueError(
+            f"{source}: no {name} can be made of its config.json, which tells how weights lie: {error}. Load the model "
+            "and use export_sparse(model, directory, packed=True)"
+        ) from error
+    return {
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, PLAIN_LAYERS) and masked_class(layer).transposed
+    }
+
+
+def _copy_others(source: Path, target: Path, config: dict[str, Any], *, packed: bool) -> None:
+    """Everything but weights, with this config.json, and the model card's words on loading."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and any(map(path.match, _COPIED)) and not any(map(path.match, _NOT_COPIED)):
+            shutil.copyfile(path, target / path.name)
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card = target / _CARD
+    if card.is_file():
+        loader = auto_class(architecture(config)).__name__
+        card.write_text(with_loading(card.read_text(encoding="utf-8"), loader, packed=packed), encoding="utf-8")
+
+
+@contextmanager
+def _new_directory(target: str | Path) -> Iterator[Path]:
+    """A directory to write to, that becomes `target` when everything went well."""
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is there already and is not an empty directory: name a new one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        yield new
+        if target.exists():
+            target.rmdir()
+        os.replace(new, target)

@@ -1,0 +1,78 @@
+"""Where an export is loaded from, a directory or a Hub id, and what its config.json may say."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from hf_chts.checkpoint import MASKS_NAME
+from hf_chts.config import CONFIG_NAME
+from hf_chts.export.packed_format import is_packed
+from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, DamagedFile, find_shards, read_json
+
+# all that load_sparse reads: no pickles, no code
+_DOWNLOADED = [
+    "config.json",
+    "generation_config.json",
+    CONFIG_NAME,
+    MASKS_NAME,
+    *(f"{stem}{suffix}" for stem in (PLAIN_STEM, PACKED_STEM) for suffix in ("-*.safetensors", ".safetensors*")),
+]
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def local_directory(source: str | Path, options: dict[str, Any]) -> Path:
+    """`source` if it is a directory, else where the files of this Hub id were downloaded to.
+
+    Args:
+        options: of `from_pretrained`; those that a download takes are taken out for a Hub id.
+
+    Raises:
+        FileNotFoundError: it is neither, or the Hub does not give it to us and it is not cached.
+        NotADirectoryError: it is a file.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{path} is a file: name the directory of an export, or a Hub id")
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"there is no directory {source}: name that of an export, or a Hub id") from error
+    taken = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=_DOWNLOADED, **taken))
+    except OSError as error:  # all of the Hub's errors, offline mode, and no connection
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise FileNotFoundError(f"{source} is neither a directory here nor given to us by the Hub: {reason}") from error
+
+
+def checked_config(directory: Path) -> dict[str, Any]:
+    """The contents of config.json, once it and the weights' index name nothing to be opened or run.
+
+    Raises:
+        FileNotFoundError: config.json or the weights are missing.
+        ValueError: it is damaged, or leads elsewhere.
+    """
+    path = directory / "config.json"
+    config = read_json(path)
+    packed = is_packed(config)
+    for name in ("configuration_files", "transformers_weights", "quantization_config"):
+        if name in config and not (packed and name != "configuration_files"):
+            raise DamagedFile(path, f"it has {name}, which no export of hf_chts has")
+    if (directory / "adapter_config.json").exists():
+        raise DamagedFile(directory / "adapter_config.json", "an export has no adapter: merge it into the model first")
+    attention = [value for name, value in config.items() if name.strip("_").startswith("attn_implementation")]
+    if any("/" in str(value) for value in attention):
+        raise DamagedFile(path, f"it names the attention code {attention[0]!r}: pass attn_implementation yourself")
+    find_shards(directory, PACKED_STEM if packed else PLAIN_STEM)
+    return config
+
+
+def architecture(config: dict[str, Any]) -> str | None:
+    """The class of the model, by the contents of its config.json."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else None

@@ -1,0 +1,105 @@
+"""The topologies that layers start with."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from hf_chts.config import SparsityConfig
+from hf_chts.layers.shares import layer_links
+from hf_chts.topology.initial import (
+    bipartite_receptive_field,
+    bipartite_scale_free,
+    bipartite_small_world,
+    correlated,
+    erdos_renyi,
+)
+from hf_chts.topology.random_streams import random_stream
+
+
+def initial_masks(
+    weights: Mapping[str, Tensor],
+    config: SparsityConfig,
+    calibration: Mapping[str, Tensor] | None = None,
+    blocks: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """The initial topologies of layers with these weights (out, in), by name: bool, on the weights' devices.
+
+    Args:
+        calibration: inputs of every layer, (samples, in) by name, for the initial topology "correlated".
+        blocks: into how many blocks of rows, each with a topology of its own, a layer is cut; by name, 1 where absent.
+
+    Raises:
+        ValueError: the initial topology is "correlated" and calibration inputs are missing or do not fit.
+    """
+    shapes = _shapes(weights)
+    links = layer_links(shapes, config.initial_sparsity, config, weights)
+    masks = {}
+    for index, (name, (rows, columns)) in enumerate(shapes.items()):
+        n = (blocks or {}).get(name, 1)
+        parts = []
+        for block in range(n):
+            # drawn on the CPU, so that it is the same whatever device the model is on
+            purpose = f"initial topology {block}" if block else "initial topology"
+            generator = random_stream(config.topology_seed, 0, index, purpose)
+            shape = (rows * (block + 1) // n - rows * block // n, columns)
+            sparsity = 1 - block_links(links[name], block, n) / (shape[0] * columns)
+            if config.initial_topology == "correlated":
+                inputs = _calibration_inputs(name, shape, calibration)
+                parts.append(correlated(inputs, shape[0], sparsity, generator=generator))
+            else:
+                parts.append(_INITIAL[config.initial_topology](*shape, sparsity, config, generator))
+        masks[name] = (parts[0] if n == 1 else torch.cat(parts)).to(weights[name].device)
+    return masks
+
+
+def block_links(links: int, block: int, blocks: int) -> int:
+    """How many of a layer's links are those of one of its blocks."""
+    return links // blocks + (block < links % blocks)
+
+
+def check_links(weights: Mapping[str, Tensor], config: SparsityConfig, blocks: Mapping[str, int]) -> None:
+    """Raises ValueError, naming the layer, where one would be left without a link."""
+    shapes = _shapes(weights)
+    for sparsity in (config.sparsity, config.initial_sparsity):
+        for name, links in layer_links(shapes, sparsity, config, weights).items():
+            if links < blocks.get(name, 1):
+                raise ValueError(
+                    f"{name} {shapes[name]} would have no link left at sparsity {sparsity}: lower the sparsity, or "
+                    "leave it out of target_modules"
+                )
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+
+
+_INITIAL: dict[str, Callable[[int, int, float, SparsityConfig, torch.Generator], Tensor]] = {
+    "erdos_renyi": lambda out, inn, sparsity, config, generator: erdos_renyi(out, inn, sparsity, generator=generator),
+    "bipartite_receptive_field": lambda out, inn, sparsity, config, generator: bipartite_receptive_field(
+        out, inn, sparsity, r=config.brf_r, degree_distribution=config.brf_degrees, generator=generator
+    ),
+    "bipartite_small_world": lambda out, inn, sparsity, config, generator: bipartite_small_world(
+        out, inn, sparsity, beta=config.bsw_beta, generator=generator
+    ),
+    "bipartite_scale_free": lambda out, inn, sparsity, config, generator: bipartite_scale_free(
+        out,
+        inn,
+        sparsity,
+        equal_partition=config.bsf_equal_partition,
+        resort=config.bsf_resort,
+        generator=generator,
+    ),
+}
+
+
+def _calibration_inputs(name: str, shape: tuple[int, int], calibration: Mapping[str, Tensor] | None) -> Tensor:
+    inputs = (calibration or {}).get(name)
+    if inputs is None or inputs.dim() != 2 or inputs.shape[1] != shape[1]:
+        given = "nothing" if inputs is None else str(tuple(inputs.shape))
+        raise ValueError(
+            f"the initial topology 'correlated' needs calibration inputs (samples, {shape[1]}) for {name}, got "
+            f"{given}: pass sparsify(model, config, calibration={{layer name: inputs}}), or choose another "
+            "initial_topology"
+        )
+    return inputs

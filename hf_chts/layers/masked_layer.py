@@ -1,0 +1,128 @@
+"""What masked layers have in common: missing links stay missing.
+
+Identity forward on the weight, gradient masked inside autograd. Each kind adds its forward and how its weight lies.
+"""
+
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+_Layer = TypeVar("_Layer", bound="MaskedLayer")
+
+
+class _KeepLinks(torch.autograd.Function):
+    """Identity on the weight; the gradient off the mask becomes 0.
+
+    The weight itself is 0 off the mask by invariant, so the forward needs no product and no copy. Because the mask
+    acts inside autograd, whoever uses the gradient later (clipping, DDP, sharded engines) sees the masked one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, dense_gradient: Tensor | None) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.dense_gradient = dense_gradient
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        if ctx.dense_gradient is not None:
+            ctx.dense_gradient.add_(grad)
+        # not a product: 0 · inf would put NaN off the mask
+        return torch.where(mask, grad, 0), None, None
+
+
+def keep_links(weight: Tensor, mask: Tensor, dense_gradient: Tensor | None = None) -> Tensor:
+    """`weight` unchanged, with a gradient that is 0 where `mask` (bool, same shape) is False.
+
+    The gradient that there would be without the mask is added to `dense_gradient`, where one is given, in backward.
+    """
+    return _KeepLinks.apply(weight, mask, dense_gradient)
+
+
+class MaskedLayer(nn.Module):
+    """A layer with one weight of two dimensions and a bool buffer `mask` of the weight's shape; True is a link.
+
+    The buffer is not persistent, so state dicts have the keys of the plain layer. Weight, gradient and optimizer
+    moments are 0 off the mask at every step.
+
+    Everything that belongs to the weight lies as the weight lies: `mask`, `dense_gradient`, moments. The topology is
+    always (out, in): `topology`, `set_mask`, and `matrix` for the rest.
+
+    Attributes:
+        plain: the class that the layer is made from.
+        transposed: whether the weight lies as (in, out).
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    transposed: ClassVar[bool] = False
+
+    weight: Tensor
+    mask: Tensor
+    # where the dense gradient of the current step adds up over its micro-batches; None on steps that do not need it
+    dense_gradient: Tensor | None = None
+
+    @classmethod
+    def convert(cls: type[_Layer], layer: nn.Module, mask: Tensor) -> _Layer:
+        """Turn `layer` itself into a masked layer, and set its weights off the mask, bool (out, in), to 0.
+
+        The module stays the same object with the same parameter, so hooks, references and optimizers made before keep
+        working.
+
+        Raises:
+            ValueError: the mask is not bool (out, in).
+            TypeError: `layer` is not of the class `plain`; the forward of a subclass would be lost.
+        """
+        if type(layer) is not cls.plain:
+            raise TypeError(f"only {cls.plain.__name__} itself can become a {cls.__name__}, got {type(layer).__name__}")
+        weight = layer.get_parameter("weight")
+        _check_mask(mask, cls.matrix(weight).shape)
+        layer.register_buffer("mask", torch.zeros_like(weight, dtype=torch.bool), persistent=False)
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer.set_mask(mask)
+        return layer
+
+    def revert(self) -> nn.Module:
+        """Turn the layer back into a plain, dense one; the weights stay as they are."""
+        del self._buffers["mask"]
+        self.__dict__.pop("dense_gradient", None)
+        self._non_persistent_buffers_set.discard("mask")
+        self.__class__ = self.plain  # type: ignore[assignment]
+        return self
+
+    @classmethod
+    def matrix(cls, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape as an (out, in) view, and one of (out, in) as a view of the weight's shape."""
+        return tensor.t() if cls.transposed else tensor
+
+    @property
+    def topology(self) -> Tensor:
+        """The mask, bool (out, in): a view of the live buffer."""
+        return self.matrix(self.mask)
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor) -> None:
+        """Take over a topology, bool (out, in), in place, and set the weights off it to 0.
+
+        Raises:
+            ValueError: the mask is not bool (out, in).
+        """
+        _check_mask(mask, self.topology.shape)
+        # in place: compiled graphs and CUDA graphs hold on to the buffer
+        self.topology.copy_(mask)
+        self.weight.masked_fill_(~self.mask, 0)
+
+    @property
+    def links(self) -> int:
+        return int(torch.count_nonzero(self.mask))
+
+    def masked_weight(self) -> Tensor:
+        """The weight, for the forward."""
+        return keep_links(self.weight, self.mask, self.dense_gradient)
+
+
+def _check_mask(mask: Tensor, shape: torch.Size) -> None:
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(f"the mask of this layer is bool {tuple(shape)}; got {mask.dtype} {tuple(mask.shape)}")

@@ -1,0 +1,128 @@
+"""How many links each layer has, and how the layers of attention heads are cut into blocks with their own."""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_chts.config import SparsityConfig
+from hf_chts.topology.allocation import allocate, links_at
+
+# Names that projections onto heads have in transformers; fused ones hold the heads of q, k and v one after the other
+_ONTO_HEADS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "q", "k", "v")
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name that are made where they are read: all together would be a copy of the model."""
+
+    def __init__(self, make: Callable[[str], Tensor], names: Collection[str]) -> None:
+        self._make = make
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def layer_links(
+    shapes: Mapping[str, tuple[int, int]],
+    sparsity: float,
+    config: SparsityConfig,
+    weights: Mapping[str, Tensor],
+) -> dict[str, int]:
+    """The number of links of each layer where `sparsity` is that of the run at a step.
+
+    Args:
+        shapes: (out, in) of each layer by name.
+        weights: (out, in) by name; read for allocation "global" alone, one at a time.
+    """
+    own = overrides(shapes, config)
+    rest = {name: shape for name, shape in shapes.items() if name not in own}
+    links = {
+        name: links_at(shape[0] * shape[1], own[name] * (sparsity / config.sparsity))
+        for name, shape in shapes.items()
+        if name in own
+    }
+    if config.allocation == "uniform":
+        # each layer to its own nearest link, whatever the total
+        links |= {name: links_at(shape[0] * shape[1], sparsity) for name, shape in rest.items()}
+    elif rest:
+        scores = Lazy(lambda name: weights[name].detach().abs(), rest) if config.allocation == "global" else None
+        shared = allocate(rest, sparsity, config.allocation, scores)
+        links |= {name: links_at(shape[0] * shape[1], shared[name]) for name, shape in rest.items()}
+    return {name: links[name] for name in shapes}
+
+
+def overrides(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
+    """The final sparsity of the layers that `config.layer_sparsity` names.
+
+    Raises:
+        ValueError: a pattern that matches no layer, or two that match one.
+    """
+    names = list(names)
+    found: dict[str, str] = {}
+    for pattern in config.overrides:
+        matches = matching(names, pattern)
+        if not matches:
+            raise ValueError(
+                f"layer_sparsity has {pattern!r}, which matches no sparse layer: give a suffix such as 'down_proj', or "
+                f"a regular expression that matches a whole name. Sparse layers: {some(names)}"
+            )
+        for name in matches:
+            if name in found:
+                raise ValueError(
+                    f"layer_sparsity has {found[name]!r} and {pattern!r}, which both match {name}: make one narrower"
+                )
+            found[name] = pattern
+    return {name: config.overrides[pattern] for name, pattern in found.items()}
+
+
+def head_blocks(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Into how many equal blocks of rows the layers are cut that project onto attention heads; by name.
+
+    Raises:
+        ValueError: the model's config does not tell the size of a head, or no layer projects onto heads.
+    """
+    size = _head_size(getattr(model, "config", None))
+    if size is None:
+        raise ValueError(
+            f"per_head is true, but the config of {type(model).__name__} does not tell the size of a head (head_dim, "
+            "d_kv, or hidden_size and num_attention_heads): set per_head to false"
+        )
+    blocks = {name: shape[0] // size for name, shape in shapes.items() if name.rpartition(".")[2] in _ONTO_HEADS}
+    if not blocks:
+        raise ValueError(
+            f"per_head is true, but no sparse layer of {type(model).__name__} projects onto heads (known: "
+            f"{', '.join(_ONTO_HEADS)}): set per_head to false. Sparse layers: {some(list(shapes))}"
+        )
+    for name in blocks:
+        if shapes[name][0] % size:
+            raise ValueError(
+                f"per_head is true, but {name} has {shapes[name][0]} rows, which are no heads of {size}: set per_head "
+                "to false"
+            )
+    return blocks
+
+
+def _head_size(config: Any) -> int | None:
+    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if size is None and heads and getattr(config, "hidden_size", None):
+        size = config.hidden_size // heads
+    return size
+
+
+def matching(names: Collection[str], pattern: str) -> list[str]:
+    """The names that a pattern of the config means: a suffix of the dotted name, or an expression for all of it."""
+    return [name for name in names if name == pattern or name.endswith("." + pattern) or re.fullmatch(pattern, name)]
+
+
+def some(names: Collection[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "") if names else "none"

@@ -1,0 +1,41 @@
+"""The training loss just before and just after each topology update."""
+
+import torch
+from torch import Tensor
+
+from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.training.sharding import mean_over_ranks
+
+
+class UpdateLosses:
+    """Keeps the loss of the step that an update follows, and that of the next step.
+
+    They are of different batches, so one pair says little; their mean over many updates tells whether updates cost.
+    """
+
+    def __init__(self) -> None:
+        self._adding = False
+        self._sum: Tensor | None = None
+        self._before: float | None = None
+
+    def begin(self, finished: int, plan: SchedulePlan) -> None:
+        """A step begins after `finished` steps."""
+        self._adding = plan.is_update(finished + 1) or (self._before is not None and plan.is_update(finished))
+        self._sum = None
+
+    def add(self, loss: Tensor) -> None:
+        """Add a micro-batch's share of the step's loss."""
+        if self._adding:
+            loss = loss.detach().to(torch.float32)
+            self._sum = loss if self._sum is None else self._sum + loss
+
+    def end(self, finished: int, plan: SchedulePlan) -> dict[str, float]:
+        """A step ended and made it `finished`; the figures to log, where it is the first after an update."""
+        if not self._adding or self._sum is None:
+            return {}
+        loss = float(mean_over_ranks(self._sum.clone()))
+        figures = {}
+        if plan.is_update(finished - 1) and self._before is not None:
+            figures = {"loss_before_update": self._before, "loss_after_update": loss}
+        self._before = loss if plan.is_update(finished) else None
+        return figures

@@ -1,0 +1,71 @@
+"""FSDP2 (`fully_shard`): every rank holds some rows of each weight, and of its moments.
+
+The rows are the master weight: with a mixed precision policy the forward gathers a copy of lower precision, anew after
+every step. So nothing but the rows has to change.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.training.sharding.interface import ShardedEngine, moments
+from hf_chts.training.sharding.ranks import rank_and_world
+
+
+class Fsdp2Weights(ShardedEngine):
+    """Raises ValueError where a weight is not split by rows over all ranks."""
+
+    def __init__(
+        self,
+        layers: Iterable[MaskedLayer],
+        optimizer: torch.optim.Optimizer,
+        loss_scale: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        self.optimizer = optimizer
+        self.loss_scale = loss_scale
+        super().__init__(layers)
+
+    def find_extent(self, layer: MaskedLayer) -> tuple[int, int]:
+        weight = _sharded(layer)
+        _, world_size = rank_and_world()
+        if weight.placements != (Shard(0),) or weight.device_mesh.size() != world_size:
+            raise ValueError(
+                f"a weight is placed {weight.placements} on a mesh of {tuple(weight.device_mesh.shape)}, one of "
+                f"{world_size} ranks: only FSDP2 over all ranks, by rows, is supported (no hybrid, tensor or pipeline "
+                "parallelism)"
+            )
+        rows, columns = layer.mask.shape
+        chunk = -(-rows // world_size)  # as torch.chunk splits rows
+        first = min(weight.device_mesh.get_local_rank() * chunk, rows)
+        return first * columns, (first + weight.to_local().shape[0]) * columns
+
+    def held(self, layer: MaskedLayer) -> dict[str, Tensor]:
+        weight = _sharded(layer)
+        held = {"weight": weight.detach().to_local()}
+        if weight.grad is not None:
+            held["gradient"] = weight.grad.to_local()  # type: ignore[attr-defined]
+        found = moments(self.optimizer.state.get(weight, {}), weight)
+        return held | {name: value.to_local() for name, value in found.items() if isinstance(value, DTensor)}
+
+
+def _sharded(layer: MaskedLayer) -> DTensor:
+    weight = layer.weight
+    if not isinstance(weight, DTensor):
+        raise RuntimeError("a weight is gathered at the moment: ask between a backward pass and the next forward")
+    return weight
+
+
+def check_fsdp2(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
+    """Raises ValueError, naming the layer, if a weight is not under `fully_shard`."""
+    managed = {
+        id(module) for wrapper in model.modules() if isinstance(wrapper, FSDPModule) for module in wrapper.modules()
+    }
+    for name, layer in layers.items():
+        if id(layer) not in managed or not isinstance(layer.weight, DTensor):
+            raise ValueError(
+                f"{name} is a {type(layer.weight).__name__} outside fully_shard: tensor parallelism is not supported"
+            )

@@ -1,0 +1,138 @@
+"""The table of sparse methods and variants that is run through every invariant, and what such runs have in common."""
+
+from tiny import random_blocks, tiny_llama
+from transformers import TrainerCallback
+
+from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig
+from hf_chts.methods import METHODS
+from hf_chts.topology.allocation import links_at
+
+STEPS, INTERVAL = 24, 4
+
+# A method joins by its row in METHODS; a variant by a row here
+CASES = {name: {"method": name} for name in METHODS if name not in ("dense", "static")} | {
+    "chts, adaptive softness": {"method": "chts", "softness_schedule": "adaptive", "drop_fraction": 0.3},
+    "chtss, per-weight Adam steps": {"method": "chtss", "regrown_adam": "per_weight_steps"},
+    "chts, per head": {"method": "chts", "per_head": True, "sparsity": 0.8},
+    "rigl, historical weights": {"method": "rigl", "regrown_weights": "historical"},
+    "gmp, global allocation": {"method": "gmp", "allocation": "global"},
+    "granet, global allocation": {"method": "granet", "allocation": "global"},
+    "set, Erdos-Renyi allocation": {"method": "set", "allocation": "erdos_renyi"},
+    "mest, layers with their own sparsity": {"method": "mest", "layer_sparsity": {"down_proj": 0.8, "q_proj": 0.95}},
+    "set, percolation": {"method": "set", "percolation": True, "sparsity": 0.97, "drop_fraction": 0.3},
+    "chts, regrowth by gradient": {"method": "chts", "regrowth": "gradient", "removal": "relative_importance"},
+}
+
+
+def case_config(case="chtss", **changes):
+    """The config of a case; any config of a row that has a `method`."""
+    fields = CASES.get(case, {"method": case})
+    return SparsityConfig(**({"update_interval": INTERVAL} | fields | changes))
+
+
+def arguments(directory, kind=SparseTrainingArguments, **changes):
+    settings = {
+        "output_dir": str(directory),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_steps": 10,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    if kind is SparseTrainingArguments:
+        settings["update_warmup_steps"] = 2
+    return kind(**(settings | changes))
+
+
+def trainer(directory, case="chtss", callbacks=None, model=None, **changes):
+    return SparseTrainer(
+        model=model or tiny_llama(),
+        args=arguments(directory, **changes),
+        sparsity=case_config(case),
+        train_dataset=random_blocks(),
+        eval_dataset=random_blocks(8),
+        callbacks=callbacks,
+    )
+
+
+def losses(run):
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def weights(run):
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def same_weights(first, second):
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def check_links(sparse, sparsity):
+    """That every layer has exactly the links it must have where the run's sparsity is `sparsity`."""
+    config = sparse.config
+    own = config.overrides
+    for name, layer in sparse.layers.items():
+        final = own.get(name.rsplit(".", 1)[-1])
+        if final is not None:
+            assert layer.links == links_at(layer.mask.numel(), final * (sparsity / config.sparsity)), name
+        elif config.allocation == "uniform":
+            assert layer.links == links_at(layer.mask.numel(), sparsity), name
+    if config.allocation != "uniform":
+        possible = sum(layer.mask.numel() for layer in sparse.layers.values())
+        assert sparse.links() == links_at(possible, sparsity)
+    for name, blocks in sparse.blocks.items():
+        parts = [int(rows.sum()) for rows in sparse.layers[name].topology.chunk(blocks)]
+        assert max(parts) - min(parts) <= 1, name
+
+
+class Invariants(TrainerCallback):
+    """Looks at every layer where the gradient is clipped, after the optimizer step and after the update."""
+
+    def __init__(self):
+        self.trainer = None
+        self.before = {}
+        self.updates = 0
+
+    @classmethod
+    def watch(cls, run):
+        """Added last, so that it comes after the callback that evolves the topology."""
+        invariants = cls()
+        invariants.trainer = run
+        run.add_callback(invariants)
+        return invariants
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for layer in self.trainer.sparse.layers.values():
+            assert layer.weight.grad[~layer.mask].eq(0).all()
+            assert layer.weight.grad[layer.mask].ne(0).any()
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.zero_off_mask(optimizer)
+        self.before = {name: mask.clone() for name, mask in self.trainer.sparse.masks().items()}
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.zero_off_mask(optimizer)
+        sparse = self.trainer.sparse
+        plan = sparse.config.plan(args.max_steps)
+        changed = 0
+        for name, mask in sparse.masks().items():
+            fresh = mask & ~self.before[name]
+            layer = sparse.layers[name]
+            if sparse.config.regrown_weights == "zero":
+                assert layer.matrix(layer.weight)[fresh].eq(0).all()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                assert layer.matrix(optimizer.state[layer.weight][moment])[fresh].eq(0).all()
+            changed += int((mask != self.before[name]).sum())
+        check_links(sparse, plan.sparsity(state.global_step - state.global_step % sparse.config.update_interval))
+        assert (changed > 0) <= plan.is_update(state.global_step)
+        self.updates += plan.is_update(state.global_step) and changed > 0
+
+    def zero_off_mask(self, optimizer):
+        for layer in self.trainer.sparse.layers.values():
+            moments = optimizer.state[layer.weight]
+            for tensor in (layer.weight, moments["exp_avg"], moments["exp_avg_sq"]):
+                assert tensor[~layer.mask].eq(0).all()

@@ -1,0 +1,149 @@
+"""Adam's bias correction of regrown links, against Adam written out for each link alone."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from cases import arguments, case_config, losses, same_weights, weights
+from tiny import random_blocks, tiny_llama
+
+from hf_chts import SparseTrainer
+from hf_chts.training.regrown_adam import RegrownAdam
+
+INTERVAL = 5
+
+
+def adam_of_one_link(gradients, rates, betas, eps, decay, start):
+    """The weight of a link that starts at `start` with no moments, after a step for each gradient."""
+    weight, first, second = start, 0.0, 0.0
+    for n, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        weight *= 1 - rate * decay
+        first = betas[0] * first + (1 - betas[0]) * gradient
+        second = betas[1] * second + (1 - betas[1]) * gradient**2
+        weight -= rate * (first / (1 - betas[0] ** n)) / (math.sqrt(second / (1 - betas[1] ** n)) + eps)
+    return weight
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("beta2", [0.999, 0.95])
+def test_each_regrown_link_steps_as_if_training_began_with_it(kind, beta2):
+    decay = 0.1 if kind is torch.optim.AdamW else 0.0
+    weight = torch.nn.Parameter(torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.0, -2.0]]))
+    optimizer = kind([weight], betas=(0.9, beta2), weight_decay=decay)
+    regrown = RegrownAdam({"layer": weight}, INTERVAL)
+    mask = weight.detach() != 0
+    births = {(0, 1): 1, (1, 1): 2, (0, 2): 2}  # the update that regrows each; the other links are from the start
+    draws = torch.randn(20, 2, 3, generator=torch.Generator().manual_seed(0))
+    rates = [1e-2 / (step + 1) for step in range(20)]
+    for step in range(1, 21):
+        optimizer.param_groups[0]["lr"] = rates[step - 1]
+        weight.grad = draws[step - 1] * mask
+        optimizer.step()
+        regrown.correct(optimizer, step)
+        if step % INTERVAL == 0:
+            after = mask.clone()
+            for link, update in births.items():
+                if update == step // INTERVAL:
+                    after[link] = True
+            regrown.regrow("layer", mask, after, step // INTERVAL)
+            mask = after
+    for row in range(2):
+        for column in range(3):
+            link = (row, column)
+            start = {(0, 0): 1.0, (1, 0): 0.5, (1, 2): -2.0}.get(link, 0.0)
+            since = births.get(link, 0) * INTERVAL
+            gradients = draws[since:, row, column].tolist()
+            wanted = adam_of_one_link(gradients, rates[since:], (0.9, beta2), 1e-8, decay, start)
+            assert weight[link].item() == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+
+
+def test_a_link_that_left_and_came_back_begins_again():
+    weight = torch.nn.Parameter(torch.ones(1, 3))
+    regrown = RegrownAdam({"layer": weight}, INTERVAL)
+    masks = [torch.tensor([bits], dtype=torch.bool) for bits in ([1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 0])]
+    births = []
+    for update, (before, after) in enumerate(pairwise(masks), start=1):
+        regrown.regrow("layer", before, after, update)
+        births.append(regrown.born["layer"].tolist()[0])
+    assert births == [[0, 0, 1], [0, 2, 1], [0, 2, 0]]
+
+
+def test_the_first_steps_of_a_regrown_link_are_no_larger_than_the_rate():
+    def largest_step(corrected):
+        weight = torch.nn.Parameter(torch.zeros(1, 1))
+        optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0)
+        regrown = RegrownAdam({"layer": weight}, 1000)
+        weight.grad = torch.zeros(1, 1)
+        for _ in range(1000):
+            optimizer.step()
+        regrown.regrow("layer", torch.zeros(1, 1, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool), 1)
+        steps = []
+        for step in range(1001, 1031):
+            before = weight.item()
+            weight.grad = torch.ones(1, 1)
+            optimizer.step()
+            if corrected:
+                regrown.correct(optimizer, step)
+            steps.append(abs(weight.item() - before))
+        return max(steps)
+
+    assert largest_step(True) == pytest.approx(1.0, rel=1e-4)
+    # (1 − 0.9^n) / √(1 − 0.999^n) is highest at n = 12; v̂ over all 1012 steps is smaller by √0.637
+    assert largest_step(False) > 5
+
+
+def per_weight(directory, method="chtss", model=None, **changes):
+    return SparseTrainer(
+        model=model or tiny_llama(),
+        args=arguments(directory, **changes),
+        sparsity=case_config(method, regrown_adam="per_weight_steps"),
+        train_dataset=random_blocks(),
+    )
+
+
+def test_births_are_kept_for_links_alone_and_resumed(tmp_path):
+    whole = per_weight(tmp_path, "set")
+    whole.train()
+    again = per_weight(tmp_path, "set", model=tiny_llama(seed=5))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert losses(again) == losses(whole)
+    for name, born in whole.topology.adam.born.items():
+        assert again.topology.adam.born[name].equal(born)
+        assert born.max() >= 3
+        assert not born[~whole.sparse.layers[name].mask].any()
+
+
+def test_it_changes_the_run_and_only_after_the_first_update(tmp_path):
+    seen = []
+    for regrown_adam in ("global_steps", "per_weight_steps"):
+        run = SparseTrainer(
+            model=tiny_llama(),
+            args=arguments(tmp_path, save_strategy="no"),
+            sparsity=case_config("set", regrown_adam=regrown_adam),
+            train_dataset=random_blocks(),
+        )
+        run.train()
+        seen.append(losses(run))
+    assert seen[0][:5] == seen[1][:5]  # the loss of step 6 is the first that a step on regrown links has changed
+    assert seen[0][5:] != seen[1][5:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"optim": "sgd"}, "torch.optim.sgd.SGD"), ({"optim": "adafactor"}, "Adafactor")],
+)
+def test_other_optimizers_are_refused_by_name(tmp_path, changes, message):
+    run = per_weight(tmp_path, **changes)
+    before = weights(run)
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert same_weights(before, weights(run))
+
+
+def test_amsgrad_and_too_many_updates_are_refused():
+    weight = torch.nn.Parameter(torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="amsgrad"):
+        RegrownAdam.check(torch.optim.AdamW([weight], amsgrad=True))
+    with pytest.raises(ValueError, match="32768: raise update_interval"):
+        RegrownAdam({"layer": weight}, 1).check_updates(32768)
