@@ -34,8 +34,8 @@ def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
         update_interval=INTERVAL,
     )
     callback = TopologyCallback(sparsify(model, config))
-    callback.prepare(STEPS)
     optimizer = torch.optim.AdamW(model.parameters())
+    callback.prepare(STEPS, ReplicatedWeights(optimizer))
     ids = torch.randint(0, model.config.vocab_size, (tokens // 256, 256))
     updates, passes = [], []
     for repeat in range(repeats + 1):
@@ -45,7 +45,7 @@ def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
         optimizer.step()  # so that there are moments to zero
         optimizer.zero_grad()
         start = time.perf_counter()
-        callback.update((repeat + 1) * INTERVAL, ReplicatedWeights(optimizer))
+        callback.update((repeat + 1) * INTERVAL)
         updates.append(time.perf_counter() - start)
     update, one_pass = statistics.median(updates[1:]), statistics.median(passes[1:])  # the first of each warms up
     return {
@@ -77,12 +77,12 @@ def peak_copies(out_features: int, in_features: int, method: str, sparsity: floa
     )
     model = torch.nn.Sequential(torch.nn.Linear(in_features, out_features, bias=False))
     callback = TopologyCallback(sparsify(model, config))
-    callback.prepare(STEPS)
     optimizer = torch.optim.AdamW(model.parameters())
+    callback.prepare(STEPS, ReplicatedWeights(optimizer))
     model(torch.randn(1, in_features)).sum().backward()
     optimizer.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        callback.update(INTERVAL, ReplicatedWeights(optimizer))
+        callback.update(INTERVAL)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -56,7 +56,7 @@ def save_masks(directory: str | Path, state: TopologyState) -> None:
     tensors |= {f"{name}.stored": weights.cpu().contiguous() for name, weights in state.stored.items()}
     tensors |= {f"{name}.born": updates.cpu().contiguous() for name, updates in state.born.items()}
     metadata = mask_metadata(tensors, {name: tuple(mask.shape) for name, mask in state.masks.items()}, state.step)
-    _write_whole(Path(directory) / MASKS_NAME, save(tensors, metadata))
+    write_whole(Path(directory) / MASKS_NAME, save(tensors, metadata))
 
 
 def mask_metadata(
@@ -75,7 +75,7 @@ def save_topology(directory: str | Path, state: TopologyState) -> None:
     """Write masks, explored links and history into a checkpoint directory."""
     save_masks(directory, state)
     text = json.dumps({"step": state.step, "history": state.history, "softness": state.softness}, indent=1)
-    _write_whole(Path(directory) / HISTORY_NAME, text.encode())
+    write_whole(Path(directory) / HISTORY_NAME, text.encode())
 
 
 def load_masks(directory: str | Path) -> TopologyState:
@@ -215,7 +215,7 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Under another name first, so that no reader and no crash ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

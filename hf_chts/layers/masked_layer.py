@@ -3,12 +3,18 @@
 Identity forward on the weight, gradient masked inside autograd. Each kind adds its forward and how its weight lies.
 """
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 _Layer = TypeVar("_Layer", bound="MaskedLayer")
+
+
+class Accumulator(Protocol):
+    """What a gradient can be added to: a tensor, or what stands for one."""
+
+    def add_(self, grad: Tensor, /) -> Any: ...
 
 
 class _KeepLinks(torch.autograd.Function):
@@ -19,7 +25,7 @@ class _KeepLinks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, dense_gradient: Tensor | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, dense_gradient: Accumulator | None) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.dense_gradient = dense_gradient
         return weight.view_as(weight)
@@ -33,7 +39,7 @@ class _KeepLinks(torch.autograd.Function):
         return torch.where(mask, grad, 0), None, None
 
 
-def keep_links(weight: Tensor, mask: Tensor, dense_gradient: Tensor | None = None) -> Tensor:
+def keep_links(weight: Tensor, mask: Tensor, dense_gradient: Accumulator | None = None) -> Tensor:
     """`weight` unchanged, with a gradient that is 0 where `mask` (bool, same shape) is False.
 
     The gradient that there would be without the mask is added to `dense_gradient`, where one is given, in backward.
@@ -61,7 +67,7 @@ class MaskedLayer(nn.Module):
     weight: Tensor
     mask: Tensor
     # where the dense gradient of the current step adds up over its micro-batches; None on steps that do not need it
-    dense_gradient: Tensor | None = None
+    dense_gradient: Accumulator | None = None
 
     @classmethod
     def convert(cls: type[_Layer], layer: nn.Module, mask: Tensor) -> _Layer:

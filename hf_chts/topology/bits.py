@@ -29,8 +29,11 @@ def unpack_bits(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
             f"a mask of shape {tuple(shape)} takes {(n + 7) // 8} bytes (uint8); "
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (packed[:, None] >> shifts).bitwise_and_(1).view(-1).view(torch.bool)
+    if packed.device.type == "cpu":
+        bits = torch.from_numpy(np.unpackbits(packed.numpy(), bitorder="little")).view(torch.bool)
+    else:
+        shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+        bits = (packed[:, None] >> shifts).bitwise_and_(1).view(-1).view(torch.bool)
     if bits[n:].any():
         raise ValueError(f"a bit after the {n} links of shape {tuple(shape)} is set: the mask is damaged")
     return bits[:n].view(shape)
@@ -38,6 +41,8 @@ def unpack_bits(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 def count_bits(packed: Tensor) -> int:
     """How many bits are set; uint8, any shape."""
+    if packed.device.type == "cpu":
+        return int.from_bytes(packed.numpy().tobytes(), "little").bit_count()
     # neighbouring bits are added in pairs, then the pairs, then the halves of each byte
     pairs = packed - ((packed >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)

@@ -1,7 +1,9 @@
 """TopologyCallback: when the topology evolves, and what is told about it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -15,13 +17,12 @@ from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.shares import Lazy, layer_links
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.topology.bits import count_bits, pack_bits
-from hf_chts.topology.evolution import Evolution
 from hf_chts.topology.metrics import active_neuron_rate
 from hf_chts.topology.percolation import Junction, anp_rate, coupled_groups
 from hf_chts.topology.softness import adapted, chance_overlap
 from hf_chts.training.losses import UpdateLosses
 from hf_chts.training.regrown_adam import RegrownAdam
-from hf_chts.training.sharding import ReplicatedWeights, exchange, mean_over_ranks, rank_and_world, share_out
+from hf_chts.training.sharding import DenseGradient, Engine, engine_of, exchange, rank_and_world, share_out
 from hf_chts.training.update import TopologyUpdate, in_threads, update_cost
 
 
@@ -36,6 +37,7 @@ class TopologyCallback(TrainerCallback):
 
     Attributes:
         history: the figures of each update so far, in order.
+        engine: what holds weights and moments; from the begin of training.
     """
 
     def __init__(self, sparse: SparseModel, log: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -43,65 +45,90 @@ class TopologyCallback(TrainerCallback):
         self.log = log
         self.history: list[dict[str, Any]] = []
         self.plan: SchedulePlan | None = None
+        self.engine: Engine | None = None
         self.junctions: list[Junction] = []
         self.groups: list[list[str]] = []
+        self.owner: dict[str, int] = {}
         self.losses = UpdateLosses()
-        layers, config = sparse.layers, sparse.config
         # links that were ever active, as bits: a bool would cost as much memory again as the masks
         self.explored = {name: pack_bits(mask) for name, mask in sparse.masks().items()}
         # weights of what is no link, where they are kept: those that links had when they left, 0 if there never was one
         self.stored: dict[str, Tensor] = {}
-        if config.stores_weights:
-            self.stored = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
-        self.softness = dict.fromkeys(layers, config.softness_start) if config.adapts_softness else {}
+        self.softness = dict.fromkeys(sparse.layers, sparse.config.softness_start)
         self.adam: RegrownAdam | None = None
-        if config.ages_links:
-            self.adam = RegrownAdam({name: x.weight for name, x in layers.items()}, config.update_interval)
+        self._restored: TopologyState | None = None
 
     @property
     def config(self) -> SparsityConfig:
         return self.sparse.config
 
     def state(self, step: int) -> TopologyState:
-        """What a checkpoint after `step` has to keep."""
-        born = self.adam.born if self.adam else {}
+        """What a checkpoint after `step` has to keep. Collective; what ranks hold in parts is on rank 0 alone."""
         return TopologyState(
             masks=self.sparse.masks(),
             explored=self.explored,
-            stored=self._as_matrices(self.stored),
+            stored=self._gathered(self.stored),
             step=step,
             history=self.history,
-            born=self._as_matrices(born),
-            softness=self.softness,
+            born=self._gathered(self.adam.born if self.adam else {}),
+            softness=self.softness if self.config.adapts_softness else {},
         )
+
+    def _gathered(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors (out, in) of what `Engine.store` made; on rank 0, and on the CPU where they are not whole."""
+        whole = {}
+        for name, piece in pieces.items():
+            assert self.engine is not None, "there are pieces from the begin of training"
+            layer = self.sparse.layers[name]
+            (tensor,) = self.engine.gather([(layer, 0)], [piece])
+            if tensor is not None:
+                whole[name] = layer.matrix(tensor.cpu() if self.engine.sharded else tensor)
+        return whole
 
     def restore(self, state: TopologyState) -> None:
         """Take over the state of a checkpoint; the weights are loaded by others."""
         for name, layer in self.sparse.layers.items():
             layer.topology.copy_(state.masks[name])
             self.explored[name] = state.explored[name].to(layer.mask.device)
-            if self.stored:
-                layer.matrix(self.stored[name]).copy_(state.stored[name])
-        if self.adam:
-            self.adam.restore(self._as_matrices(state.born))
-        self.softness = dict(state.softness)
+        self.softness |= state.softness
         self.history = list(state.history)
+        self._restored = state
+        if self.engine is not None:
+            self._take_pieces()
 
-    def _as_matrices(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self.sparse.layers[name].matrix(tensor) for name, tensor in tensors.items()}
-
-    def prepare(self, max_steps: int) -> None:
-        """Make the plan of a run of `max_steps` optimizer steps.
+    def prepare(self, max_steps: int, engine: Engine) -> None:
+        """Make the plan of a run of `max_steps` optimizer steps on what holds weights and moments.
 
         Raises:
             ValueError: the schedules do not fit into the run, or percolation is not known for the model.
         """
-        self.plan = self.config.plan(max_steps)
-        if self.adam:
-            self.adam.check_updates(self.plan.number_of_updates(max_steps))
+        self.plan, self.engine = self.config.plan(max_steps), engine
         names = list(self.sparse.layers)
         self.junctions = couplings(cast(PreTrainedModel, self.sparse.model), names) if self.config.percolation else []
         self.groups = coupled_groups(self.junctions, names)
+        shapes = {name: mask.shape for name, mask in self.sparse.masks().items()}
+        dealt = share_out(
+            {group[0]: sum(update_cost(shapes[n], self.config.regrowth) for n in group) for group in self.groups},
+            rank_and_world()[1],
+        )
+        self.owner = {name: dealt[group[0]] for group in self.groups for name in group}
+        if self.config.ages_links:
+            self.adam = RegrownAdam(self.sparse.layers, engine, self.config.update_interval)
+            self.adam.check_updates(self.plan.number_of_updates(max_steps))
+        self._take_pieces()
+
+    def _take_pieces(self) -> None:
+        """This rank's pieces of what a checkpoint had, or new ones."""
+        assert self.engine is not None
+        state, layers = self._restored, self.sparse.layers
+        self._restored = None
+        for name, layer in layers.items():
+            if self.config.stores_weights:
+                saved = state.stored.get(name) if state else None
+                piece = self.engine.store(layer) if saved is None else self.engine.cut(layer, layer.matrix(saved))
+                self.stored[name] = piece
+            if self.adam and state and name in state.born:
+                self.adam.restore(name, layer.matrix(state.born[name]))
 
     def on_train_begin(
         self,
@@ -111,19 +138,21 @@ class TopologyCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        self.prepare(state.max_steps)
-        if self.adam:
-            self.adam.check(optimizer)
-        self.sparse.check()
+        engine = engine_of(self.sparse.model, self.sparse.layers, optimizer)
+        if self.config.ages_links:
+            RegrownAdam.check(optimizer)
+        self.prepare(state.max_steps, engine)
+        engine.check(self.sparse.layers)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.plan is not None, "on_train_begin makes the plan"
+        assert self.engine is not None
         self.losses.begin(state.global_step, self.plan)
         if self.config.needs_gradient and self.plan.is_update(state.global_step + 1):
-            for layer in self.sparse.layers.values():
-                layer.dense_gradient = torch.zeros_like(layer.weight)
+            for name, layer in self.sparse.layers.items():
+                layer.dense_gradient = self.engine.dense_gradient(layer, self.owner[name])
 
     def on_optimizer_step(
         self,
@@ -136,18 +165,11 @@ class TopologyCallback(TrainerCallback):
         if self.adam:
             self.adam.correct(optimizer, state.global_step + 1)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.plan is not None
         figures = self.losses.end(state.global_step, self.plan)
         if self.plan.is_update(state.global_step):
-            figures |= self.update(state.global_step, ReplicatedWeights(optimizer))
+            figures |= self.update(state.global_step)
         if figures and self.log is not None:
             # Trainer.log takes the step as logged, and the loss of this step would never be
             should_log = control.should_log
@@ -155,72 +177,116 @@ class TopologyCallback(TrainerCallback):
             control.should_log = should_log
 
     @torch.no_grad()
-    def update(self, step: int, weights: ReplicatedWeights) -> dict[str, Any]:
-        """Evolve every layer once, as of `step`, and return the figures of the update."""
+    def update(self, step: int) -> dict[str, Any]:
+        """Evolve every layer once, as of `step`, and return the figures of the update. Collective."""
         assert self.plan is not None
         start = time.perf_counter()
-        layers, masks = self.sparse.layers, self.sparse.masks()
-        rank, world_size = rank_and_world()
-        costs = {
-            group[0]: sum(update_cost(masks[name].shape, self.config.regrowth) for name in group)
-            for group in self.groups
-        }
-        dealt = share_out(costs, world_size)
-        owner = {name: dealt[group[0]] for group in self.groups for name in group}
-        gradients: dict[str, Tensor | None] = {}
-        for name, layer in layers.items():
-            gradient, layer.dense_gradient = layer.dense_gradient, None
-            gradients[name] = None if gradient is None else layer.matrix(mean_over_ranks(gradient))
-        stored = self._as_matrices(self.stored)
-        topology_update = TopologyUpdate(
-            plan=self.plan,
-            step=step,
-            masks=masks,
-            links=self._links(step, weights, stored),
-            gradients=gradients,
-            stored=stored,
-            junctions=self.junctions,
-            blocks=self.sparse.blocks,
-            softness=self.softness,
-        )
-
-        def evolve(group: list[str]) -> dict[str, Evolution]:
-            return topology_update.evolve(group, {n: layers[n].matrix(weights.weight(layers[n])) for n in group})
-
-        mine = {}
-        my_groups = [group for group in self.groups if dealt[group[0]] == rank]
-        for results in in_threads(evolve, my_groups, next(iter(masks.values())).device):
-            for name, result in results.items():
-                mine[name] = (result.mask, (result.pruned, result.removed, result.regrown, result.overlap))
+        links = self._links(step)
         totals = [0.0, 0.0, 0.0, 0.0]
-        for name, (mask, (pruned, removed, regrown, overlap)) in exchange(mine, layers, owner).items():
-            self._take_over(name, mask, weights, self.plan.number_of_updates(step))
-            if self.softness and regrown:
-                chance = chance_overlap(int(removed), int(regrown), mask.numel() - topology_update.links[name])
-                self.softness[name] = adapted(self.softness[name], overlap, chance, self.config.softness_end)
-            totals = [t + v for t, v in zip(totals, (pruned, removed, regrown, overlap * regrown), strict=True)]
+        for groups in self._rounds():
+            for name, (mask, done) in self._evolve(groups, step, links):
+                pruned, removed, regrown, overlap = done
+                self._take_over(name, mask, self.plan.number_of_updates(step))
+                if self.config.adapts_softness and regrown:
+                    chance = chance_overlap(int(removed), int(regrown), mask.numel() - links[name])
+                    self.softness[name] = adapted(self.softness[name], overlap, chance, self.config.softness_end)
+                totals = [t + v for t, v in zip(totals, (pruned, removed, regrown, overlap * regrown), strict=True)]
         figures = self._figures(step, totals)
         figures["topology_seconds"] = round(time.perf_counter() - start, 4)
         self.history.append({"step": step, **figures})
         return figures
 
-    def _links(self, step: int, weights: ReplicatedWeights, stored: Mapping[str, Tensor]) -> dict[str, int]:
+    def _rounds(self) -> list[list[list[str]]]:
+        """The groups of layers that are evolved at a time.
+
+        Where weights have to be gathered, each rank takes one group in a round, so that none holds more.
+        """
+        assert self.engine is not None
+        if not self.engine.sharded:
+            return [self.groups]
+        by_rank: dict[int, list[list[str]]] = {}
+        for group in self.groups:
+            by_rank.setdefault(self.owner[group[0]], []).append(group)
+        rounds = zip_longest(*(by_rank[rank] for rank in sorted(by_rank)))
+        return [[group for group in groups if group is not None] for groups in rounds]
+
+    def _evolve(
+        self, groups: Sequence[list[str]], step: int, links: Mapping[str, int]
+    ) -> Iterator[tuple[str, tuple[Tensor, list[float]]]]:
+        """New masks, (out, in), and what was done, of the layers of `groups`; each rank works out its own."""
+        assert self.plan is not None
+        assert self.engine is not None
+        engine, layers, masks = self.engine, self.sparse.layers, self.sparse.masks()
+        rank, _ = rank_and_world()
+        names = [name for group in groups for name in group]
+        destinations = [(layers[name], self.owner[name]) for name in names]
+        weights = self._matrices(names, engine.gather(destinations))
+        stored = {}
+        if self.stored:
+            stored = self._matrices(names, engine.gather(destinations, [self.stored[name] for name in names]))
+        gradients = {}
+        if self.config.needs_gradient:
+            gradients = self._matrices(names, [self._take_gradient(name) for name in names])
+        topology_update = TopologyUpdate(
+            plan=self.plan,
+            step=step,
+            masks=masks,
+            links=links,
+            gradients=gradients,
+            stored=stored,
+            junctions=self.junctions,
+            blocks=self.sparse.blocks,
+            softness=self.softness if self.config.adapts_softness else {},
+        )
+
+        def evolve(group: list[str]) -> dict[str, tuple[Tensor, list[float]]]:
+            done = topology_update.evolve(group, {name: weights[name] for name in group})
+            # as bits until they are needed: bools of all layers would be as much again as the masks
+            return {
+                name: (pack_bits(one.mask), [one.pruned, one.removed, one.regrown, one.overlap])
+                for name, one in done.items()
+            }
+
+        mine: dict[str, tuple[Tensor, list[float]]] = {}
+        my_groups = [group for group in groups if self.owner[group[0]] == rank]
+        for results in in_threads(evolve, my_groups, next(iter(masks.values())).device):
+            mine |= results
+        return exchange(
+            mine, {name: masks[name].shape for name in names}, self.owner, next(iter(masks.values())).device
+        )
+
+    def _matrices(self, names: Sequence[str], tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        layers = self.sparse.layers
+        return {n: layers[n].matrix(t.detach()) for n, t in zip(names, tensors, strict=True) if t is not None}
+
+    def _take_gradient(self, name: str) -> Tensor | None:
+        layer = self.sparse.layers[name]
+        gradient, layer.dense_gradient = layer.dense_gradient, None
+        assert isinstance(gradient, DenseGradient), f"no dense gradient of {name} was kept: on_step_begin asks for it"
+        return gradient.mean()
+
+    def _links(self, step: int) -> dict[str, int]:
         """The number of links of each layer after an update at `step`."""
         assert self.plan is not None
         layers, masks = self.sparse.layers, self.sparse.masks()
         shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in masks.items()}
 
         def whole(name: str) -> Tensor:
-            weight = layers[name].matrix(weights.weight(layers[name]))
-            return torch.where(masks[name], weight, stored[name]) if self.config.regrowth == "stored" else weight
+            assert self.engine is not None
+            layer = layers[name]
+            weight = self.engine.whole(layer)
+            if self.config.regrowth == "stored":
+                weight = torch.where(layer.mask, weight, self.engine.whole(layer, self.stored[name]))
+            return layer.matrix(weight)
 
         return layer_links(shapes, self.plan.sparsity(step), self.config, Lazy(whole, masks))
 
-    def _take_over(self, name: str, mask: Tensor, weights: ReplicatedWeights, update: int) -> None:
+    def _take_over(self, name: str, mask: Tensor, update: int) -> None:
+        assert self.engine is not None
         layer = self.sparse.layers[name]
         if self.adam:
             self.adam.regrow(name, layer.mask, layer.matrix(mask), update)
-        weights.set_topology(layer, layer.matrix(mask), self.stored.get(name))
+        self.engine.set_topology(layer, layer.matrix(mask), self.stored.get(name))
         self.explored[name] |= pack_bits(mask)
 
     def _figures(self, step: int, totals: list[float]) -> dict[str, Any]:
@@ -238,5 +304,5 @@ class TopologyCallback(TrainerCallback):
             **({"active_neurons_percolated": anp_rate(masks, self.junctions)} if self.config.percolation else {}),
             "links_removed": int(pruned + removed),
             "links_regrown": int(regrown),
-            **({"softness": sum(self.softness.values()) / len(self.softness)} if self.softness else {}),
+            **({"softness": fmean(self.softness.values())} if self.config.adapts_softness else {}),
         }

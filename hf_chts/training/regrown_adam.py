@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.topology.bits import link_positions
+from hf_chts.training.sharding import Engine
 
 # Where β2^a is below this, the correction is lost in the rounding of fp32
 _NEGLIGIBLE = 2.0**-24
@@ -29,18 +31,20 @@ class RegrownAdam:
     """Corrects the steps that torch's Adam or AdamW takes on regrown links.
 
     Args:
-        parameters: the weights of the sparse layers by name.
+        layers: the sparse layers by name.
+        engine: what holds their weights and moments.
         update_interval: optimizer steps between topology updates.
 
     Attributes:
-        born: int16 by name, of the weight's shape: the number of the update, from 1, that regrew a link; 0 for links
-            that were there from the start, and off the mask.
+        born: int16 by name, for this rank's extent of the weight (`Engine.store`): the number of the update, from 1,
+            that regrew a link; 0 for links that were there from the start, and off the mask.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], update_interval: int) -> None:
-        self.parameters = parameters
+    def __init__(self, layers: Mapping[str, MaskedLayer], engine: Engine, update_interval: int) -> None:
+        self.layers = layers
+        self.engine = engine
         self.update_interval = update_interval
-        self.born = {name: torch.zeros_like(p, dtype=torch.int16) for name, p in parameters.items()}
+        self.born = {name: torch.zeros_like(engine.store(x), dtype=torch.int16) for name, x in layers.items()}
         # (interval, positions, births) of the links that are young enough to correct, in the interval between updates
         self._young: dict[str, tuple[int, Tensor, Tensor]] = {}
 
@@ -72,14 +76,17 @@ class RegrownAdam:
     def regrow(self, name: str, before: Tensor, after: Tensor, update: int) -> None:
         """Note an update of a layer's mask, bool as the weight lies, that was number `update`."""
         born = self.born[name]
+        start, stop = self.engine.extent(self.layers[name])
+        before, after = (mask.reshape(-1)[start:stop].view_as(born) for mask in (before, after))
         born.masked_fill_(~after, 0)
         born.masked_fill_(after & ~before, update)
         self._young.pop(name, None)
 
-    def restore(self, born: Mapping[str, Tensor]) -> None:
-        for name, updates in born.items():
-            self.born[name].copy_(updates)
-        self._young.clear()
+    def restore(self, name: str, born: Tensor) -> None:
+        """Take over what a checkpoint has of a layer, whole and as the weight lies."""
+        start, stop = self.engine.extent(self.layers[name])
+        self.born[name].copy_(born.reshape(-1)[start:stop].view_as(self.born[name]))
+        self._young.pop(name, None)
 
     @torch.no_grad()
     def correct(self, optimizer: Any, step: int) -> None:
@@ -87,21 +94,20 @@ class RegrownAdam:
         if getattr(optimizer, "step_was_skipped", False):  # the GradScaler's, on overflow
             return
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for name, weight in self.parameters.items():
-            state, group = optimizer.state.get(weight, {}), groups.get(id(weight))
+        for name, layer in self.layers.items():
+            state, group = optimizer.state.get(layer.weight, {}), groups.get(id(layer.weight))
             if not state or group is None:
                 continue
             positions, updates = self._young_links(name, step, group["betas"][1])
             if not len(positions):
                 continue
             ages = step - updates.to(torch.float64) * self.update_interval
-            first, second = (state[key].view(-1)[positions] for key in ("exp_avg", "exp_avg_sq"))
+            held = self.engine.held(layer)
             # in float64: the difference of two nearly equal steps is added to a weight that has taken one of them
-            taken, wanted = (
-                _step(first.double(), second.double(), group, n)
-                for n in (torch.as_tensor(float(state["step"]), dtype=torch.float64), ages)
-            )
-            weight.view(-1).index_add_(0, positions, (taken - wanted).to(weight.dtype))
+            first, second = (held[key].view(-1)[positions].double() for key in ("exp_avg", "exp_avg_sq"))
+            steps = torch.as_tensor(float(state["step"]), dtype=torch.float64)
+            change = _step(first, second, group, steps) - _step(first, second, group, ages)
+            held["weight"].view(-1).index_add_(0, positions, change.to(held["weight"].dtype))
 
     def _young_links(self, name: str, step: int, beta2: float) -> tuple[Tensor, Tensor]:
         # told by the interval, not by the step: a resumed run must leave out the same links

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME, load_topology, save_topology, verify_fits
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.layers.patching import SparseModel, sparsify
 from hf_chts.training.callback import TopologyCallback
 from hf_chts.training.lr_schedules import add_update_warmup
+from hf_chts.training.seal import SEAL_NAME, last_sealed, seal, unseal, verify_seal
 
 # The mixin goes before any Trainer class, and is not one itself
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class SparseTrainerMixin(_AnyTrainer):
 
     sparse: SparseModel
     topology: TopologyCallback | None
+    _finite: Tensor | None = None  # whether all losses since the last look were
 
     def __init__(
         self,
@@ -90,16 +92,27 @@ class SparseTrainerMixin(_AnyTrainer):
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. A checkpoint is refused before anything is loaded if its masks are missing, damaged or of
-        another model or config (FileNotFoundError, ValueError)."""
+        """As `Trainer.train`; True resumes from the last checkpoint that was written whole.
+
+        Raises:
+            FileNotFoundError, ValueError: the checkpoint is not whole, damaged, or of another model or config. Nothing
+                has been loaded then.
+            FloatingPointError: the loss became NaN or infinite.
+        """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_sealed(self.args.output_dir or ".")
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"there is no whole checkpoint in {self.args.output_dir} to resume from: start without "
+                    "resume_from_checkpoint, or name a checkpoint"
+                )
         if isinstance(resume_from_checkpoint, str | Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
             self._restore_topology(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _restore_topology(self, directory: str) -> None:
+        verify_seal(directory)
         if self.topology is None:
             if (Path(directory) / MASKS_NAME).exists():
                 raise ValueError(f"{directory} is a checkpoint of a sparse model, this run is dense: use its config")
@@ -112,24 +125,69 @@ class SparseTrainerMixin(_AnyTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
+        # kept on the device: to look at each loss would have the GPU wait
+        self._finite = (
+            self._finite & torch.isfinite(loss.detach()) if self._finite is not None else torch.isfinite(loss)
+        )
         if self.topology is not None:
             self.topology.losses.add(loss)
         return loss
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        self._check_finite()
+        super().log(*args, **kwargs)
+
+    def _check_finite(self) -> None:
+        """Raises FloatingPointError if a loss since the last call was NaN or infinite."""
+        finite, self._finite = self._finite, None
+        if finite is not None and not bool(finite):
+            last = last_sealed(self.args.output_dir or ".")
+            raise FloatingPointError(
+                f"the loss was NaN or infinite at or before step {self.state.global_step}: lower the learning rate, "
+                f"lengthen the warm-up or set max_grad_norm. {_last_whole(last)}"
+            )
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         self._restore_topology(self.state.best_model_checkpoint)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        args = self.args
-        if args.should_save and self.topology is not None:
-            directory = Path(output_dir or args.output_dir or ".")
-            self.sparse.config.save(directory / CONFIG_NAME)
-            save_topology(directory, self.topology.state(self.state.global_step))
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.topology is not None:
+            state = self.topology.state(self.state.global_step)  # all ranks take part
+            if self.args.should_save:
+                directory = Path(output_dir or self.args.output_dir or ".")
+                directory.mkdir(parents=True, exist_ok=True)
+                self.sparse.config.save(directory / CONFIG_NAME)
+                save_topology(directory, state)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite()
+        run_dir = self._get_output_dir(trial=trial)
+        directory = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this one is whole
+        try:
+            if self.args.should_save:
+                unseal(directory)
+            super()._save_checkpoint(model, trial)
+            self._seal(directory)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{directory} could not be written: {error}. {_last_whole(last_sealed(run_dir))}"
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _seal(self, directory: Path) -> None:
+        self.accelerator.wait_for_everyone()  # every rank has files of its own in there
+        if self.args.should_save and not (directory / SEAL_NAME).exists():
+            seal(directory, self.state.global_step)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._seal(Path(checkpoint_folder))
         # the Trainer copies only its own files from the checkpoint into what it pushes
         if self.is_world_process_zero():
             for name in (CONFIG_NAME, MASKS_NAME, HISTORY_NAME):
@@ -157,6 +215,10 @@ class SparseTrainer(SparseTrainerMixin, Trainer):
 
     With method "dense" it does what `transformers.Trainer` does, bit for bit.
     """
+
+
+def _last_whole(checkpoint: str | None) -> str:
+    return f"The last whole checkpoint is {checkpoint}" if checkpoint else "There is no earlier checkpoint"
 
 
 def _verify_same_run(saved: SparsityConfig, current: SparsityConfig, directory: str) -> None:

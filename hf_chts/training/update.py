@@ -50,8 +50,8 @@ class TopologyUpdate:
         step: finished optimizer steps.
         masks: bool (out, in) of all layers, by name in the model's order; read only.
         links: how many links each layer has afterwards, by name.
-        gradients: the dense gradients of the step by layer name, where the config needs them; else None.
-        stored: the weights of what is no link by layer name, where they are kept.
+        gradients: the dense gradients of the step, (out, in) by layer name, where the config needs them.
+        stored: the weights of what is no link, (out, in) by layer name, where they are kept.
         junctions: how layers are coupled, for percolation; none without it.
         blocks: into how many blocks of rows, with as many links each, a layer is cut; by name, 1 where there is none.
         softness: the softness δ of each layer's removal by name, where it adapts; else the plan's holds for all.
@@ -61,7 +61,7 @@ class TopologyUpdate:
     step: int
     masks: Mapping[str, Tensor]
     links: Mapping[str, int]
-    gradients: Mapping[str, Tensor | None]
+    gradients: Mapping[str, Tensor]
     stored: Mapping[str, Tensor]
     junctions: Sequence[Junction] = ()
     blocks: Mapping[str, int] = field(default_factory=dict)
@@ -132,9 +132,7 @@ class TopologyUpdate:
     def _score(self, part: str, piece: "_Piece") -> Callable[..., Tensor]:
         if part not in NEED_GRADIENT:
             return SCORES[part]
-        gradient = self.gradients[piece.layer]
-        assert gradient is not None, f"no dense gradient of {piece.layer} was kept"
-        return partial(SCORES[part], grad=gradient[piece.rows])
+        return partial(SCORES[part], grad=self.gradients[piece.layer][piece.rows])
 
     def _stream(self, piece: "_Piece", purpose: str) -> torch.Generator:
         layer = list(self.masks).index(piece.layer)

@@ -85,12 +85,13 @@ def one_update(case):
     config = case_config(case)
     sparse = sparsify(tiny_llama(seed=3), config)
     topology = TopologyCallback(sparse)
-    topology.prepare(STEPS)
+    engine = ReplicatedWeights(torch.optim.AdamW(sparse.model.parameters()))
+    topology.prepare(STEPS, engine)
     if config.needs_gradient:
-        for layer in sparse.layers.values():
-            layer.dense_gradient = layer.weight.detach().cos()  # any, as long as it is the same on all ranks
-    optimizer = torch.optim.AdamW(sparse.model.parameters())
-    topology.update(INTERVAL, ReplicatedWeights(optimizer))
+        for name, layer in sparse.layers.items():
+            layer.dense_gradient = engine.dense_gradient(layer, topology.owner[name])
+            layer.dense_gradient.add_(layer.weight.detach().cos())  # any, as long as it is the same on all ranks
+    topology.update(INTERVAL)
     return {name: mask.clone() for name, mask in sparse.masks().items()}
 
 
@@ -112,7 +113,7 @@ def dense_gradient_is_that_of_an_unmasked_copy(directory):
 
     def topology_update(**parts):
         if parts["step"] == INTERVAL:
-            seen.update({name: g.clone() for name, g in parts["gradients"].items() if g is not None})
+            seen.update({name: gradient.clone() for name, gradient in parts["gradients"].items()})
         return make_update(**parts)
 
     trainer.training_step = training_step

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_chts import MaskedConv1D, MaskedLinear, SparsityConfig, TopologyCallback, sparsify
 from hf_chts.topology.random_streams import random_stream
+from hf_chts.topology.bits import pack_bits
 from hf_chts.training.sharding import ranks
 
 # three outputs, two inputs; from the first input to outputs 0 and 2, from the second to output 0
@@ -199,8 +200,8 @@ def test_a_stored_weight_comes_back_where_it_left():
 def test_masks_travel_between_ranks_as_out_by_in(monkeypatch):
     # as rank 0 of two, which evolves the layer; what it sends it also unpacks
     monkeypatch.setattr(ranks, "rank_and_world", lambda: (0, 2))
-    monkeypatch.setattr(ranks.dist, "all_reduce", lambda *_, **__: None)
     monkeypatch.setattr(ranks.dist, "broadcast", lambda *_, **__: None)
     new = torch.tensor([[False, True], [True, True], [False, False]])
-    masks = ranks.exchange({"0": (new, [1.0])}, network().layers, {"0": 0})
+    shapes = {name: mask.shape for name, mask in network().masks().items()}
+    masks = dict(ranks.exchange({"0": (pack_bits(new), [1.0])}, shapes, {"0": 0}, new.device, n_figures=1))
     assert masks["0"][0].equal(new)

@@ -80,14 +80,17 @@ def updated(config, model):
     """A model's (masks, weights before, gradients, masks after) at its first update."""
     sparse = sparsify(model, config)
     callback = TopologyCallback(sparse)
-    callback.prepare(8 * INTERVAL)
+    engine = ReplicatedWeights(torch.optim.AdamW(model.parameters()))
+    callback.prepare(8 * INTERVAL, engine)
     before = {name: mask.clone() for name, mask in sparse.masks().items()}
     weights = {name: layer.weight.detach().clone() for name, layer in sparse.layers.items()}
     gradients = {}
     for name, layer in sparse.layers.items():
         gradients[name] = torch.randn_like(layer.weight)
-        layer.dense_gradient = gradients[name].clone()
-    callback.update(INTERVAL, ReplicatedWeights(torch.optim.AdamW(model.parameters())))
+        if config.needs_gradient:
+            layer.dense_gradient = engine.dense_gradient(layer, 0)
+            layer.dense_gradient.add_(gradients[name])
+    callback.update(INTERVAL)
     return before, weights, gradients, sparse.masks()
 
 

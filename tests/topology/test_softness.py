@@ -46,7 +46,7 @@ def update(mask, weight, softness, number, regrowth="ch3_l3n", choice="hard"):
     )  # fmt: skip
     links = int(mask.sum())
     step = TopologyUpdate(
-        config.plan(1000), number, {"layer": mask}, {"layer": links}, {"layer": None}, {}, softness={"layer": softness}
+        config.plan(1000), number, {"layer": mask}, {"layer": links}, {}, {}, softness={"layer": softness}
     )
     done = step.evolve(["layer"], {"layer": weight * mask})["layer"]
     chance = chance_overlap(done.removed, done.regrown, mask.numel() - links)

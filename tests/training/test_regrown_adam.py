@@ -8,8 +8,9 @@ import torch
 from cases import arguments, case_config, losses, same_weights, weights
 from tiny import random_blocks, tiny_llama
 
-from hf_chts import SparseTrainer
+from hf_chts import MaskedLinear, SparseTrainer
 from hf_chts.training.regrown_adam import RegrownAdam
+from hf_chts.training.sharding import ReplicatedWeights
 
 INTERVAL = 5
 
@@ -25,13 +26,22 @@ def adam_of_one_link(gradients, rates, betas, eps, decay, start):
     return weight
 
 
+def one_layer(weight, interval, kind=torch.optim.AdamW, **options):
+    """(weight, corrections, optimizer) of a layer; its mask takes no part."""
+    linear = torch.nn.Linear(len(weight[0]), len(weight), bias=False)
+    layer = MaskedLinear.convert(linear, torch.ones(linear.weight.shape, dtype=torch.bool))
+    layer.weight.data = torch.tensor(weight)
+    optimizer = kind([layer.weight], **options)
+    return layer.weight, RegrownAdam({"layer": layer}, ReplicatedWeights(optimizer), interval), optimizer
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("beta2", [0.999, 0.95])
 def test_each_regrown_link_steps_as_if_training_began_with_it(kind, beta2):
     decay = 0.1 if kind is torch.optim.AdamW else 0.0
-    weight = torch.nn.Parameter(torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.0, -2.0]]))
-    optimizer = kind([weight], betas=(0.9, beta2), weight_decay=decay)
-    regrown = RegrownAdam({"layer": weight}, INTERVAL)
+    weight, regrown, optimizer = one_layer(
+        [[1.0, 0.0, 0.0], [0.5, 0.0, -2.0]], INTERVAL, kind, betas=(0.9, beta2), weight_decay=decay
+    )
     mask = weight.detach() != 0
     births = {(0, 1): 1, (1, 1): 2, (0, 2): 2}  # the update that regrows each; the other links are from the start
     draws = torch.randn(20, 2, 3, generator=torch.Generator().manual_seed(0))
@@ -59,8 +69,7 @@ def test_each_regrown_link_steps_as_if_training_began_with_it(kind, beta2):
 
 
 def test_a_link_that_left_and_came_back_begins_again():
-    weight = torch.nn.Parameter(torch.ones(1, 3))
-    regrown = RegrownAdam({"layer": weight}, INTERVAL)
+    _, regrown, _ = one_layer([[1.0, 1.0, 1.0]], INTERVAL)
     masks = [torch.tensor([bits], dtype=torch.bool) for bits in ([1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 0])]
     births = []
     for update, (before, after) in enumerate(pairwise(masks), start=1):
@@ -71,9 +80,7 @@ def test_a_link_that_left_and_came_back_begins_again():
 
 def test_the_first_steps_of_a_regrown_link_are_no_larger_than_the_rate():
     def largest_step(corrected):
-        weight = torch.nn.Parameter(torch.zeros(1, 1))
-        optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0)
-        regrown = RegrownAdam({"layer": weight}, 1000)
+        weight, regrown, optimizer = one_layer([[0.0]], 1000, lr=1.0, weight_decay=0)
         weight.grad = torch.zeros(1, 1)
         for _ in range(1000):
             optimizer.step()
@@ -146,4 +153,4 @@ def test_amsgrad_and_too_many_updates_are_refused():
     with pytest.raises(ValueError, match="amsgrad"):
         RegrownAdam.check(torch.optim.AdamW([weight], amsgrad=True))
     with pytest.raises(ValueError, match="32768: raise update_interval"):
-        RegrownAdam({"layer": weight}, 1).check_updates(32768)
+        one_layer([[0.0]], 1)[1].check_updates(32768)

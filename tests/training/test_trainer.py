@@ -1,7 +1,6 @@
 """SparseTrainer: the invariants at every step, equality with the plain Trainer, resume bit for bit."""
 
 import copy
-import json
 import shutil
 
 import pytest
@@ -83,7 +82,7 @@ def test_the_dense_gradient_is_that_of_an_unmasked_copy(tmp_path, accumulation):
     class Gradients(TrainerCallback):
         def on_optimizer_step(self, args, state, control, **kwargs):
             if state.global_step + 1 == INTERVAL:
-                seen.update({name: layer.dense_gradient.clone() for name, layer in run.sparse.layers.items()})
+                seen.update({name: layer.dense_gradient.sum.clone() for name, layer in run.sparse.layers.items()})
             else:
                 assert all(layer.dense_gradient is None for layer in run.sparse.layers.values())
 
@@ -148,9 +147,9 @@ def test_dense_is_the_plain_trainer_bit_for_bit(tmp_path):
     plain.train()
     assert losses(sparse_run) == losses(plain)
     assert same_weights(weights(sparse_run), weights(plain))
-    assert sorted(p.name for p in (tmp_path / "a/checkpoint-20").iterdir()) == sorted(
-        p.name for p in (tmp_path / "b/checkpoint-20").iterdir()
-    )
+    written, plainly = ({p.name for p in (tmp_path / run / "checkpoint-20").iterdir()} for run in "ab")
+    assert written - plainly == {"checkpoint_seal.json"}
+    assert plainly <= written
 
 
 def test_the_clipped_norm_is_that_of_the_masked_gradient(tmp_path):
@@ -328,73 +327,3 @@ def test_schedules_that_do_not_fit_leave_the_model_alone(tmp_path):
     with pytest.raises(ValueError, match="update_interval is 100 steps"):
         SparseTrainer(model=model, args=arguments(tmp_path), sparsity=SparsityConfig())
     assert same_weights(before, model.state_dict())
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run")
-    trainer(directory, max_steps=16, save_steps=8).train()
-    return directory / "checkpoint-8"
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[-100] ^= 4
-    path.write_bytes(bytes(data))
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "message"),
-    [
-        ("masks.safetensors", lambda p: p.unlink(), "masks.safetensors is missing"),
-        ("masks.safetensors", truncate, "masks.safetensors cannot be used"),
-        ("masks.safetensors", flip, "masks.safetensors cannot be used: its contents do not have the digest"),
-        ("masks.safetensors", lambda p: p.write_bytes(b""), "masks.safetensors cannot be used"),
-        ("topology_history.json", lambda p: p.unlink(), "topology_history.json is missing"),
-        ("topology_history.json", truncate, "topology_history.json cannot be used"),
-        ("topology_history.json", lambda p: p.write_text('{"step": 3, "history": []}'), "of step 3, .* of step 8"),
-        ("sparsity_config.json", lambda p: p.unlink(), "no sparsity config at"),
-        ("sparsity_config.json", truncate, "sparsity_config.json"),
-    ],
-)
-def test_a_damaged_checkpoint_is_refused(tmp_path, checkpoint, name, damage, message):
-    copy_of = shutil.copytree(checkpoint, tmp_path / "checkpoint-8")
-    damage(copy_of / name)
-    run = trainer(tmp_path / "run")
-    before = weights(run)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run.train(resume_from_checkpoint=str(copy_of))
-    assert same_weights(before, weights(run))
-
-
-def test_masks_of_another_model_are_refused(tmp_path, checkpoint):
-    run = trainer(tmp_path, model=tiny_llama(intermediate_size=80))
-    with pytest.raises(ValueError, match=r"another model or config: model.layers.0.mlp.down_proj is \(40, 60\) there"):
-        run.train(resume_from_checkpoint=str(checkpoint))
-
-
-def test_another_config_is_refused(tmp_path, checkpoint):
-    run = trainer(tmp_path, "chts")
-    with pytest.raises(ValueError, match="method: 'chtss' there, 'chts' here"):
-        run.train(resume_from_checkpoint=str(checkpoint))
-    dense = trainer(tmp_path, "dense")
-    with pytest.raises(ValueError, match="checkpoint of a sparse model, this run is dense"):
-        dense.train(resume_from_checkpoint=str(checkpoint))
-
-
-def test_weights_of_another_topology_are_refused(tmp_path, checkpoint):
-    copy_of = shutil.copytree(checkpoint, tmp_path / "checkpoint-8")
-    other = trainer(tmp_path / "other")
-    other.model.save_pretrained(copy_of)
-    with pytest.raises(RuntimeError, match="weights that are not 0 off its mask"):
-        trainer(tmp_path / "run").train(resume_from_checkpoint=str(copy_of))
-
-
-def test_history_is_readable(checkpoint):
-    saved = json.loads((checkpoint / "topology_history.json").read_text())
-    assert saved["step"] == 8
-    assert [entry["step"] for entry in saved["history"]] == [4, 8]

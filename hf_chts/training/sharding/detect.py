@@ -15,7 +15,8 @@ _ZERO_STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 
 # Optimizers whose state is not one value for each weight, or that move weights whose gradient is 0
 _NOT_ELEMENTWISE = (
-    "adafactor", "apollo", "galore", "lbfgs", "lomo", "muon", "shampoo", "soap", "8bit", "4bit", "fp8", "grokadamw",
+    "adafactor", "apollo", "galore", "lbfgs", "lomo", "muon", "onebit", "shampoo", "soap", "zeroone",
+    "4bit", "8bit", "fp8",
 )  # fmt: skip
 
 
@@ -71,7 +72,8 @@ def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: An
 
 def _check_optimizer(optimizer: Any) -> None:
     kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-    if any(name in kind.lower() for name in _NOT_ELEMENTWISE):
+    quantized = kind.startswith("bitsandbytes.") and optimizer.args.optim_bits != 32
+    if quantized or any(name in kind.lower() for name in _NOT_ELEMENTWISE):
         raise ValueError(
             f"the optimizer {kind} does not keep one value of its state for each weight, or moves weights that have no "
             "gradient: missing links would not stay 0. Use one with elementwise state, such as AdamW"

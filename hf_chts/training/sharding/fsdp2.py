@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.layers.partitions import held_part
 from hf_chts.training.sharding.interface import ShardedEngine, moments
-from hf_chts.training.sharding.ranks import rank_and_world
 
 
 class Fsdp2Weights(ShardedEngine):
-    """Raises ValueError where a weight is not split by rows over all ranks."""
+    """Raises ValueError where a weight is not split by rows over all ranks (no hybrid, no tensor parallelism)."""
 
     def __init__(
         self,
@@ -30,22 +30,12 @@ class Fsdp2Weights(ShardedEngine):
         super().__init__(layers)
 
     def find_extent(self, layer: MaskedLayer) -> tuple[int, int]:
-        weight = _sharded(layer)
-        _, world_size = rank_and_world()
-        if weight.placements != (Shard(0),) or weight.device_mesh.size() != world_size:
-            raise ValueError(
-                f"a weight is placed {weight.placements} on a mesh of {tuple(weight.device_mesh.shape)}, one of "
-                f"{world_size} ranks: only FSDP2 over all ranks, by rows, is supported (no hybrid, tensor or pipeline "
-                "parallelism)"
-            )
-        rows, columns = layer.mask.shape
-        chunk = -(-rows // world_size)  # as torch.chunk splits rows
-        first = min(weight.device_mesh.get_local_rank() * chunk, rows)
-        return first * columns, (first + weight.to_local().shape[0]) * columns
+        part, start = held_part(_sharded(layer))
+        return start, start + part.numel()
 
     def held(self, layer: MaskedLayer) -> dict[str, Tensor]:
         weight = _sharded(layer)
-        held = {"weight": weight.detach().to_local()}
+        held = {"weight": weight.detach().to_local()}  # type: ignore[attr-defined]
         if weight.grad is not None:
             held["gradient"] = weight.grad.to_local()  # type: ignore[attr-defined]
         found = moments(self.optimizer.state.get(weight, {}), weight)

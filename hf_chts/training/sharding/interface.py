@@ -6,6 +6,7 @@ them, some rows, or any stretch. Engines say which run that is and which tensors
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,9 @@ class Engine(ABC):
     Everything is laid out as the weight lies, `layer.mask.shape`; `layer.matrix` views it as (out, in). The methods
     that are said to be collective are called by all ranks, for the same layers in the same order.
     """
+
+    #: whether a rank holds a part of each weight, so that whole ones must be gathered
+    sharded: ClassVar[bool] = False
 
     #: what multiplies the loss, hence the gradients, at this moment: that of a gradient scaler
     loss_scale: Callable[[], float] = staticmethod(lambda: 1.0)
@@ -91,6 +95,15 @@ class Engine(ABC):
             for work in dist.batch_isend_irecv(transfers):
                 work.wait()
         return found
+
+    def whole(self, layer: MaskedLayer, piece: Tensor | None = None) -> Tensor:
+        """The whole weight, or what `piece` is this rank's extent of, on every rank, to read. Collective."""
+        (tensor,) = self.gather([(layer, 0)], None if piece is None else [piece])
+        if tensor is None:
+            like = self.held(layer)["weight"] if piece is None else piece
+            tensor = torch.empty(layer.mask.shape, dtype=like.dtype, device=layer.mask.device)
+        dist.broadcast(tensor, src=0)
+        return tensor
 
     @torch.no_grad()
     def set_topology(self, layer: MaskedLayer, mask: Tensor, stored: Tensor | None = None) -> None:
@@ -183,6 +196,8 @@ class ShardedEngine(Engine):
         ValueError: a weight is not split over all ranks in one run of elements each.
     """
 
+    sharded = True
+
     def __init__(self, layers: Iterable[MaskedLayer]) -> None:
         layers = list(layers)
         mine = [self.find_extent(layer) for layer in layers]
@@ -219,7 +234,7 @@ def moments(state: dict[str, object], like: Tensor) -> dict[str, Tensor]:
     """
     found = {}
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() <= 1 < like.numel():
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() <= 1 < like.numel():
             continue
         if value.shape != like.shape:
             raise TypeError(

@@ -1,13 +1,13 @@
 """Ranks: who evolves which layer, and how the new masks reach all of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_chts.layers.masked_layer import MaskedLayer
-from hf_chts.topology.bits import pack_bits, unpack_bits
+from hf_chts.topology.bits import unpack_bits
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -41,42 +41,42 @@ def share_out(costs: Mapping[str, float], world_size: int) -> dict[str, int]:
 
 def exchange(
     mine: Mapping[str, tuple[Tensor, Sequence[float]]],
-    layers: Mapping[str, MaskedLayer],
+    shapes: Mapping[str, Sequence[int]],
     owner: Mapping[str, int],
-) -> dict[str, tuple[Tensor, list[float]]]:
-    """Give each rank's new masks, and the figures that go with them, to all ranks.
+    device: torch.device,
+    n_figures: int = 4,
+) -> Iterator[tuple[str, tuple[Tensor, list[float]]]]:
+    """Give each rank's new masks, and the figures that go with them, to all ranks. Collective.
 
     Args:
-        mine: (mask (out, in), figures) of the layers that this rank owns; as many figures for every layer.
-        layers: all layers, in one order on all ranks.
+        mine: (mask as bits, figures) of the layers that this rank owns.
+        shapes: (out, in) of all layers that are exchanged, in one order on all ranks.
         owner: rank by layer name.
+        device: where masks are.
+        n_figures: how many figures each layer has.
 
     Returns:
-        (mask, figures) of all layers, in the order of `layers`. Masks travel as bits, in one broadcast from each rank.
+        (name, (mask, figures)), rank by rank and in the order of `shapes`; a mask is unpacked where it is taken. Masks
+        travel as bits, in one broadcast from each rank.
     """
     rank, world_size = rank_and_world()
-    if world_size == 1:
-        return {name: (mine[name][0], list(mine[name][1])) for name in layers}
-    device = next(iter(layers.values())).mask.device
-    n_figures = max((len(figures) for _, figures in mine.values()), default=0)
-    shared = torch.tensor([n_figures], device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)  # a rank may own no layer
-    n_figures = int(shared)
-
-    result: dict[str, tuple[Tensor, list[float]]] = {}
     for source in range(world_size):
-        names = [name for name in layers if owner[name] == source]
+        names = [name for name in shapes if owner[name] == source]
         if not names:
             continue
-        sizes = [(layers[name].mask.numel() + 7) // 8 for name in names]
-        if rank == source:
-            bits = torch.cat([pack_bits(mine[name][0]) for name in names])
-            figures = torch.tensor([mine[name][1] for name in names], dtype=torch.float64, device=device)
+        sizes = [(prod(shapes[name]) + 7) // 8 for name in names]
+        bits: Sequence[Tensor]
+        if world_size == 1:
+            bits, figures = [mine[name][0] for name in names], [list(mine[name][1]) for name in names]
         else:
-            bits = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-            figures = torch.empty(len(names), n_figures, dtype=torch.float64, device=device)
-        dist.broadcast(bits, src=source)
-        dist.broadcast(figures, src=source)
-        for name, packed, row in zip(names, bits.split(sizes), figures.tolist(), strict=True):
-            result[name] = (unpack_bits(packed, layers[name].topology.shape), row)
-    return {name: result[name] for name in layers}
+            if rank == source:
+                packed = torch.cat([mine[name][0] for name in names])
+                numbers = torch.tensor([mine[name][1] for name in names], dtype=torch.float64, device=device)
+            else:
+                packed = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+                numbers = torch.empty(len(names), n_figures, dtype=torch.float64, device=device)
+            dist.broadcast(packed, src=source)
+            dist.broadcast(numbers, src=source)
+            bits, figures = packed.split(sizes), numbers.tolist()
+        for name, some, row in zip(names, bits, figures, strict=True):
+            yield name, (unpack_bits(some, tuple(shapes[name])), row)

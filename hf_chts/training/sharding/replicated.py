@@ -26,15 +26,14 @@ class ReplicatedWeights(Engine):
             held["gradient"] = weight.grad
         return held | moments(self.optimizer.state.get(weight, {}), weight)
 
-    def weight(self, layer: MaskedLayer) -> Tensor:
-        """The whole weight of a layer, to read."""
-        return layer.weight.detach()
+    def whole(self, layer: MaskedLayer, piece: Tensor | None = None) -> Tensor:
+        return layer.weight.detach() if piece is None else piece
 
     def gather(
         self, destinations: Sequence[tuple[MaskedLayer, int]], pieces: Sequence[Tensor] | None = None
     ) -> list[Tensor | None]:
         rank, _ = rank_and_world()
-        tensors = [self.weight(layer) for layer, _ in destinations] if pieces is None else pieces
+        tensors = [layer.weight.detach() for layer, _ in destinations] if pieces is None else pieces
         return [
             tensor if destination == rank else None
             for tensor, (_, destination) in zip(tensors, destinations, strict=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.layers.partitions import held_part
 from hf_chts.training.sharding.interface import ShardedEngine, moments
 
 
@@ -68,10 +69,8 @@ class ZeroStage3Weights(ShardedEngine):
         super().__init__(layers)
 
     def find_extent(self, layer: MaskedLayer) -> tuple[int, int]:
-        weight: Any = layer.weight
-        size = weight.partition_numel()
-        start = min(size * torch.distributed.get_rank(weight.ds_process_group), weight.ds_numel)
-        return start, min(start + size, weight.ds_numel)
+        part, start = held_part(layer.weight)
+        return start, start + part.numel()
 
     def held(self, layer: MaskedLayer) -> dict[str, Tensor]:
         weight: Any = layer.weight
@@ -79,7 +78,7 @@ class ZeroStage3Weights(ShardedEngine):
         group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(weight)]
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
         held = _cut(self.optimizer.optimizer, flat, offset, stop - start)
-        held["working"] = weight.ds_tensor.detach().view(-1)[: stop - start]
+        held["working"], _ = held_part(weight)
         if not self.optimizer.offload_optimizer:
             gradient, _ = self.optimizer._get_fp32_grad_state_partition(weight, False)
             held["gradient"] = gradient.view(-1)[: stop - start]

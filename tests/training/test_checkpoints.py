@@ -1,0 +1,231 @@
+"""Checkpoints: whole or refused, whatever was done to them; and what a run that dies leaves behind."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cases import losses, same_weights, trainer, weights
+from tiny import tiny_llama
+from transformers import Trainer, TrainerCallback
+
+from hf_chts.training.seal import SEAL_NAME, last_sealed, seal
+
+FILES = [
+    "masks.safetensors", "topology_history.json", "sparsity_config.json", "model.safetensors", "optimizer.pt",
+    "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json", "checkpoint_seal.json",
+]  # fmt: skip
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-min(100, len(data) // 2)] ^= 4
+    path.write_bytes(bytes(data))
+
+
+def remove(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    trainer(directory, max_steps=16, save_steps=8).train()
+    return directory / "checkpoint-8"
+
+
+def refused(run, directory, message, error=(ValueError, FileNotFoundError)):
+    before = weights(run)
+    masks = {name: mask.clone() for name, mask in run.sparse.masks().items()}
+    with pytest.raises(error, match=message):
+        run.train(resume_from_checkpoint=str(directory))
+    assert same_weights(before, weights(run))
+    assert all(mask.equal(masks[name]) for name, mask in run.sparse.masks().items())
+
+
+def test_the_table_has_every_file(checkpoint):
+    assert {path.name for path in checkpoint.iterdir()} == {*FILES, "generation_config.json", "training_args.bin"}
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, remove, empty])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_refused_by_name(tmp_path, checkpoint, name, damage):
+    copy_of = shutil.copytree(checkpoint, tmp_path / "checkpoint-8")
+    damage(copy_of / name)
+    # what a seal says of the others may be what was damaged in it
+    refused(trainer(tmp_path / "run"), copy_of, "checkpoint-8/" + ("" if name == SEAL_NAME else name))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("masks.safetensors", remove, "masks.safetensors is missing"),
+        ("masks.safetensors", truncate, "masks.safetensors cannot be used"),
+        ("masks.safetensors", flip, "masks.safetensors cannot be used: its contents do not have the digest"),
+        ("masks.safetensors", empty, "masks.safetensors cannot be used"),
+        ("topology_history.json", remove, "topology_history.json is missing"),
+        ("topology_history.json", truncate, "topology_history.json cannot be used"),
+        ("topology_history.json", lambda p: p.write_text('{"step": 3, "history": []}'), "of step 3, .* of step 8"),
+        ("sparsity_config.json", remove, "no sparsity config at"),
+        ("sparsity_config.json", truncate, "sparsity_config.json"),
+    ],
+)
+def test_damage_that_was_sealed_is_still_refused(tmp_path, checkpoint, name, damage, message):
+    copy_of = shutil.copytree(checkpoint, tmp_path / "checkpoint-8")
+    damage(copy_of / name)
+    seal(copy_of, 8)
+    refused(trainer(tmp_path / "run"), copy_of, message)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    ['{"format": "other", "files": {}}', '{"format": "hf_chts checkpoint, 1", "files": {"../x": [0, 0]}}', "[]", "{}"],
+)
+def test_a_foreign_seal_is_refused(tmp_path, checkpoint, contents):
+    copy_of = shutil.copytree(checkpoint, tmp_path / "checkpoint-8")
+    (copy_of / SEAL_NAME).write_text(contents)
+    refused(trainer(tmp_path / "run"), copy_of, f"{SEAL_NAME} cannot be used")
+
+
+def test_masks_of_another_model_are_refused(tmp_path, checkpoint):
+    run = trainer(tmp_path, model=tiny_llama(intermediate_size=80))
+    refused(run, checkpoint, r"another model or config: model.layers.0.mlp.down_proj is \(40, 60\) there")
+
+
+def test_another_config_is_refused(tmp_path, checkpoint):
+    refused(trainer(tmp_path, "chts"), checkpoint, "method: 'chtss' there, 'chts' here")
+    refused(trainer(tmp_path, "dense"), checkpoint, "checkpoint of a sparse model, this run is dense")
+
+
+def test_weights_of_another_topology_are_refused(tmp_path, checkpoint):
+    copy_of = shutil.copytree(checkpoint, tmp_path / "checkpoint-8")
+    trainer(tmp_path / "other").model.save_pretrained(copy_of)
+    seal(copy_of, 8)
+    with pytest.raises(RuntimeError, match="is not 0 off its mask: .*weight"):
+        trainer(tmp_path / "run").train(resume_from_checkpoint=str(copy_of))
+
+
+def test_history_is_readable(checkpoint):
+    saved = json.loads((checkpoint / "topology_history.json").read_text())
+    assert saved["step"] == 8
+    assert [entry["step"] for entry in saved["history"]] == [4, 8]
+
+
+def test_resume_true_passes_over_what_is_not_whole(tmp_path, checkpoint):
+    run_dir = tmp_path / "run"
+    whole = trainer(run_dir, max_steps=16, save_steps=8)
+    whole.train()
+    remove(run_dir / "checkpoint-16" / SEAL_NAME)
+    again = trainer(run_dir, model=tiny_llama(seed=5), max_steps=16, save_steps=8)
+    again.train(resume_from_checkpoint=True)
+    assert losses(again) == losses(whole)
+    remove(run_dir / "checkpoint-8" / SEAL_NAME)
+    remove(run_dir / "checkpoint-16" / SEAL_NAME)
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        trainer(run_dir).train(resume_from_checkpoint=True)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(contents, path, *args, **kwargs):
+        if "checkpoint-16" in str(path) and "optimizer" in str(path):
+            save(contents, path, *args, **kwargs)
+            truncate(Path(path))
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(contents, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    run = trainer(tmp_path, save_steps=8, save_total_limit=1)
+    with pytest.raises(OSError, match=r"checkpoint-16 could not be written: .*No space left.*The last whole .*-8"):
+        run.train()
+    assert last_sealed(tmp_path) == str(tmp_path / "checkpoint-8")
+    monkeypatch.setattr(torch, "save", save)
+    whole = trainer(tmp_path / "whole", save_steps=8)
+    whole.train()
+    again = trainer(tmp_path, model=tiny_llama(seed=5), save_steps=8, save_total_limit=1)
+    again.train(resume_from_checkpoint=True)
+    assert losses(again) == losses(whole)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-24"]
+
+
+def test_a_limit_keeps_the_last_and_the_best(tmp_path):
+    run = trainer(
+        tmp_path, save_steps=4, save_total_limit=2, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )  # fmt: skip
+    run.train()
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert len(kept) == 2
+    assert {Path(run.state.best_model_checkpoint).name, "checkpoint-24"} <= kept
+    assert all((tmp_path / name / SEAL_NAME).is_file() for name in kept)
+
+
+@pytest.mark.parametrize("case", ["chtss", "dense"])
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(tmp_path, case, logging_steps):
+    run = trainer(tmp_path, case, save_steps=5, logging_steps=logging_steps)
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                with torch.no_grad():
+                    run.model.model.norm.weight.fill_(float("nan"))
+
+    run.add_callback(Poison())
+    with pytest.raises((FloatingPointError, ValueError), match="NaN|not finite|finite"):
+        run.train()
+    saved = {path.name for path in tmp_path.glob("checkpoint-*") if (path / SEAL_NAME).exists()}
+    assert saved == {"checkpoint-5"}
+
+
+def test_a_smaller_batch_is_found_and_the_run_begins_again(tmp_path, monkeypatch):
+    step = Trainer.training_step
+    tried = []
+
+    def with_little_memory(self, model, inputs, *args, **kwargs):
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", with_little_memory)
+    run = trainer(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4, save_strategy="no")
+    run.train()
+    assert tried[0] == 4
+    assert set(tried[3:]) == {tried[-1]}
+    assert [entry["step"] for entry in run.topology.history] == [4, 8, 12, 16]
+    run.sparse.check()
+
+
+def test_dense_checkpoints_are_sealed_and_resumed_too(tmp_path):
+    whole = trainer(tmp_path, "dense")
+    whole.train()
+    again = trainer(tmp_path, "dense", model=tiny_llama(seed=5))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert losses(again) == losses(whole)
+    flip(tmp_path / "checkpoint-20" / "model.safetensors")
+    again = trainer(tmp_path, "dense")
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+
+
+def test_save_model_alone_writes_masks_beside_the_weights(tmp_path):
+    run = trainer(tmp_path / "run", "rigl, historical weights", save_strategy="no")
+    run.train()
+    run.save_model(str(tmp_path / "model"))
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"masks.safetensors", "topology_history.json", "sparsity_config.json", "model.safetensors"} <= names
+    fresh = trainer(tmp_path / "fresh")
+    fresh.save_model(str(tmp_path / "untrained"))
+    assert (tmp_path / "untrained" / "masks.safetensors").is_file()

@@ -1,0 +1,75 @@
+"""engine_of: what is recognized without a launcher, and what is refused by name."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import Adafactor
+
+from hf_chts import MaskedLinear
+from hf_chts.training.sharding import ReplicatedWeights, engine_of
+
+
+def layers_of(model):
+    return {"0": MaskedLinear.convert(model[0], torch.rand(5, 7) < 0.5)}
+
+
+def test_one_process_with_an_optimizer_that_accelerate_wraps():
+    model = nn.Sequential(nn.Linear(7, 5))
+    layers = layers_of(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine = engine_of(model, layers, Accelerator(cpu=True).prepare(optimizer))
+    assert isinstance(engine, ReplicatedWeights)
+    assert engine.optimizer is optimizer
+    engine.check(layers)
+    with torch.no_grad():
+        layers["0"].weight.fill_(1)
+    with pytest.raises(RuntimeError, match="0 is not 0 off its mask.*weight"):
+        engine.check(layers)
+
+
+@pytest.mark.parametrize("make", [Adafactor, torch.optim.LBFGS, torch.optim.Muon])
+def test_optimizers_that_cannot_keep_links_missing_are_refused(make):
+    model = nn.Sequential(nn.Linear(7, 5, bias=False))
+    layers = layers_of(model)
+    with pytest.raises(ValueError, match=f"{make.__name__}.*AdamW"):
+        engine_of(model, layers, make(model.parameters()))
+
+
+def test_state_that_is_not_elementwise_is_refused_where_it_is_found():
+    model = nn.Sequential(nn.Linear(7, 5))
+    layers = layers_of(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.state[layers["0"].weight] = {"step": torch.tensor(1.0), "exp_avg_sq_row": torch.ones(5)}
+    with pytest.raises(TypeError, match="exp_avg_sq_row"):
+        engine_of(model, layers, optimizer).check(layers)
+
+
+def test_fsdp1_and_unknown_layouts_are_refused():
+    model = nn.Sequential(nn.Linear(7, 5))
+    layers = layers_of(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    layers["0"].weight._fsdp_flattened = True  # as FSDP1 marks it
+    with pytest.raises(ValueError, match="FSDP1 holds 0.*fsdp_version"):
+        engine_of(model, layers, optimizer)
+    layers["0"].weight = nn.Parameter(torch.zeros(35))
+    with pytest.raises(ValueError, match="0 has a weight of .35,. and a mask of .5, 7."):
+        engine_of(model, layers, optimizer)
+
+
+def test_other_optimizers_of_deepspeed_are_refused_by_name():
+    class FP16_Optimizer:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+
+    FP16_Optimizer.__module__ = "deepspeed.runtime.fp16.fused_optimizer"
+    model = nn.Sequential(nn.Linear(7, 5))
+    with pytest.raises(ValueError, match="FP16_Optimizer.*ZeRO stage 1, 2 or 3"):
+        engine_of(model, layers_of(model), FP16_Optimizer())
+
+
+def test_deepspeed_is_not_imported_where_it_is_not_used():
+    code = "import sys, hf_chts.training.sharding; sys.exit('deepspeed' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
