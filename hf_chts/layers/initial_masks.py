@@ -18,21 +18,22 @@ from hf_chts.topology.random_streams import random_stream
 
 
 def initial_masks(
+    shapes: Mapping[str, tuple[int, int]],
     weights: Mapping[str, Tensor],
     config: SparsityConfig,
     calibration: Mapping[str, Tensor] | None = None,
     blocks: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """The initial topologies of layers with these weights (out, in), by name: bool, on the weights' devices.
+    """The initial topologies of layers of these shapes (out, in), by name: bool, on the CPU.
 
     Args:
+        weights: (out, in) by name; see `layer_links`.
         calibration: inputs of every layer, (samples, in) by name, for the initial topology "correlated".
         blocks: into how many blocks of rows, each with a topology of its own, a layer is cut; by name, 1 where absent.
 
     Raises:
         ValueError: the initial topology is "correlated" and calibration inputs are missing or do not fit.
     """
-    shapes = _shapes(weights)
     links = layer_links(shapes, config.initial_sparsity, config, weights)
     masks = {}
     for index, (name, (rows, columns)) in enumerate(shapes.items()):
@@ -49,7 +50,7 @@ def initial_masks(
                 parts.append(correlated(inputs, shape[0], sparsity, generator=generator))
             else:
                 parts.append(_INITIAL[config.initial_topology](*shape, sparsity, config, generator))
-        masks[name] = (parts[0] if n == 1 else torch.cat(parts)).to(weights[name].device)
+        masks[name] = (parts[0] if n == 1 else torch.cat(parts)).cpu()
     return masks
 
 
@@ -58,9 +59,13 @@ def block_links(links: int, block: int, blocks: int) -> int:
     return links // blocks + (block < links % blocks)
 
 
-def check_links(weights: Mapping[str, Tensor], config: SparsityConfig, blocks: Mapping[str, int]) -> None:
+def check_links(
+    shapes: Mapping[str, tuple[int, int]],
+    weights: Mapping[str, Tensor],
+    config: SparsityConfig,
+    blocks: Mapping[str, int],
+) -> None:
     """Raises ValueError, naming the layer, where one would be left without a link."""
-    shapes = _shapes(weights)
     for sparsity in (config.sparsity, config.initial_sparsity):
         for name, links in layer_links(shapes, sparsity, config, weights).items():
             if links < blocks.get(name, 1):
@@ -68,10 +73,6 @@ def check_links(weights: Mapping[str, Tensor], config: SparsityConfig, blocks: M
                     f"{name} {shapes[name]} would have no link left at sparsity {sparsity}: lower the sparsity, or "
                     "leave it out of target_modules"
                 )
-
-
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
 
 _INITIAL: dict[str, Callable[[int, int, float, SparsityConfig, torch.Generator], Tensor]] = {

@@ -7,6 +7,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_chts.layers.partitions import weight_shape, zero_off_mask
 
 _Layer = TypeVar("_Layer", bound="MaskedLayer")
 
@@ -68,6 +71,8 @@ class MaskedLayer(nn.Module):
     mask: Tensor
     # where the dense gradient of the current step adds up over its micro-batches; None on steps that do not need it
     dense_gradient: Accumulator | None = None
+    # the hook that masks the gradient instead of the forward, see `mask_by_hook`
+    _hook: RemovableHandle | None = None
 
     @classmethod
     def convert(cls: type[_Layer], layer: nn.Module, mask: Tensor) -> _Layer:
@@ -83,8 +88,9 @@ class MaskedLayer(nn.Module):
         if type(layer) is not cls.plain:
             raise TypeError(f"only {cls.plain.__name__} itself can become a {cls.__name__}, got {type(layer).__name__}")
         weight = layer.get_parameter("weight")
-        _check_mask(mask, cls.matrix(weight).shape)
-        layer.register_buffer("mask", torch.zeros_like(weight, dtype=torch.bool), persistent=False)
+        empty = torch.zeros(weight_shape(weight), dtype=torch.bool, device=weight.device)
+        _check_mask(mask, cls.matrix(empty).shape)
+        layer.register_buffer("mask", empty, persistent=False)
         layer.__class__ = cls
         assert isinstance(layer, cls)
         layer.set_mask(mask)
@@ -94,6 +100,9 @@ class MaskedLayer(nn.Module):
         """Turn the layer back into a plain, dense one; the weights stay as they are."""
         del self._buffers["mask"]
         self.__dict__.pop("dense_gradient", None)
+        if self._hook is not None:
+            self._hook.remove()
+            del self._hook
         self._non_persistent_buffers_set.discard("mask")
         self.__class__ = self.plain  # type: ignore[assignment]
         return self
@@ -118,7 +127,7 @@ class MaskedLayer(nn.Module):
         _check_mask(mask, self.topology.shape)
         # in place: compiled graphs and CUDA graphs hold on to the buffer
         self.topology.copy_(mask)
-        self.weight.masked_fill_(~self.mask, 0)
+        zero_off_mask(self.weight, self.mask)
 
     @property
     def links(self) -> int:
@@ -126,7 +135,23 @@ class MaskedLayer(nn.Module):
 
     def masked_weight(self) -> Tensor:
         """The weight, for the forward."""
+        if self._hook is not None:
+            return self.weight
         return keep_links(self.weight, self.mask, self.dense_gradient)
+
+    def mask_by_hook(self) -> None:
+        """Mask the gradient in a hook on the weight, and give the forward the weight itself.
+
+        For DeepSpeed's stage 3, which frees gathered weights after the forward by emptying the parameters: the views
+        that `keep_links` makes would keep all of them until the backward. The hook does not fire under FSDP2.
+        """
+        if self._hook is None:
+            self._hook = self.weight.register_hook(self._mask_gradient)
+
+    def _mask_gradient(self, grad: Tensor) -> Tensor:
+        if self.dense_gradient is not None:
+            self.dense_gradient.add_(grad)
+        return torch.where(self.mask, grad, 0)
 
 
 def _check_mask(mask: Tensor, shape: torch.Size) -> None:

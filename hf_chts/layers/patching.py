@@ -13,7 +13,8 @@ from hf_chts.layers.coupling import couplings
 from hf_chts.layers.initial_masks import check_links, initial_masks
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
-from hf_chts.layers.shares import head_blocks, matching, overrides, some
+from hf_chts.layers.partitions import strays, weight_shape, whole_weight
+from hf_chts.layers.shares import Lazy, head_blocks, matching, overrides, some
 
 _HANDLE = "_hf_chts_sparse_model"
 
@@ -61,10 +62,10 @@ class SparseModel:
     def check(self) -> None:
         """Raises RuntimeError, naming the layer, if a weight is not 0 where there is no link."""
         for name, layer in self.layers.items():
-            strays = int(torch.count_nonzero(layer.weight.detach().masked_fill(layer.mask, 0)))
-            if strays:
+            count = strays(layer.weight, layer.mask)
+            if count:
                 raise RuntimeError(
-                    f"{name} has {strays} weights that are not 0 off its mask: something wrote to the weight past the "
+                    f"{name} has {count} weights that are not 0 off its mask: something wrote to the weight past the "
                     "mask. Assign weights before sparsify(), or call set_mask(layer.topology) after writing"
                 )
 
@@ -116,16 +117,16 @@ def sparsify(
     targets = {} if config.is_dense else find_targets(model, config)
     if config.percolation and targets:
         couplings(cast(PreTrainedModel, model), list(targets))  # refuses architectures whose coupling is not known
-    weights = _matrices(targets)
-    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+    shapes = {name: _matrix_shape(layer) for name, layer in targets.items()}
+    weights = Lazy(lambda name: _matrix(targets[name]), targets)
     blocks = head_blocks(model, shapes) if config.per_head and targets else {}
     if targets:
         overrides(targets, config)
-        check_links(weights, config, blocks)
+        check_links(shapes, weights, config, blocks)
     if masks is None:
-        masks = initial_masks(weights, config, calibration, blocks)
+        masks = initial_masks(shapes, weights, config, calibration, blocks)
     else:
-        _check_masks(masks, weights)
+        _check_masks(masks, shapes)
     layers = {name: masked_class(layer).convert(layer, masks[name]) for name, layer in targets.items()}
     sparse = SparseModel(model, config, layers, blocks)
     # not a submodule: plain attribute, so it is in no state dict
@@ -168,9 +169,14 @@ def find_targets(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Modul
     return targets
 
 
-def _matrices(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The weights of plain layers, (out, in), by name."""
-    return {name: masked_class(layer).matrix(layer.get_parameter("weight")) for name, layer in layers.items()}
+def _matrix(layer: nn.Module) -> Tensor:
+    """The whole weight of a plain layer, (out, in)."""
+    return masked_class(layer).matrix(whole_weight(layer.get_parameter("weight")))
+
+
+def _matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    rows, columns = weight_shape(layer.get_parameter("weight"))
+    return (columns, rows) if masked_class(layer).transposed else (rows, columns)
 
 
 def _block_projections(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -223,13 +229,13 @@ def _matching(linears: dict[str, nn.Module], patterns: list[str]) -> dict[str, n
     return {name: linear for name, linear in linears.items() if name in found}
 
 
-def _check_masks(masks: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    if set(masks) != set(weights):
-        missing, extra = sorted(set(weights) - set(masks)), sorted(set(masks) - set(weights))
+def _check_masks(masks: dict[str, Tensor], shapes: dict[str, tuple[int, int]]) -> None:
+    if set(masks) != set(shapes):
+        missing, extra = sorted(set(shapes) - set(masks)), sorted(set(masks) - set(shapes))
         raise ValueError(
             f"the masks are not those of this model and config: missing {missing[:3]}, unknown {extra[:3]}"
         )
     for name, mask in masks.items():
-        shape = tuple(weights[name].shape)
+        shape = shapes[name]
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise ValueError(f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; the layer takes bool {shape}")

@@ -105,3 +105,24 @@ def test_compiled():
     torch.testing.assert_close(compiled(x), masked(x))
     compiled(x).sum().backward()
     assert masked.weight.grad[~MASK].eq(0).all()
+
+
+def test_masking_by_hook_gives_the_forward_the_weight_itself():
+    # a view would keep the weights that DeepSpeed's stage 3 has gathered until the backward
+    torch.manual_seed(0)
+    mask = torch.rand(5, 7) < 0.5
+    layer = MaskedLinear.convert(nn.Linear(7, 5), mask)
+    inputs = torch.randn(3, 7)
+    layer(inputs).square().sum().backward()
+    expected, layer.weight.grad = layer.weight.grad, None
+    layer.mask_by_hook()
+    assert layer.masked_weight() is layer.weight
+    layer.dense_gradient = torch.zeros(5, 7)
+    layer(inputs).square().sum().backward()
+    assert layer.weight.grad.equal(expected)
+    assert layer.dense_gradient[mask].equal(expected[mask])
+    assert layer.dense_gradient[~mask].count_nonzero()
+    plain = layer.revert()
+    plain.weight.grad = None
+    plain(inputs).square().sum().backward()
+    assert plain.weight.grad[~mask].count_nonzero()

@@ -66,7 +66,10 @@ class ZeroStage3Weights(ShardedEngine):
     def __init__(self, layers: Iterable[MaskedLayer], optimizer: Any) -> None:
         self.optimizer = optimizer
         self.loss_scale = lambda: float(optimizer.loss_scale)
+        layers = list(layers)
         super().__init__(layers)
+        for layer in layers:
+            layer.mask_by_hook()
 
     def find_extent(self, layer: MaskedLayer) -> tuple[int, int]:
         part, start = held_part(layer.weight)

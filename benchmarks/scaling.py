@@ -1,0 +1,113 @@
+"""Memory per rank and bytes per topology update of a model on DDP, FSDP2 and ZeRO-3, worked out from its config.
+
+    python benchmarks/scaling.py [--model configs/models/llama_7b.json] [--gpus 8 64] [--method chtss] [--measure]
+
+Nothing is trained: shapes come from the model on torch's meta device, the sharing out of layers from the code that does
+it. With --measure, the update of one layer of the model's largest shape is timed here. Prints one JSON line per case.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_chts import SparsityConfig, TopologyCallback, sparsify
+from hf_chts.layers.patching import find_targets
+from hf_chts.training.sharding import ReplicatedWeights, share_out
+from hf_chts.training.update import update_cost
+
+ROOT = Path(__file__).parents[1]
+# Bytes a parameter, under the mixed precision that people use there: weight, gradient, master weight, two moments
+REPLICATED = {"weights": 4, "gradients": 4, "moments": 8}  # DDP, autocast over fp32 weights
+FSDP2 = {"weights": 4, "gradients": 4, "moments": 8}  # fp32 rows, gathered as bf16
+ZERO3 = {"weights": 2, "gradients": 2, "master weights": 4, "moments": 8}  # bf16 with an fp32 master
+COPIES = 6  # fp32 copies of a layer that its update takes at most, as benchmarks/topology_update.py measures
+GIB = 2**30
+
+
+def plan(name: str, gpus: int, parameters: int, shapes: Mapping[str, tuple[int, int]], config: SparsityConfig) -> dict:
+    """The figures of one engine on `gpus` ranks, in GiB; activations and the engine's own buffers are not in them."""
+    sharded, states = {"DDP": (False, REPLICATED), "FSDP2": (True, FSDP2), "ZeRO-3": (True, ZERO3)}[name]
+    sizes = {layer: out * into for layer, (out, into) in shapes.items()}
+    sparse, largest = sum(sizes.values()), max(sizes.values())
+    owner = share_out({layer: update_cost(shape, config.regrowth) for layer, shape in shapes.items()}, gpus)
+    owned = max(sum(size for layer, size in sizes.items() if owner[layer] == rank) for rank in range(gpus))
+    share = gpus if sharded else 1
+    memory = {what: parameters * size / share for what, size in states.items()}
+    memory["masks"] = sparse * 1.0  # bool, whole on every rank
+    memory["links ever active (ITOP)"] = sparse / 8
+    if config.stores_weights:
+        memory["stored weights"] = sparse * 4 / share
+    if config.ages_links:
+        memory["births of links"] = sparse * 2 / share
+    update = {"the layer in hand": largest * 4 * (COPIES + (1 if sharded else 0)), "new masks": sparse / 8}
+    if sharded:
+        update["new masks"] = gpus * largest / 8
+    if config.needs_gradient:
+        update["dense gradients"] = (owned if sharded else sparse) * 4
+    traffic = {"weights gathered": owned * 4 * (gpus - 1) / gpus if sharded else 0, "new masks": sparse / 8}
+    if config.needs_gradient:
+        traffic["dense gradients, each micro-batch" if sharded else "dense gradients"] = sparse * 4
+    figures = {"memory": memory, "extra in an update": update, "received or sent by a rank in an update": traffic}
+    return {
+        "engine": name,
+        "gpus": gpus,
+        "method": config.method,
+        **{what: {k: round(v / GIB, 2) for k, v in parts.items()} for what, parts in figures.items()},
+        "memory in all": round(sum(memory.values()) / GIB, 2),
+    }
+
+
+def measure(shape: tuple[int, int], method: str, repeats: int) -> dict[str, Any]:
+    """Seconds of an update of a lone layer on this machine, and its memory."""
+    config = SparsityConfig(
+        method=method, sparsity=0.9, initial_sparsity=0.9, sparsity_schedule="constant", update_interval=1,
+        target_modules=["0"],
+    )  # fmt: skip
+    model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
+    callback = TopologyCallback(sparsify(model, config))
+    callback.prepare(100, ReplicatedWeights(torch.optim.AdamW(model.parameters())))
+    seconds = []
+    for step in range(1, repeats + 2):
+        start = time.perf_counter()
+        callback.update(step)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "layer": list(shape),
+        "method": method,
+        "links": callback.sparse.links(),
+        "threads": torch.get_num_threads(),
+        "seconds": round(statistics.median(seconds[1:]), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "configs/models/llama_7b.json"))
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--methods", nargs="+", default=["chtss", "rigl"])
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for method in options.methods:
+        config = SparsityConfig(method=method)
+        shapes = {name: tuple(layer.weight.shape) for name, layer in find_targets(model, config).items()}
+        for gpus in options.gpus:
+            for engine in ("DDP", "FSDP2", "ZeRO-3"):
+                print(json.dumps(plan(engine, gpus, parameters, shapes, config)), flush=True)
+        if options.measure:
+            largest = max(shapes.values(), key=lambda shape: shape[0] * shape[1])
+            print(json.dumps(measure(largest, method, options.repeats)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
