@@ -38,8 +38,15 @@ SHARD_SIZE = "50GB"  # as in save_pretrained
 
 _CARD = "README.md"
 # what an export has beside weights and config.json: tokenizer, generation and sparsity config, model card, own code
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", _CARD, "LICENSE*")
-_NOT_COPIED = ("*.index.json", "config.json", "trainer_state.json", "topology_history.json", "adapter_config.json")
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.bpe", "*.tiktoken", "*.py", _CARD, "LICENSE*")
+_NOT_COPIED = (
+    "*.index.json",
+    "config.json",
+    "trainer_state.json",
+    "topology_history.json",
+    "checkpoint_seal.json",
+    "adapter_config.json",
+)
 
 
 def pack_directory(

@@ -82,7 +82,9 @@ def export_sparse(
         for stem in (PLAIN_STEM, PACKED_STEM):
             remove_weights(directory, stem)
         (directory / MASKS_NAME).unlink(missing_ok=True)
-        for path in new.iterdir():
+        for path in sorted(
+            new.iterdir(), key=lambda path: path.name == "config.json"
+        ):  # which says what the others are
             os.replace(path, directory / path.name)
     return directory
 
@@ -121,7 +123,7 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     config = SparsityConfig.load(directory)
     packed = PackedFiles(directory) if is_packed(contents) else None
     masks = {} if packed else load_masks(directory).masks
-    options = {"trust_remote_code": False, "use_safetensors": True} | kwargs | {"output_loading_info": True}
+    options = {"trust_remote_code": False} | kwargs | {"output_loading_info": True}
     model, info = auto_class(architecture(contents)).from_pretrained(directory, **options)
     if info["missing_keys"]:
         raise ValueError(

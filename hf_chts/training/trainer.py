@@ -123,6 +123,13 @@ class SparseTrainerMixin(_AnyTrainer):
         _verify_same_run(saved_config, self.sparse.config, directory)
         self.topology.restore(state)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # the Trainer looks for the end after a step: resumed from its last checkpoint, a run would train one too many
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         # kept on the device: to look at each loss would have the GPU wait

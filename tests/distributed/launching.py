@@ -14,10 +14,10 @@ def torchrun(ranks, worker, *arguments):
     launch([str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks), str(HERE / worker), *arguments])
 
 
-def accelerate(config, worker, *arguments):
+def accelerate(config, worker, *arguments, ranks=2):
     launch([
         str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / f"configs/accelerate/{config}.yaml"),
-        "--main_process_port", "0", str(HERE / worker), *arguments,
+        "--num_processes", str(ranks), "--main_process_port", "0", str(HERE / worker), *arguments,
     ])  # fmt: skip
 
 

@@ -1,0 +1,115 @@
+"""Run by the ranks of `accelerate launch`: methods on the launcher's engine, checked after every step, and resumed.
+
+    accelerate launch --config_file … methods_worker.py DIRECTORY ENGINE CASE[ bf16]…
+
+Writes, from rank 0, what the first update of each case started from and what came of it, to compare with one process.
+"""
+
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from accelerate.state import AcceleratorState
+from cases import INTERVAL, arguments, case_config, check_links, losses
+from cpu_engines import allow_fsdp, use_gloo_alone
+from ddp_worker import digests
+from tiny import random_blocks, tiny_llama
+from transformers import TrainerCallback, set_seed
+
+from hf_chts import SparseTrainer
+from hf_chts.training import callback
+
+STEPS = 12
+# weights whose numbers of elements are divisible by neither 2 nor 3, and some that are
+MODEL = {
+    "hidden_size": 35, "intermediate_size": 53, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6,
+}  # fmt: skip
+
+
+class Checks(TrainerCallback):
+    """Everything that must hold on every rank after every step; the masks of all ranks are the same."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.updates = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        topology, sparse = self.trainer.topology, self.trainer.sparse
+        topology.engine.check(sparse.layers)
+        plan = sparse.config.plan(STEPS)
+        check_links(sparse, plan.sparsity(state.global_step - state.global_step % INTERVAL))
+        everyone = [None] * args.world_size
+        dist.all_gather_object(everyone, digests(sparse.masks()))
+        assert all(one == everyone[0] for one in everyone), "ranks hold different masks"
+        self.updates += plan.is_update(state.global_step)
+
+
+def trainer_of(case, directory, seed, bf16):
+    AcceleratorState._reset_state()  # it remembers the DeepSpeed config of the Trainer before
+    args = arguments(
+        directory, max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=6,
+        max_grad_norm=0.5, bf16=bf16, gradient_checkpointing=bf16,
+    )  # fmt: skip
+    allow_fsdp()
+    model = tiny_llama(seed=seed, **MODEL)
+    set_seed(100 + args.process_index)  # topologies must not come from the global seed
+    return SparseTrainer(model=model, args=args, sparsity=case_config(case), train_dataset=random_blocks())
+
+
+def train(case, directory, engine):
+    name, bf16 = case.removesuffix(" bf16"), case.endswith(" bf16")
+    trainer = trainer_of(name, directory, 0, bf16)
+    checks = Checks(trainer)
+    trainer.add_callback(checks)
+    first = {}
+    inner, make_update = trainer.topology.update, callback.TopologyUpdate
+
+    def update(step):
+        if step != INTERVAL:
+            return inner(step)
+        topology, layers = trainer.topology, trainer.sparse.layers
+        first["masks"] = {name: mask.clone() for name, mask in trainer.sparse.masks().items()}
+        first["weights"] = {name: topology.engine.whole(layer).float().clone() for name, layer in layers.items()}
+        first["gradients"] = {}
+        figures = inner(step)
+        first["after"] = {name: mask.clone() for name, mask in trainer.sparse.masks().items()}
+        return figures
+
+    def topology_update(**parts):
+        if parts["step"] == INTERVAL:
+            first["gradients"] |= {name: gradient.clone() for name, gradient in parts["gradients"].items()}
+        return make_update(**parts)
+
+    trainer.topology.update = update
+    with mock.patch.object(callback, "TopologyUpdate", topology_update):
+        trainer.train()
+    assert type(trainer.topology.engine).__name__ == engine
+    assert checks.updates == 2
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, first.pop("gradients"))
+    first["gradients"] = {name: gradient for part in parts for name, gradient in part.items()}
+
+    again = trainer_of(name, directory, 9, bf16)
+    again.train(resume_from_checkpoint=f"{directory}/checkpoint-6")
+    assert losses(again) == losses(trainer)
+    assert digests(again.sparse.masks()) == digests(trainer.sparse.masks())
+    return first
+
+
+def main(directory, engine, *cases):
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        use_gloo_alone()
+    found = {case: train(case, f"{directory}/{number}", engine) for number, case in enumerate(cases)}
+    if dist.get_rank() == 0:
+        torch.save(found, f"{directory}/updates.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -1,0 +1,65 @@
+"""Methods on every engine: what holds at every step, resume, and the same masks as in one process.
+
+What is checked on the ranks is in the worker. Here the first update is done again in one process, from the weights and
+gradients that the ranks had.
+"""
+
+import pytest
+import torch
+from cases import INTERVAL, case_config
+from tiny import tiny_llama
+
+from hf_chts import TopologyCallback, sparsify
+from hf_chts.training.sharding import ReplicatedWeights
+
+from launching import accelerate  # isort: skip - beside this file
+from methods_worker import MODEL, STEPS  # isort: skip
+
+pytestmark = pytest.mark.distributed
+
+CASES = ["chtss", "rigl", "chtss bf16", "rigl bf16"]
+MORE = ["mest, layers with their own sparsity", "gmp, global allocation", "rigl, historical weights", "granet", "cht"]
+ENGINES = {
+    "cpu_ddp": "ReplicatedWeights",
+    "cpu_fsdp2": "Fsdp2Weights",
+    "cpu_zero1": "ZeroStage12Weights",
+    "cpu_zero2": "ZeroStage12Weights",
+    "cpu_zero3": "ZeroStage3Weights",
+}
+
+
+def update_in_one_process(case, first):
+    model = tiny_llama(**MODEL)
+    sparse = sparsify(model, case_config(case), masks=first["masks"])
+    for name, layer in sparse.layers.items():
+        layer.weight.data = first["weights"][name].clone()
+    engine = ReplicatedWeights(torch.optim.AdamW(model.parameters()))
+    topology = TopologyCallback(sparse)
+    topology.prepare(STEPS, engine)
+    for name, gradient in first["gradients"].items():
+        layer = sparse.layers[name]
+        layer.dense_gradient = engine.dense_gradient(layer, 0)
+        layer.dense_gradient.add_(gradient)
+    topology.update(INTERVAL)
+    return sparse.masks()
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "cases"),
+    [
+        *((config, 2, CASES) for config in ENGINES),
+        ("cpu_fsdp2", 3, [*MORE, "set, percolation", "chts, adaptive softness", "chtss, per-weight Adam steps"]),
+        ("cpu_zero3", 3, [*MORE, "set, Erdos-Renyi allocation", "chts, per head"]),
+    ],
+)
+def test_methods(tmp_path, config, ranks, cases):
+    if "zero" in config:
+        pytest.importorskip("deepspeed")
+    accelerate(config, "methods_worker.py", str(tmp_path), ENGINES[config], *cases, ranks=ranks)
+    found = torch.load(tmp_path / "updates.pt")
+    assert found.keys() == set(cases)
+    for case, first in found.items():
+        masks = update_in_one_process(case.removesuffix(" bf16"), first)
+        assert any(not first["after"][name].equal(mask) for name, mask in first["masks"].items()), case
+        for name, mask in masks.items():
+            assert mask.equal(first["after"][name]), f"{case}: {name}"
