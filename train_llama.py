@@ -33,12 +33,14 @@ def main() -> None:
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
+    weights = trainer.whole_state_dict()
     if not trainer.is_world_process_zero():
         return
     output = Path(args.output_dir)
     export = export_sparse(
         trainer.accelerator.unwrap_model(trainer.model),
         model_args.export_dir or output / "export",
+        state_dict=weights,
         tokenizer=trainer.processing_class,
         training=recipe(model_args, data_args, args, trainer.state.max_steps),
         metrics={name: metrics[f"eval_{name}"] for name in ("loss", "perplexity", "bits_per_byte")},

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_chts.checkpoint import MASKS_NAME, TopologyState, load_masks, save_masks
@@ -30,6 +31,7 @@ def export_sparse(
     metrics: dict[str, float] | None = None,
     packed: bool = False,
     max_shard_size: int | str = SHARD_SIZE,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write a model that `sparsify` patched as a Hugging Face directory.
 
@@ -45,6 +47,7 @@ def export_sparse(
         training: the recipe, for the model card: name → value.
         metrics: what was measured on the model, for the model card: name → value.
         max_shard_size: bytes, or "5GB", as in `save_pretrained`.
+        state_dict: the whole weights, where those of the model are split over ranks (`SparseTrainer.whole_state_dict`).
 
     Returns:
         The directory. Weights of an earlier export in it are gone.
@@ -65,17 +68,20 @@ def export_sparse(
         raise NotADirectoryError(f"{directory} is a file: export to a directory")
     if packed and sparse.config.is_dense:
         raise ValueError("a dense model has nothing to pack: export it plain")
-    sparse.check()
+    if state_dict is None:
+        sparse.check()
+    else:
+        _check_whole(sparse, state_dict)
     card = model_card(sparse, training=training or {}, metrics=metrics or {})
     forget_packing(model.config)
     if not packed:
-        _write_plain(sparse, directory, tokenizer, card, max_shard_size)
+        _write_plain(sparse, directory, tokenizer, card, max_shard_size, state_dict)
         remove_weights(directory, PACKED_STEM)
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
         plain, new = Path(temporary) / "plain", Path(temporary) / "packed"
-        _write_plain(sparse, plain, tokenizer, card, max_shard_size)
+        _write_plain(sparse, plain, tokenizer, card, max_shard_size, state_dict)
         transposed = [name for name, layer in sparse.layers.items() if layer.transposed]
         pack_directory(plain, new, max_shard_size=max_shard_size, transposed=transposed)
         directory.mkdir(exist_ok=True)
@@ -95,13 +101,26 @@ def _write_plain(
     tokenizer: PreTrainedTokenizerBase | None,
     card: str,
     max_shard_size: int | str,
+    state_dict: dict[str, Tensor] | None,
 ) -> None:
-    cast(PreTrainedModel, sparse.model).save_pretrained(directory, max_shard_size=max_shard_size)
+    model = cast(PreTrainedModel, sparse.model)
+    model.save_pretrained(directory, max_shard_size=max_shard_size, state_dict=state_dict)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     sparse.config.save(directory / CONFIG_NAME)
     save_masks(directory, TopologyState(sparse.masks()))
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _check_whole(sparse: SparseModel, state_dict: dict[str, Tensor]) -> None:
+    """As `SparseModel.check`, of weights that the model does not hold whole."""
+    for name, layer in sparse.layers.items():
+        weight = state_dict.get(f"{name}.weight")
+        if weight is None or weight.shape != layer.mask.shape:
+            found = "nothing" if weight is None else str(tuple(weight.shape))
+            raise RuntimeError(f"state_dict has {found} for {name}.weight, which is {tuple(layer.mask.shape)}")
+        if weight[~layer.mask.to(weight.device)].any():
+            raise RuntimeError(f"{name} has weights off its mask in state_dict: something wrote past the mask")
 
 
 def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:

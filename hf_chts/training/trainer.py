@@ -159,6 +159,15 @@ class SparseTrainerMixin(_AnyTrainer):
         assert self.state.best_model_checkpoint is not None
         self._restore_topology(self.state.best_model_checkpoint)
 
+    def whole_state_dict(self) -> dict[str, Tensor] | None:
+        """The whole weights on rank 0, for `export_sparse`, where ranks hold parts; None where the model has them.
+
+        Collective. Other ranks may get parts of it, or nothing.
+        """
+        if self.is_deepspeed_enabled:
+            return self.accelerator.get_state_dict(self.deepspeed)
+        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.topology is not None:
             state = self.topology.state(self.state.global_step)  # all ranks take part

@@ -22,7 +22,7 @@ from ddp_worker import digests
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, set_seed
 
-from hf_chts import SparseTrainer
+from hf_chts import SparseTrainer, export_sparse
 from hf_chts.training import callback
 
 STEPS = 12
@@ -91,6 +91,9 @@ def train(case, directory, engine):
         trainer.train()
     assert type(trainer.topology.engine).__name__ == engine
     assert checks.updates == 2
+    weights = trainer.whole_state_dict()
+    if dist.get_rank() == 0:
+        export_sparse(trainer.accelerator.unwrap_model(trainer.model), f"{directory}/export", state_dict=weights)
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, first.pop("gradients"))
     first["gradients"] = {name: gradient for part in parts for name, gradient in part.items()}

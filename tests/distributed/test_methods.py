@@ -9,7 +9,7 @@ import torch
 from cases import INTERVAL, case_config
 from tiny import tiny_llama
 
-from hf_chts import TopologyCallback, sparsify
+from hf_chts import SparseModel, TopologyCallback, load_sparse, sparsify
 from hf_chts.training.sharding import ReplicatedWeights
 
 from launching import accelerate  # isort: skip - beside this file
@@ -44,6 +44,14 @@ def update_in_one_process(case, first):
     return sparse.masks()
 
 
+def check_export(directory):
+    model = load_sparse(directory)
+    sparse = SparseModel.of(model)
+    assert sparse.sparsity() > 0.75
+    sparse.check()
+    assert all(layer.weight[layer.mask].count_nonzero() > 0.9 * layer.links for layer in sparse.layers.values())
+
+
 @pytest.mark.parametrize(
     ("config", "ranks", "cases"),
     [
@@ -58,7 +66,8 @@ def test_methods(tmp_path, config, ranks, cases):
     accelerate(config, "methods_worker.py", str(tmp_path), ENGINES[config], *cases, ranks=ranks)
     found = torch.load(tmp_path / "updates.pt")
     assert found.keys() == set(cases)
-    for case, first in found.items():
+    for number, (case, first) in enumerate(found.items()):
+        check_export(tmp_path / str(number) / "export")
         masks = update_in_one_process(case.removesuffix(" bf16"), first)
         assert any(not first["after"][name].equal(mask) for name, mask in first["masks"].items()), case
         for name, mask in masks.items():

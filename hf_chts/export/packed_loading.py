@@ -1,0 +1,176 @@
+"""Plain `from_pretrained` on packed directories, through transformers' registry of quantizers.
+
+Importing this module registers the method; hf_chts imports it. What is loaded is an ordinary dense model: no quantizer
+and no quantization config stay on it, so that it trains, and `save_pretrained` writes a plain directory.
+"""
+
+import copy
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_chts.export.packed_files import PackedFiles
+from hf_chts.export.packed_format import KINDS, METHOD, VERSION, unpack_weight
+from hf_chts.export.weight_files import PACKED_STEM, find_shards, index_path
+
+_UNPACK_FIRST = "Make a plain directory with `python -m hf_chts unpack DIR OUT` and load that"
+
+
+class PackedWeightsConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed directory's config.json.
+
+    Raises:
+        ValueError: it is of another version, or has fields that this version does not know.
+    """
+
+    # transformers' word for weights that are ordinary once loaded
+    dequantize = True
+
+    def __init__(self, quant_method: str = METHOD, version: Any = VERSION, **unknown: Any) -> None:
+        if version != VERSION or unknown:
+            raise ValueError(
+                f"the quantization_config in config.json is version {version!r} of hf_chts's format, with "
+                f"{sorted(unknown)}; this hf_chts reads version {VERSION}, without: upgrade hf_chts, or export anew"
+            )
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = VERSION
+
+
+class PackedLoader(HfQuantizer):
+    """Unpacks each sparse weight as it is loaded, after all files have been checked."""
+
+    quantization_config: PackedWeightsConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise ValueError(
+                "packing is how weights are stored, not how they are loaded: leave quantization_config out, and write "
+                "a packed directory with export_sparse(model, directory, packed=True)"
+            )
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(f"packed weights cannot be offloaded to disk. {_UNPACK_FIRST}")
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Says which files the weights are in: the one call that has the config before transformers looks for them."""
+        if getattr(config, "distributed_config", None) is not None:
+            raise ValueError(f"packed weights cannot be sharded while they are loaded. {_UNPACK_FIRST}")
+        if config.dtype is None:
+            # transformers would open a file to find out, before its name is checked
+            raise ValueError(
+                f"config.json of {config.name_or_path or 'the model'} has no dtype: add it, or export anew"
+            )
+        directory = Path(config.name_or_path or "")
+        if config.name_or_path and index_path(directory, PACKED_STEM).is_file():
+            find_shards(directory, PACKED_STEM)  # refuses a damaged index in clearer words than transformers
+        config.transformers_weights = index_path(directory, PACKED_STEM).name
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Check everything that is about to be loaded. The model is on the meta device.
+
+        Raises:
+            FileNotFoundError, ValueError: see `PackedFiles`; or files and model do not fit each other.
+        """
+        directory = _common_directory(checkpoint_files or [], model.config.name_or_path or "")
+        packed = PackedFiles(directory)
+        packed.check_links()
+        parameters, prefix = dict(model.named_parameters(remove_duplicate=False)), f"{model.base_model_prefix}."
+        for key, weight in packed.weights.items():
+            # transformers loads a model with a head from one without, and the other way round
+            names = {key, prefix + key, key.removeprefix(prefix)} & set(parameters)
+            shapes = [tuple(parameters[name].shape) for name in names]
+            if weight.shape not in shapes:
+                raise ValueError(
+                    f"{directory}: {key} is {weight.shape} among the weights and "
+                    f"{shapes[0] if shapes else 'absent'} in a {type(model).__name__} of its config.json: "
+                    "these are of different models, restore both from one export"
+                )
+
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any) -> list[WeightTransform]:
+        parts = [f"weight_{kind}" for kind in KINDS]
+        return [*weight_conversions, _Unpacking(parts, "weight", [_Unpack()])]
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Leave no trace: whatever trains or saves the model takes it for what it is, a plain one."""
+        self.remove_quantization_config(model)
+        forget_packing(model.config)
+        # the conversions that were used on loading, which save_pretrained reverts
+        used = getattr(model, "_weight_conversions", None) or []
+        object.__setattr__(model, "_weight_conversions", [step for step in used if not isinstance(step, _Unpacking)])
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def forget_packing(config: PreTrainedConfig) -> None:
+    """Make the config of a packed directory that of a plain model."""
+    settings = getattr(config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", METHOD)
+    for name in ("quantization_config", "transformers_weights"):
+        if method == METHOD and hasattr(config, name):
+            delattr(config, name)
+
+
+class _Unpack(ConversionOps):
+    """The three stored tensors of a weight → the weight."""
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        bits, values, shape = (input_dict[f"weight_{kind}"][0] for kind in KINDS)
+        rows, columns = shape.tolist()
+        return {kwargs["full_layer_name"]: unpack_weight(bits, values, (rows, columns))}
+
+
+class _Unpacking(WeightConverter):
+    """transformers copies it for each stored tensor; a deep copy takes as long as unpacking a small weight."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Unpacking":
+        new = copy.copy(self)
+        # all that it changes
+        new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
+        return new
+
+
+def _common_directory(files: list[str], source: str) -> Path:
+    """The directory of all `files`: `source`, or one below it for a subfolder, or where a Hub id was downloaded to.
+
+    Raises:
+        ValueError: the index has led transformers elsewhere; nothing has been opened there.
+    """
+    # not resolved: in the Hub's cache files are links to others
+    parents = {os.path.dirname(os.path.abspath(file)) for file in files}
+    if len(parents) == 1 and os.path.isdir(source):
+        root = os.path.abspath(source)
+        inside = parents == {root} or not index_path(Path(root), PACKED_STEM).exists()
+        parents = {parent for parent in parents if inside and os.path.commonpath([root, parent]) == root}
+    if len(parents) != 1:
+        raise ValueError(f"the index of {source} names files outside of it: do not use it, and export the model anew")
+    return Path(parents.pop())
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(PackedWeightsConfig)
+    register_quantizer(METHOD)(PackedLoader)
