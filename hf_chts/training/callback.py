@@ -162,6 +162,8 @@ class TopologyCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        if self.engine is not None:
+            self.engine.after_step(self.sparse.layers.values())
         if self.adam:
             self.adam.correct(optimizer, state.global_step + 1)
 

@@ -31,12 +31,22 @@ def test_one_process_with_an_optimizer_that_accelerate_wraps():
         engine.check(layers)
 
 
-@pytest.mark.parametrize("make", [Adafactor, torch.optim.LBFGS, torch.optim.Muon])
-def test_optimizers_that_cannot_keep_links_missing_are_refused(make):
+@pytest.mark.parametrize("name", ["LBFGS", "AdamW8bit", "GaLoreAdamW", "OnebitAdam"])
+def test_optimizers_that_cannot_keep_links_missing_are_refused(name):
     model = nn.Sequential(nn.Linear(7, 5, bias=False))
     layers = layers_of(model)
-    with pytest.raises(ValueError, match=f"{make.__name__}.*AdamW"):
-        engine_of(model, layers, make(model.parameters()))
+    optimizer = type(name, (torch.optim.SGD,), {})(model.parameters())
+    with pytest.raises(ValueError, match=f"{name} cannot be used.*AdamW"):
+        engine_of(model, layers, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("make", "mixing"),
+    [(Adafactor, True), (torch.optim.Muon, True), (torch.optim.SGD, False), (torch.optim.Adam, False)],
+)
+def test_optimizers_that_mix_entries_are_told(make, mixing):
+    model = nn.Sequential(nn.Linear(7, 5, bias=False))
+    assert engine_of(model, layers_of(model), make(model.parameters())).mixing == mixing
 
 
 def test_state_that_is_not_elementwise_is_refused_where_it_is_found():

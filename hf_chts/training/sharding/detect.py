@@ -13,11 +13,15 @@ from hf_chts.training.sharding.zero import ZeroStage3Weights, ZeroStage12Weights
 _ZERO_STAGES_1_2 = ("DeepSpeedZeroOptimizer", "BF16_Optimizer")
 _ZERO_STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 
-# Optimizers whose state is not one value for each weight, or that move weights whose gradient is 0
-_NOT_ELEMENTWISE = (
-    "adafactor", "apollo", "galore", "lbfgs", "lomo", "muon", "onebit", "shampoo", "soap", "zeroone",
-    "4bit", "8bit", "fp8",
+# Optimizers that keep one value of each state for a weight, and leave a weight of 0 where its gradient always is
+_ELEMENTWISE = (
+    "adam", "adamw", "nadam", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "rprop", "sgd", "asgd",
+    "lion", "adan", "ademamix", "fusedadam", "deepspeedcpuadam", "deepspeedcpuadagrad", "deepspeedcpulion", "fusedlion",
+    "stableadamw",
 )  # fmt: skip
+# Optimizers with which missing links could not be kept at 0 even by setting them to 0 after each step: they step inside
+# the backward pass or more than once, or what they hold of a link that goes is quantized or projected
+_IMPOSSIBLE = ("lbfgs", "lomo", "galore", "apollo", "onebit", "zeroone", "4bit", "8bit", "fp8")
 
 
 def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: Any) -> Engine:
@@ -37,7 +41,7 @@ def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: An
         optimizer = optimizer.optimizer
     kind = type(optimizer).__name__
     if type(optimizer).__module__.startswith("deepspeed.runtime."):
-        _check_optimizer(optimizer.optimizer)
+        _check_elementwise(optimizer.optimizer, "DeepSpeed")
         if kind in _ZERO_STAGES_1_2:
             return ZeroStage12Weights(layers.values(), optimizer)
         if kind != _ZERO_STAGE_3:
@@ -48,7 +52,7 @@ def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: An
         _check_stage_3(layers, optimizer)
         return ZeroStage3Weights(layers.values(), optimizer)
 
-    _check_optimizer(optimizer)
+    mixing = _mixes(optimizer)
     scale = (lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0)
     for name, layer in layers.items():
         if hasattr(layer.weight, "_fsdp_flattened") or not isinstance(layer.weight, nn.Parameter):
@@ -59,6 +63,7 @@ def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: An
     if any(hasattr(layer.weight, "device_mesh") for layer in layers.values()):
         from hf_chts.training.sharding.fsdp2 import Fsdp2Weights, check_fsdp2
 
+        _check_elementwise(optimizer, "FSDP2")
         check_fsdp2(model, layers)
         return Fsdp2Weights(layers.values(), optimizer, scale)
     for name, layer in layers.items():
@@ -67,17 +72,35 @@ def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: An
                 f"{name} has a weight of {tuple(layer.weight.shape)} and a mask of {tuple(layer.mask.shape)} under "
                 f"{kind}: what holds the weight is none of DDP, FSDP2, and DeepSpeed ZeRO 1, 2 and 3"
             )
-    return ReplicatedWeights(optimizer, scale)
+    return ReplicatedWeights(optimizer, scale, mixing=mixing)
 
 
-def _check_optimizer(optimizer: Any) -> None:
-    kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+def _mixes(optimizer: Any) -> bool:
+    """Whether the optimizer may move a weight whose gradient is 0, or is not known not to.
+
+    Raises:
+        ValueError: missing links could not be kept at 0 with it.
+    """
+    kind = _kind(optimizer)
     quantized = kind.startswith("bitsandbytes.") and optimizer.args.optim_bits != 32
-    if quantized or any(name in kind.lower() for name in _NOT_ELEMENTWISE):
+    if quantized or any(name in kind.lower() for name in _IMPOSSIBLE):
         raise ValueError(
-            f"the optimizer {kind} does not keep one value of its state for each weight, or moves weights that have no "
-            "gradient: missing links would not stay 0. Use one with elementwise state, such as AdamW"
+            f"the optimizer {kind} cannot be used: missing links would not stay 0, or what it keeps of a link that goes "
+            "could not be set to 0. Use one with a value for each weight, such as AdamW"
         )
+    return type(optimizer).__name__.lower() not in _ELEMENTWISE
+
+
+def _check_elementwise(optimizer: Any, engine: str) -> None:
+    if _mixes(optimizer):
+        raise ValueError(
+            f"the optimizer {_kind(optimizer)} is none of those known to move each weight on its own, and under {engine} "
+            "its weights cannot be masked again after each step: use AdamW, SGD or Lion, or train with DDP"
+        )
+
+
+def _kind(optimizer: Any) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def _check_stage_3(layers: Mapping[str, MaskedLayer], optimizer: Any) -> None:

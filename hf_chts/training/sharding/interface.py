@@ -153,6 +153,9 @@ class Engine(ABC):
         """What to set as `layer.dense_gradient` for the micro-batches of a step, for rank `owner` to have the mean."""
         return ReducedGradient(layer.mask, owner, self.loss_scale)
 
+    def after_step(self, layers: Iterable[MaskedLayer]) -> None:  # noqa: B027 - most optimizers need nothing
+        """Called after each optimizer step, for engines whose optimizer may have moved missing links."""
+
     def strays(self, layer: MaskedLayer) -> dict[str, int]:
         """How many elements are not 0 off the mask, by the names of `held` and `copies`, on this rank."""
         start, stop = self.extent(layer)
@@ -226,17 +229,19 @@ class ShardedEngine(Engine):
         return self._extents[layer]
 
 
-def moments(state: dict[str, object], like: Tensor) -> dict[str, Tensor]:
+def moments(state: dict[str, object], like: Tensor, *, elementwise: bool = True) -> dict[str, Tensor]:
     """The tensors of an optimizer's state that have a value for each element of `like`.
 
     Raises:
-        TypeError: there is a tensor that has neither one value nor one for each element.
+        TypeError: `elementwise`, and there is a tensor that has neither one value nor one for each element.
     """
     found = {}
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() <= 1 < like.numel():
             continue
         if value.shape != like.shape:
+            if not elementwise:
+                continue
             raise TypeError(
                 f"the optimizer's state {name!r} is {tuple(value.shape)} for a weight of {tuple(like.shape)}: what it "
                 "holds of a link that goes cannot be set to 0. Use an optimizer with elementwise state, such as AdamW"

@@ -1,6 +1,6 @@
 """One process, or DDP: every rank holds every weight and every moment whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +12,35 @@ from hf_chts.training.sharding.ranks import rank_and_world
 
 
 class ReplicatedWeights(Engine):
-    def __init__(self, optimizer: torch.optim.Optimizer, loss_scale: Callable[[], float] = lambda: 1.0) -> None:
+    """Args (beside the optimizer and the loss scale):
+    mixing: whether the optimizer may move a weight because of others, as Muon does by making its steps orthogonal; or
+        keep sums over rows and columns, as Adafactor does. Weights are then masked again after each step, and of its
+        state what has a value for each weight.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss_scale: Callable[[], float] = lambda: 1.0,
+        *,
+        mixing: bool = False,
+    ) -> None:
         self.optimizer = optimizer
         self.loss_scale = loss_scale
+        self.mixing = mixing
+
+    @torch.no_grad()
+    def after_step(self, layers: Iterable[MaskedLayer]) -> None:
+        if self.mixing:
+            for layer in layers:
+                missing = ~layer.mask
+                layer.weight.masked_fill_(missing, 0)
+                for moment in self._moments(layer).values():
+                    moment.masked_fill_(missing, 0)
+
+    def _moments(self, layer: MaskedLayer) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(layer.weight, {})
+        return moments(state, layer.weight, elementwise=not self.mixing)
 
     def extents(self, layer: MaskedLayer) -> Sequence[tuple[int, int]]:
         return [(0, layer.mask.numel())] * rank_and_world()[1]
@@ -24,7 +50,7 @@ class ReplicatedWeights(Engine):
         held = {"weight": weight.detach()}
         if weight.grad is not None:
             held["gradient"] = weight.grad
-        return held | moments(self.optimizer.state.get(weight, {}), weight)
+        return held | self._moments(layer)
 
     def whole(self, layer: MaskedLayer, piece: Tensor | None = None) -> Tensor:
         return layer.weight.detach() if piece is None else piece

@@ -1,0 +1,94 @@
+"""Missing links stay missing whatever the optimizer; what it keeps of links that go is 0 too."""
+
+import pytest
+import torch
+from cases import STEPS, arguments, case_config, check_links, losses, same_weights, weights
+from tiny import random_blocks, tiny_llama
+from transformers import Trainer, TrainerCallback
+
+from hf_chts import SparseTrainer
+
+
+class Lion(torch.optim.Optimizer):
+    """Steps of one size, in the direction of a running mean's sign (arXiv 2302.06675)."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    mean = self.state[weight].setdefault("exp_avg", torch.zeros_like(weight))
+                    weight.add_((0.9 * mean + 0.1 * weight.grad).sign_(), alpha=-group["lr"])
+                    mean.lerp_(weight.grad, 0.01)
+
+
+def muon(model):
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dim() == 2)
+    return torch.optim.Muon([p for p in model.parameters() if p.requires_grad], lr=0.02)
+
+
+OPTIMIZERS = {
+    "sgd with momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True),
+    "rmsprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-3, momentum=0.9, centered=True),
+    "amsgrad": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, amsgrad=True),
+    "fused": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True),
+    "lion": lambda model: Lion(model.parameters()),
+    "muon": muon,
+    "adafactor": None,
+    "adagrad": None,
+}
+
+
+class Zeros(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.look(optimizer)
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.look(optimizer)
+        plan = self.trainer.sparse.config.plan(STEPS)
+        check_links(self.trainer.sparse, plan.sparsity(state.global_step - state.global_step % 4))
+
+    def look(self, optimizer):
+        for layer in self.trainer.sparse.layers.values():
+            kept = [v for v in optimizer.state[layer.weight].values() if isinstance(v, torch.Tensor)]
+            for tensor in (layer.weight, *(value for value in kept if value.shape == layer.weight.shape)):
+                assert tensor[~layer.mask].eq(0).all()
+
+
+def run_of(directory, name, case, seed=0):
+    model = tiny_llama(seed)
+    make = OPTIMIZERS[name]
+    args = arguments(directory, **({"optim": name, "learning_rate": 1e-3} if make is None else {}))
+    optimizers = (None, None) if make is None else (make(model), None)
+    return SparseTrainer(
+        model=model, args=args, sparsity=case_config(case), train_dataset=random_blocks(), optimizers=optimizers
+    )
+
+
+@pytest.mark.parametrize("case", ["chtss", "rigl, historical weights"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_missing_links_stay_0_and_the_run_resumes(tmp_path, name, case):
+    run = run_of(tmp_path, name, case)
+    run.add_callback(Zeros(run))
+    run.train()
+    assert losses(run)[-1] < losses(run)[0] + 1
+    again = run_of(tmp_path, name, case, seed=5)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert losses(again) == losses(run)
+    assert same_weights(weights(again), weights(run))
+
+
+def test_muon_does_move_missing_links_where_nobody_masks_them_again(tmp_path):
+    """So that the test above can fail."""
+    run = run_of(tmp_path, "muon", "static")
+    run.topology.on_optimizer_step = lambda *_, **__: None
+    Trainer.train(run)
+    with pytest.raises(RuntimeError, match="not 0 off its mask"):
+        run.sparse.check()
