@@ -3,36 +3,106 @@
     python benchmarks/topology_update.py [--method chtss] [--sparsity 0.9] [--repeats 5]
 
 Prints one JSON line for the time and one for the memory of each kind of layer. Update and forward-backward alternate
-in one process; the ratio is that of the medians.
+in one process; the ratio is that of the medians. With `--ranks 2`, instead: the update shared out over that many
+processes beside the whole of it in one of them, with as many threads for each process, in turns.
 """
 
 import argparse
 import json
+import socket
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_chts import SparsityConfig, TopologyCallback, sparsify
+from hf_chts.training import callback as callback_module
 from hf_chts.training.sharding import ReplicatedWeights
+from hf_chts.training.sharding import ranks as ranks_module
+from hf_chts.training.sharding import replicated as replicated_module
 
 MODEL = Path(__file__).parents[1] / "configs/models/llama_60m.json"
 INTERVAL, STEPS = 100, 10_000
 
 
-def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
+def llama_60m() -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL), dtype=torch.float32)
-    # the steady state: every update replaces links at the final sparsity
-    config = SparsityConfig(
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL), dtype=torch.float32)
+
+
+def steady(method: str, sparsity: float, **changes: Any) -> SparsityConfig:
+    """The steady state: every update replaces links at the final sparsity."""
+    return SparsityConfig(
         method=method,
         sparsity=sparsity,
         initial_sparsity=sparsity,
         sparsity_schedule="constant",
         update_interval=INTERVAL,
+        **changes,
     )
+
+
+@contextmanager
+def one_world() -> Iterator[None]:
+    """As if this rank were the only one."""
+    with ExitStack() as patches:
+        for module in (callback_module, ranks_module, replicated_module):
+            patches.enter_context(mock.patch.object(module, "rank_and_world", return_value=(0, 1)))
+        yield
+
+
+def over_ranks(rank: int, ranks: int, threads: int, port: int, method: str, sparsity: float, repeats: int) -> None:
+    """One rank of the comparison; rank 0 prints it. While it works alone, the others wait."""
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    alone, shared = (TopologyCallback(sparsify(llama_60m(), steady(method, sparsity))) for _ in range(2))
+    engines = [ReplicatedWeights(torch.optim.AdamW(c.sparse.model.parameters())) for c in (alone, shared)]
+    shared.prepare(STEPS, engines[1])
+    seconds: dict[str, list[float]] = {"alone": [], "shared": []}
+    with one_world():
+        alone.prepare(STEPS, engines[0])
+    for repeat in range(repeats + 1):
+        dist.barrier()
+        if rank == 0:
+            with one_world():
+                start = time.perf_counter()
+                alone.update((repeat + 1) * INTERVAL)
+                seconds["alone"].append(time.perf_counter() - start)
+        dist.barrier()
+        start = time.perf_counter()
+        shared.update((repeat + 1) * INTERVAL)
+        dist.barrier()
+        seconds["shared"].append(time.perf_counter() - start)
+    if rank == 0:
+        one, many = (statistics.median(seconds[key][1:]) for key in ("alone", "shared"))
+        print(
+            json.dumps(
+                {
+                    "benchmark": "topology_update_over_ranks",
+                    "method": method,
+                    "ranks": ranks,
+                    "threads_per_rank": threads,
+                    "one_rank_seconds": round(one, 3),
+                    "ranks_seconds": round(many, 3),
+                    "ratio": round(many / one, 3),
+                    "repeats": repeats,
+                }
+            ),
+            flush=True,
+        )
+    dist.destroy_process_group()
+
+
+def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
+    model = llama_60m()
+    config = steady(method, sparsity)
     callback = TopologyCallback(sparsify(model, config))
     optimizer = torch.optim.AdamW(model.parameters())
     callback.prepare(STEPS, ReplicatedWeights(optimizer))
@@ -67,14 +137,7 @@ def peak_copies(out_features: int, in_features: int, method: str, sparsity: floa
 
     Counted from torch's own record of every allocation, so that what the allocator keeps or shares does not blur it.
     """
-    config = SparsityConfig(
-        method=method,
-        sparsity=sparsity,
-        initial_sparsity=sparsity,
-        sparsity_schedule="constant",
-        update_interval=INTERVAL,
-        target_modules=["0"],
-    )
+    config = steady(method, sparsity, target_modules=["0"])
     model = torch.nn.Sequential(torch.nn.Linear(in_features, out_features, bias=False))
     callback = TopologyCallback(sparsify(model, config))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -103,7 +166,16 @@ if __name__ == "__main__":
     parser.add_argument("--sparsity", type=float, default=0.9, help="sparsity of the layers (default: 0.9)")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of the forward and backward (default: 1024)")
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats after one to warm up (default: 5)")
+    parser.add_argument("--ranks", type=int, default=1, help="compare this many processes with one (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each of the ranks (default: 1)")
     arguments = parser.parse_args()
+    if arguments.ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        settings = (arguments.ranks, arguments.threads, port, arguments.method, arguments.sparsity, arguments.repeats)
+        torch.multiprocessing.spawn(over_ranks, settings, nprocs=arguments.ranks)
+        raise SystemExit
     print(json.dumps(times(arguments.method, arguments.sparsity, arguments.tokens, arguments.repeats)))
     for shape in ((512, 512), (1376, 512), (512, 1376), (4096, 4096), (11008, 4096)):
         print(json.dumps(peak_copies(*shape, arguments.method, arguments.sparsity)), flush=True)

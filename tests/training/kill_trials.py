@@ -30,7 +30,6 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # an installed DeepSpeed would tell stdout
 
 import torch
 from cases import STEPS
-from transformers.utils import logging
 
 from kill_worker import SAVE_EVERY, load_all, spawn  # isort: skip - beside this file
 
@@ -144,7 +143,6 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=len(TRIED), help=f"how many of {', '.join(TRIED)}")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
     results = []
     for result in trials(args.trials, args.seed, args.cases):
         results.append(result)

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +16,19 @@ from pathlib import Path
 import torch
 from cases import STEPS, trainer
 from tiny import tiny_llama
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from hf_chts.training.seal import last_sealed
 
 SAVE_EVERY = 2
-TIME_LIMIT = 300  # seconds; an attempt that hangs ends with SIGALRM
+TIME_LIMIT = 120  # seconds; an attempt that hangs ends with SIGALRM
 
 
 def load_all(directory: Path) -> None:
     """Have this process load what a run needs, so that those that it forks need not."""
+    # tqdm's own lock is shared by forked processes, and one that is killed while it writes a bar would hold it for ever
+    tqdm.set_lock(threading.RLock())
     # nothing is computed here: a process with threads of torch's cannot be forked
     trainer(directory, save_strategy="no").save_model()
     gc.collect()

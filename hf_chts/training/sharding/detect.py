@@ -85,8 +85,8 @@ def _mixes(optimizer: Any) -> bool:
     quantized = kind.startswith("bitsandbytes.") and optimizer.args.optim_bits != 32
     if quantized or any(name in kind.lower() for name in _IMPOSSIBLE):
         raise ValueError(
-            f"the optimizer {kind} cannot be used: missing links would not stay 0, or what it keeps of a link that goes "
-            "could not be set to 0. Use one with a value for each weight, such as AdamW"
+            f"the optimizer {kind} cannot be used: missing links would not stay 0, or what it keeps of a link that "
+            "goes could not be set to 0. Use one with a value for each weight, such as AdamW"
         )
     return type(optimizer).__name__.lower() not in _ELEMENTWISE
 
@@ -94,8 +94,8 @@ def _mixes(optimizer: Any) -> bool:
 def _check_elementwise(optimizer: Any, engine: str) -> None:
     if _mixes(optimizer):
         raise ValueError(
-            f"the optimizer {_kind(optimizer)} is none of those known to move each weight on its own, and under {engine} "
-            "its weights cannot be masked again after each step: use AdamW, SGD or Lion, or train with DDP"
+            f"the optimizer {_kind(optimizer)} is none of those known to move each weight on its own, and under "
+            f"{engine} its weights cannot be masked again after each step: use AdamW, SGD or Lion, or train with DDP"
         )
 
 
