@@ -29,11 +29,6 @@ def seal(directory: str | Path, step: int) -> None:
     write_whole(directory / SEAL_NAME, text.encode())
 
 
-def unseal(directory: str | Path) -> None:
-    """Take the seal off before a checkpoint is written over."""
-    (Path(directory) / SEAL_NAME).unlink(missing_ok=True)
-
-
 def verify_seal(directory: str | Path) -> None:
     """Read every file of a checkpoint and compare it with the seal.
 

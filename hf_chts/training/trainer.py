@@ -1,5 +1,6 @@
 """SparseTrainer: a Trainer that makes its model sparse, evolves it, and keeps masks with weights."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.layers.patching import SparseModel, sparsify
 from hf_chts.training.callback import TopologyCallback
 from hf_chts.training.lr_schedules import add_update_warmup
-from hf_chts.training.seal import SEAL_NAME, last_sealed, seal, unseal, verify_seal
+from hf_chts.training.seal import SEAL_NAME, last_sealed, seal, verify_seal
 
 # The mixin goes before any Trainer class, and is not one itself
 if TYPE_CHECKING:
@@ -184,8 +185,9 @@ class SparseTrainerMixin(_AnyTrainer):
         directory = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this one is whole
         try:
-            if self.args.should_save:
-                unseal(directory)
+            if self.args.should_save and directory.is_dir():
+                shutil.rmtree(directory)  # what a run that died left there, temporary files too
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self._seal(directory)
         except OSError as error:

@@ -125,7 +125,7 @@ def trials(count: int, seed: int, cases: int) -> Iterator[dict]:
         tried = TRIED[:cases]
         whole = {case: uninterrupted(Path(scratch) / f"whole-{n}", case) for n, case in enumerate(tried[:count])}
         for number, case in zip(range(count), itertools.cycle(tried)):
-            in_a_save = (number + number // len(tried)) % 2 == 0  # each case comes to both
+            in_a_save = (number // len(tried) + number % len(tried)) % 2 == 0  # each case comes to both
             for again in range(5):
                 directory = Path(scratch) / f"{number}-{again}"
                 result = trial(directory, case, whole[case], random.Random(f"{seed} {number} {again}"), in_a_save)
