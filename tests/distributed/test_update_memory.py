@@ -7,8 +7,8 @@ from launching import torchrun  # isort: skip - beside this file
 
 pytestmark = pytest.mark.distributed
 
-# fp32 copies of the largest layer: the gathered weight, and what its update takes. That is less than 6 for the layers of
-# LLaMA (benchmarks/topology_update.py), more for these small ones, whose products of (out, out) are larger beside them
+# fp32 copies of the largest layer: the gathered weight, and what its update takes. That is less than 6 for LLaMA's
+# layers (benchmarks/topology_update.py), more for these small ones, whose products of (out, out) are larger beside them
 COPIES = 12
 
 
