@@ -1,10 +1,12 @@
 """SparseTrainer: a Trainer that makes its model sparse, evolves it, and keeps masks with weights."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     _AnyTrainer = Trainer
 else:
     _AnyTrainer = object
+
+
+# What gloo and NCCL say where another rank is gone
+_LOST = re.compile(r"closed by peer|connection (was )?(reset|closed|refused)|timed? ?out|remote process", re.IGNORECASE)
 
 
 class SparseTrainerMixin(_AnyTrainer):
@@ -99,6 +105,7 @@ class SparseTrainerMixin(_AnyTrainer):
             FileNotFoundError, ValueError: the checkpoint is not whole, damaged, or of another model or config. Nothing
                 has been loaded then.
             FloatingPointError: the loss became NaN or infinite.
+            RuntimeError: another rank died or hangs.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_sealed(self.args.output_dir or ".")
@@ -110,7 +117,16 @@ class SparseTrainerMixin(_AnyTrainer):
         if isinstance(resume_from_checkpoint, str | Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
             self._restore_topology(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except RuntimeError as error:
+            if dist.is_initialized() and _LOST.search(str(error)):
+                raise RuntimeError(
+                    f"rank {dist.get_rank()} of {dist.get_world_size()} lost the others in step "
+                    f"{self.state.global_step + 1}; one of them died or hangs, and its own output says why: {error}\n"
+                    f"{_last_whole(last_sealed(self.args.output_dir or '.'))}"
+                ) from error
+            raise
 
     def _restore_topology(self, directory: str) -> None:
         verify_seal(directory)
