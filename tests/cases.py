@@ -43,7 +43,7 @@ def arguments(directory, kind=SparseTrainingArguments, **changes):
         "use_cpu": True,
         "report_to": "none",
     }
-    if kind is SparseTrainingArguments:
+    if issubclass(kind, SparseTrainingArguments):
         settings["update_warmup_steps"] = 2
     return kind(**(settings | changes))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from cases import arguments
 from tiny import VOCABULARY, random_blocks
 from tiny_architectures import ARCHITECTURES
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
@@ -35,24 +36,12 @@ class SparseSeq2SeqTrainingArguments(SparseTrainingArguments, Seq2SeqTrainingArg
 
 def trainer(name, directory, method="rigl", model=None, config=None, **changes):
     architecture = ARCHITECTURES[name]
-    settings = {
-        "output_dir": str(directory),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "update_warmup_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "report_to": "none",
-    }
+    settings = {"max_steps": STEPS, "save_strategy": "no", "update_warmup_steps": 1} | changes
     seq2seq = architecture.is_encoder_decoder
-    arguments = SparseSeq2SeqTrainingArguments if seq2seq else SparseTrainingArguments
+    kind = SparseSeq2SeqTrainingArguments if seq2seq else SparseTrainingArguments
     return (SparseSeq2SeqTrainer if seq2seq else SparseTrainer)(
         model=model or architecture.model(),
-        args=arguments(**(settings | changes)),
+        args=arguments(directory, kind, **settings),
         sparsity=SparsityConfig(
             method=method,
             sparsity=SPARSITY,
