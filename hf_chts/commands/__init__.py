@@ -1,0 +1,1 @@
+"""The subcommands of `python -m hf_chts`, a file each."""
