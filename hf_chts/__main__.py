@@ -5,10 +5,16 @@ import sys
 from collections.abc import Sequence
 
 from hf_chts.commands.convert import PACK, UNPACK
+from hf_chts.commands.prepare import PREPARE
+from hf_chts.commands.push import PUSH
+from hf_chts.commands.report import REPORT
 
 COMMANDS = {
     "pack": PACK,
     "unpack": UNPACK,
+    "prepare": PREPARE,
+    "push": PUSH,
+    "report": REPORT,
 }
 
 

@@ -14,6 +14,8 @@ class DataArguments:
         ValueError: a field has a value outside its range; the message names the field and the value.
     """
 
+    _argument_group_name = "the data"  # HfArgumentParser reads it
+
     # --- corpus ---
     dataset: str = field(
         default="embedded",
@@ -21,20 +23,32 @@ class DataArguments:
             "help": "What to train on. 'embedded' (default): the Python standard library's own source files, "
             "no network needed. Otherwise the id of a dataset on the Hub, or a local file or folder "
             "(.txt, .json, .jsonl, .parquet, also .gz; in a folder, files or sub-folders called train, validation and "
-            "test are splits)."
+            "test are splits, and so are files named as on the Hub, train-00000-of-00080.parquet), or a directory that "
+            "`python -m hf_chts prepare` wrote."
         },
     )
     dataset_config: str | None = field(
         default=None,
-        metadata={"help": "Configuration of a Hub dataset, such as 'en' for allenai/c4. Default: its own."},
+        metadata={
+            "help": "Configuration of a Hub dataset, such as 'en' for allenai/c4; of a local folder, its sub-folder of "
+            "that name if it has one. Default: its own."
+        },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on. Default: 'train'."})
     text_column: str = field(default="text", metadata={"help": "Column that holds a document's text. Default: 'text'."})
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read documents while training, in the corpus's own order, instead of preparing all "
-            "blocks on disk first. Needs max_steps. Default: false."
+            "help": "Read, shuffle and tokenize documents while training, instead of preparing all blocks on disk "
+            "first. Needs max_steps; dataloader_num_workers processes do it. Default: false."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=10_000,
+        metadata={
+            "help": "When streaming, shuffle the order of the files, and documents within windows of this many (or of "
+            "32 Mi characters) of each rank's each dataloader worker; 0: the corpus's own order. Default: 10,000 "
+            "documents."
         },
     )
 
@@ -66,15 +80,8 @@ class DataArguments:
     validation_fraction: float = field(
         default=0.05,
         metadata={
-            "help": "Share of the documents held out, chosen by the seed, without validation_split and "
-            "streaming. Default: 0.05; 0.0005 is plenty for a corpus as large as OpenWebText."
-        },
-    )
-    validation_documents: int = field(
-        default=1000,
-        metadata={
-            "help": "Number of documents held out, the first of the stream, when streaming without a "
-            "validation_split. Default: 1000."
+            "help": "Share of the documents held out, chosen by the seed, without validation_split. When streaming, "
+            "by each text, so that equal ones stay together. Default: 0.05, the paper's."
         },
     )
     max_eval_tokens: int | None = field(
@@ -93,7 +100,7 @@ class DataArguments:
                 f"validation_fraction={self.validation_fraction} has to lie between 0 and 1, both excluded."
             )
         self._check_whole("block_size", 2)
-        self._check_whole("validation_documents", 1)
+        self._check_whole("shuffle_buffer", 0)
         if self.max_eval_tokens is not None:
             self._check_whole("max_eval_tokens", self.block_size)
         if self.packing not in get_args(Packing):

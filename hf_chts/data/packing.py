@@ -1,22 +1,27 @@
 """From documents to blocks of tokens: packed end to end, or one document a block."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import TypeAlias, TypeVar
 
 import datasets
 import numpy as np
+import torch
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from hf_chts.data.arguments import Packing
-from hf_chts.data.corpora import Documents
 
 IGNORED_LABEL = -100  # the cross entropy of transformers' models leaves these positions out
 _READ_ROWS = 16
 _ENCODE_CHARACTERS = 2**20  # enough to keep the tokenizer's threads busy, however long the documents are
 _CACHE_VERSION = 1  # raise it when the blocks made from the same documents change
 
-Block = dict[str, np.ndarray]
+Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Block: TypeAlias = dict[str, np.ndarray]
+Mark = TypeVar("Mark")
+# a block, the mark of the document it ends in, and how many tokens of that one are used up
+Marked: TypeAlias = tuple[Block, tuple[Mark, int]]
 
 
 def texts_of(documents: Documents, text_column: str) -> Iterator[str | None]:
@@ -26,82 +31,129 @@ def texts_of(documents: Documents, text_column: str) -> Iterator[str | None]:
         yield from batch[text_column]
 
 
-def encode(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def encode(
+    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, characters: int = _ENCODE_CHARACTERS
+) -> Iterator[list[int]]:
     """Token ids of each document followed by EOS; empty documents are left out.
+
+    Args:
+        characters: about how many go through the tokenizer at a time.
 
     Raises:
         ValueError: the tokenizer has no EOS token.
     """
+    check_eos(tokenizer)
+    return _encode(texts, tokenizer, characters)
+
+
+def check_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if the tokenizer has no EOS token."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} has no eos_token, which goes between documents: "
             "set one (tokenizer.eos_token = ...) and save it, or use another tokenizer."
         )
-    return _encode(texts, tokenizer)
 
 
-def _encode(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    for batch in _batches(texts):
+def _encode(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, characters: int) -> Iterator[list[int]]:
+    for batch in _batches(texts, characters):
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for input_ids in encoded["input_ids"]:
             yield [*input_ids, tokenizer.eos_token_id]
 
 
-def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str | None], characters: int) -> Iterator[list[str]]:
     batch: list[str] = []
-    characters = 0
+    gathered = 0
     for text in filter(None, texts):
         batch.append(text)
-        characters += len(text)
-        if characters >= _ENCODE_CHARACTERS:
+        gathered += len(text)
+        if gathered >= characters:
             yield batch
-            batch, characters = [], 0
+            batch, gathered = [], 0
     if batch:
         yield batch
 
 
-def pack(encoded: Iterable[list[int]], block_size: int) -> Iterator[Block]:
+def pack(marked: Iterable[tuple[Mark, list[int]]], block_size: int, skip: int = 0) -> Iterator[Marked[Mark]]:
     """Documents end to end, cut every `block_size` tokens; only what is left after the last one is dropped.
 
     Yields `input_ids` and `labels`, the same int32 array of shape (block_size,). There is no attention mask:
     every position is a token, and a document sees those before it in its block.
+
+    Args:
+        marked: the token ids of each document, after a mark that tells it from others.
+        skip: how many tokens of the first document to leave out.
+
+    Yields:
+        A block; the mark of the document it ends in, and how many of that one's tokens are in it or before it.
     """
-    remainder = np.empty(0, dtype=np.int32)
-    for input_ids in encoded:
-        tokens = np.concatenate([remainder, np.asarray(input_ids, dtype=np.int32)])
-        whole = len(tokens) // block_size * block_size
-        for block in tokens[:whole].reshape(-1, block_size):
-            yield {"input_ids": block, "labels": block}
-        remainder = tokens[whole:]
+    held: list[np.ndarray] = []
+    missing = block_size
+    for mark, input_ids in marked:
+        tokens = np.asarray(input_ids, dtype=np.int32)
+        start, skip = skip, 0
+        while len(tokens) - start >= missing:
+            held.append(tokens[start : start + missing])
+            start += missing
+            block = np.concatenate(held)
+            yield {"input_ids": block, "labels": block}, (mark, start)
+            held, missing = [], block_size
+        if start < len(tokens):
+            held.append(tokens[start:])
+            missing -= len(tokens) - start
 
 
-def truncate_and_pad(encoded: Iterable[list[int]], block_size: int, pad_token_id: int) -> Iterator[Block]:
+def truncate_and_pad(
+    marked: Iterable[tuple[Mark, Sequence[int] | np.ndarray]], block_size: int, pad_token_id: int, skip: int = 0
+) -> Iterator[Marked[Mark]]:
     """One document a block: its first `block_size` tokens, or all of them (EOS included) and padding.
 
-    Yields `input_ids`, `attention_mask` (0 on padding) and `labels` (-100 on padding), int32, (block_size,).
+    Yields `input_ids`, `attention_mask` (0 on padding) and `labels` (-100 on padding), int32, (block_size,); the rest
+    as `pack`.
     """
-    for input_ids in encoded:
+    for mark, input_ids in marked:
+        if skip:  # its block is there already
+            skip = 0
+            continue
         tokens = np.asarray(input_ids[:block_size], dtype=np.int32)
         padding = (0, block_size - len(tokens))
-        yield {
+        block = {
             "input_ids": np.pad(tokens, padding, constant_values=pad_token_id),
             "attention_mask": np.pad(np.ones_like(tokens), padding),
             "labels": np.pad(tokens, padding, constant_values=IGNORED_LABEL),
         }
+        yield block, (mark, len(input_ids))
 
 
 def blocks(
     texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, block_size: int, packing: Packing
 ) -> Iterator[Block]:
     """The blocks of `texts`, lazily and in order, by `pack` or `truncate_and_pad`. Raises as `encode`."""
-    encoded = encode(texts, tokenizer)
+    marked = marked_blocks(enumerate(encode(texts, tokenizer)), tokenizer, block_size, packing)
+    return (block for block, _ in marked)
+
+
+def marked_blocks(
+    marked: Iterable[tuple[Mark, list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    packing: Packing,
+    skip: int = 0,
+) -> Iterator[Marked[Mark]]:
+    """Blocks of documents' token ids by `pack` or `truncate_and_pad`, and where each ends."""
     if packing == "packed":
-        return pack(encoded, block_size)
+        return pack(marked, block_size, skip)
     if packing == "truncate_and_pad":
         # which id stands on padding has no effect: it is neither attended to nor predicted
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return truncate_and_pad(encoded, block_size, pad)
+        return truncate_and_pad(marked, block_size, pad, skip)
     raise ValueError(f"packing={packing!r} has to be 'packed' or 'truncate_and_pad'.")
+
+
+def tensors(block: Block) -> dict[str, torch.Tensor]:
+    """int64 tensors, as models take them."""
+    return {column: torch.from_numpy(values).long() for column, values in block.items()}
 
 
 def pack_blocks(
@@ -114,13 +166,9 @@ def pack_blocks(
     max_blocks: int | None = None,
     name: str = "The corpus",
 ) -> datasets.Dataset:
-    """The blocks of `documents` (the first `max_blocks`) as a map-style dataset.
+    """The blocks of `documents` (the first `max_blocks`) as a map-style dataset, by `pack_texts`.
 
-    Each example has `input_ids`, `labels` and, with "truncate_and_pad", `attention_mask`: int64 tensors of
-    shape (block_size,). A map-style corpus goes through `datasets`' cache on disk, so memory does not grow
-    with it and a second call with the same documents, tokenizer and sizes reads the first one's file. A
-    streaming corpus is kept in memory, so give `max_blocks`; for blocks made while training see
-    `BlockStream`.
+    A map-style corpus is cached on disk, a streaming one kept in memory.
 
     Args:
         name: what to call the documents in an error.
@@ -128,13 +176,50 @@ def pack_blocks(
     Raises:
         ValueError: the documents do not fill one block, or the tokenizer has no EOS token.
     """
+    key = f"{documents._fingerprint} {text_column}" if isinstance(documents, datasets.Dataset) else None
+    return pack_texts(
+        lambda: texts_of(documents, text_column),
+        tokenizer,
+        block_size,
+        packing,
+        key=key,
+        max_blocks=max_blocks,
+        name=name,
+    )
+
+
+def pack_texts(
+    texts: Callable[[], Iterable[str | None]],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    packing: Packing = "packed",
+    *,
+    key: str | None,
+    max_blocks: int | None = None,
+    name: str = "The corpus",
+) -> datasets.Dataset:
+    """The blocks of `texts` (the first `max_blocks`) as a map-style dataset.
+
+    Each example has `input_ids`, `labels` and, with "truncate_and_pad", `attention_mask`: int64 tensors of
+    shape (block_size,). Texts with a `key` go through `datasets`' cache on disk, so memory does not grow with them and
+    a second call with the same key, tokenizer and sizes reads the first one's file. Others are kept in memory, so give
+    `max_blocks`; for blocks made while training see `BlockStream`.
+
+    Args:
+        texts: gives the texts, from the first one at each call.
+        key: what tells these texts from others.
+        name: what to call them in an error.
+
+    Raises:
+        ValueError: they do not fill one block, or the tokenizer has no EOS token.
+    """
     columns = ["input_ids", "labels"] if packing == "packed" else ["input_ids", "attention_mask", "labels"]
     features = datasets.Features(
         {column: datasets.List(datasets.Value("int32"), length=block_size) for column in columns}
     )
 
     def generate() -> Iterator[Block]:
-        return islice(blocks(texts_of(documents, text_column), tokenizer, block_size, packing), max_blocks)
+        return islice(blocks(texts(), tokenizer, block_size, packing), max_blocks)
 
     def generate_lists() -> Iterator[dict[str, list[int]]]:
         # datasets writes lists twice as fast as arrays
@@ -143,19 +228,15 @@ def pack_blocks(
 
     # first of all, because datasets writes no empty dataset
     if next(generate(), None) is None:
-        raise too_short(texts_of(documents, text_column), tokenizer, block_size, name)
-    if isinstance(documents, datasets.IterableDataset):
+        raise too_short(texts(), tokenizer, block_size, name)
+    if key is None:
         made = list(generate())
         prepared = datasets.Dataset.from_dict(
             {column: [block[column] for block in made] for column in columns}, features=features
         )
     else:
-        key = [_CACHE_VERSION, documents._fingerprint, text_column, tokenizer_digest(tokenizer)]
-        prepared = datasets.Dataset.from_generator(
-            generate_lists,
-            features=features,
-            fingerprint=Hasher.hash([*key, block_size, packing, max_blocks]),
-        )
+        keys = [_CACHE_VERSION, key, tokenizer_digest(tokenizer), block_size, packing, max_blocks]
+        prepared = datasets.Dataset.from_generator(generate_lists, features=features, fingerprint=Hasher.hash(keys))
     return prepared.with_format("torch")
 
 

@@ -1,16 +1,21 @@
 """From `DataArguments` to what a trainer needs."""
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_chts.data.arguments import DataArguments
-from hf_chts.data.corpora import Documents, load_documents
+from hf_chts.data.corpora import load_documents, load_source
 from hf_chts.data.embedded import embedded_tokenizer
-from hf_chts.data.holdout import hold_out_first, hold_out_fraction
-from hf_chts.data.packing import pack_blocks, too_short
+from hf_chts.data.holdout import hold_out_fraction
+from hf_chts.data.packing import Documents, blocks, pack_blocks, pack_texts, too_short
+from hf_chts.data.sources import ByText, Source, texts_of_source
 from hf_chts.data.stream import BlockStream
+from hf_chts.data.token_files import INDEX_NAME, TokenBlocks, TokenIndex
+from hf_chts.data.windows import Shuffle
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,12 @@ class PreparedData:
     `packing="truncate_and_pad"`, `attention_mask`. `validation` is always finite.
     """
 
-    train: datasets.Dataset | BlockStream
-    validation: datasets.Dataset
+    train: datasets.Dataset | BlockStream | TokenBlocks
+    validation: datasets.Dataset | TokenBlocks
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_data(args: DataArguments, *, vocab_size: int, seed: int) -> PreparedData:
+def load_data(args: DataArguments, *, vocab_size: int, seed: int, shuffle_seed: int | None = None) -> PreparedData:
     """Load the tokenizer and the corpus, and make blocks of tokens.
 
     With several processes, call it inside `training_args.main_process_first()`: the first one fills the
@@ -34,50 +39,113 @@ def load_data(args: DataArguments, *, vocab_size: int, seed: int) -> PreparedDat
 
     Args:
         vocab_size: the model's vocabulary size, in tokens.
-        seed: chooses the held-out documents when a map-style corpus has no validation split.
+        seed: chooses the held-out documents when the corpus has no validation split.
+        shuffle_seed: of a stream's order; `seed` without it.
 
     Raises:
         FileNotFoundError, ValueError: something is wrong with the corpus or the tokenizer; before any
             training.
     """
     tokenizer = load_tokenizer(args.tokenizer, vocab_size)
+    if is_prepared(args.dataset):
+        return _prepared(args, tokenizer)
+    if args.streaming:
+        return _stream(args, tokenizer, seed, seed if shuffle_seed is None else shuffle_seed)
     documents = _load_split(args, args.dataset_split)
-    held_out = None
-    validation_split = args.validation_split or ("validation" if args.dataset == "embedded" else None)
+    validation_split = own_validation_split(args)
     if validation_split is not None:
         validation_documents = _load_split(args, validation_split)
-    elif args.streaming:
-        held_out, validation_documents = hold_out_first(documents, args.validation_documents, args.text_column)
     else:
         documents, validation_documents = hold_out_fraction(documents, args.validation_fraction, seed)
-
     validation = pack_blocks(
         validation_documents,
         tokenizer,
         args.block_size,
         args.packing,
         text_column=args.text_column,
-        max_blocks=None if args.max_eval_tokens is None else args.max_eval_tokens // args.block_size,
+        max_blocks=_max_blocks(args),
         name=f"The validation part of dataset {args.dataset!r}",
     )
-    name = f"Split {args.dataset_split!r} of dataset {args.dataset!r}"
-    train: datasets.Dataset | BlockStream
-    if args.streaming:
-        train = BlockStream(
-            documents,
-            tokenizer,
-            args.block_size,
-            args.packing,
-            text_column=args.text_column,
-            held_out=held_out,
-        )
-        if next(iter(train), None) is None:
-            raise too_short(train.texts(), tokenizer, args.block_size, name)
-    else:
-        train = pack_blocks(
-            documents, tokenizer, args.block_size, args.packing, text_column=args.text_column, name=name
-        )
+    train = pack_blocks(
+        documents, tokenizer, args.block_size, args.packing, text_column=args.text_column, name=_train_name(args)
+    )
     return PreparedData(train, validation, tokenizer)
+
+
+def is_prepared(dataset: str) -> bool:
+    """Whether `dataset` is a directory of prepared tokens."""
+    return dataset != "embedded" and (Path(dataset).expanduser() / INDEX_NAME).is_file()
+
+
+def _prepared(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    directory = Path(args.dataset).expanduser()
+    index = TokenIndex.load(directory)
+    cut = partial(index.blocks, directory, tokenizer=tokenizer, block_size=args.block_size, packing=args.packing)
+    return PreparedData(cut("train"), cut("validation", max_blocks=_max_blocks(args)), tokenizer)
+
+
+def _stream(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int, shuffle_seed: int) -> PreparedData:
+    corpus = split_source(args, seed)
+    validation = pack_texts(
+        lambda: texts_of_source(corpus.validation, corpus.held_out),
+        tokenizer,
+        args.block_size,
+        args.packing,
+        key=None if corpus.validation.cache_key is None else f"{corpus.validation.cache_key} {corpus.held_out}",
+        max_blocks=_max_blocks(args),
+        name=f"The validation part of dataset {args.dataset!r}",
+    )
+    # the first block already, because a stream that never fills one would never end
+    texts = partial(texts_of_source, corpus.train, corpus.kept)
+    if next(blocks(texts(), tokenizer, args.block_size, args.packing), None) is None:
+        raise too_short(texts(), tokenizer, args.block_size, _train_name(args))
+    train = BlockStream(
+        corpus.train,
+        tokenizer,
+        args.block_size,
+        args.packing,
+        shuffle=Shuffle(args.shuffle_buffer, shuffle_seed),
+        keep=corpus.kept,
+    )
+    return PreparedData(train, validation, tokenizer)
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """What to train and to validate on; None for a choice of documents stands for all of them."""
+
+    train: Source
+    validation: Source
+    kept: ByText | None
+    held_out: ByText | None
+
+
+def split_source(args: DataArguments, seed: int) -> SplitSource:
+    """The documents of a stream, and which of them are held out: the validation split, or a fraction by `seed`.
+
+    Raises:
+        FileNotFoundError, ValueError: something is wrong with the corpus.
+    """
+    load = partial(load_source, args.dataset, config=args.dataset_config, text_column=args.text_column)
+    train = load(args.dataset_split)
+    validation_split = own_validation_split(args)
+    if validation_split is not None:
+        return SplitSource(train, load(validation_split), None, None)
+    fraction = args.validation_fraction
+    return SplitSource(train, train, ByText(fraction, seed, rest=True), ByText(fraction, seed))
+
+
+def own_validation_split(args: DataArguments) -> str | None:
+    """The split to validate on; None where documents are held out of the training split."""
+    return args.validation_split or ("validation" if args.dataset == "embedded" else None)
+
+
+def _max_blocks(args: DataArguments) -> int | None:
+    return None if args.max_eval_tokens is None else args.max_eval_tokens // args.block_size
+
+
+def _train_name(args: DataArguments) -> str:
+    return f"Split {args.dataset_split!r} of dataset {args.dataset!r}"
 
 
 def load_tokenizer(tokenizer: str, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -110,5 +178,4 @@ def _load_split(args: DataArguments, split: str) -> Documents:
         split,
         config=args.dataset_config,
         text_column=args.text_column,
-        streaming=args.streaming,
     )

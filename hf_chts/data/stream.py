@@ -1,59 +1,106 @@
 """Blocks made while they are read, for corpora too large to prepare first."""
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_chts.data.arguments import Packing
-from hf_chts.data.packing import blocks, texts_of
+from hf_chts.data.corpora import Documents
+from hf_chts.data.loader import StreamLoader
+from hf_chts.data.packing import Block, check_eos, encode, marked_blocks, tensors, tokenizer_digest
+from hf_chts.data.sources import DatasetSource, Source
+from hf_chts.data.windows import Place, ReaderState, Shuffle, read_ahead, windows
+
+_ENCODE_CHARACTERS = 2**17  # at a time: a worker is one thread, and the first block should not wait for more
 
 
 class BlockStream(torch.utils.data.IterableDataset):
-    """Blocks of a streaming corpus, for `Trainer` with `max_steps`.
+    """Blocks of a corpus that is read, shuffled and tokenized while training.
 
-    Yields the examples that `pack_blocks` would prepare, in the same order, at every iteration. With n
-    dataloader workers each packs its own share of the corpus's files, so n remainders are dropped instead of
-    one, and workers beyond the number of files stay idle. Ranks need nothing here: by default Accelerate
-    reads on the main process and hands every rank its own rows; with `dispatch_batches=False` every rank
-    reads all and keeps its own.
-
-    A torch dataset and not `datasets.IterableDataset.from_generator`, which packs every file of its own, and
-    so drops a remainder per file.
+    `loader` gives an endless stream to each rank: what `SparseTrainer` uses, and what resumes exactly. Iterated over,
+    or under a plain `DataLoader`, it yields one epoch, whose files the dataloader's workers share; `set_epoch` chooses
+    which.
 
     Args:
-        documents: the streaming corpus, with a string column `text_column`.
-        held_out: for each shard of `documents`, how many of its first documents to leave out.
+        source: the documents; a dataset of `datasets` will do, with a string column `text`.
+        shuffle: the window that documents are shuffled in, and the seed. The default leaves them in their order.
+        keep: which texts belong to this stream; all without it. A checkpoint knows it by its `str`.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token.
     """
 
     def __init__(
         self,
-        documents: datasets.IterableDataset,
+        source: Source | Documents,
         tokenizer: PreTrainedTokenizerBase,
         block_size: int,
         packing: Packing = "packed",
         *,
-        text_column: str = "text",
-        held_out: tuple[int, ...] | None = None,
+        shuffle: Shuffle | None = None,
+        keep: Callable[[str], bool] | None = None,
     ) -> None:
-        self.documents = documents
+        check_eos(tokenizer)
+        is_dataset = isinstance(source, datasets.Dataset | datasets.IterableDataset)
+        self.source: Source = DatasetSource(source) if is_dataset else source
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.packing: Packing = packing
-        self.text_column = text_column
-        self.held_out = held_out or (0,) * documents.num_shards
+        self.shuffle = shuffle or Shuffle()
+        self.keep = keep
+        self.epoch = 0
+        self.identity: dict[str, Any] = {
+            **self.source.identity,
+            "shuffle_buffer": self.shuffle.buffer,
+            "seed": self.shuffle.seed,
+            "documents": "all" if keep is None else str(keep),
+            "tokenizer": tokenizer_digest(tokenizer),
+            "block_size": block_size,
+            "packing": packing,
+        }
 
-    def texts(self, worker: int = 0, num_workers: int = 1) -> Iterator[str | None]:
-        """The texts for one of `num_workers` dataloader workers, shard after shard."""
-        num_shards = self.documents.num_shards
-        for index in range(worker, num_shards, num_workers):
-            shard = self.documents.shard(num_shards=num_shards, index=index)
-            yield from islice(texts_of(shard, self.text_column), self.held_out[index], None)
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration yields: another order of the same documents."""
+        self.epoch = epoch
+
+    def read(
+        self,
+        reader: int = 0,
+        readers: int = 1,
+        state: ReaderState | None = None,
+        *,
+        shuffle: Shuffle | None = None,
+        epochs: int | None = None,
+    ) -> Iterator[tuple[Block, ReaderState]]:
+        """The blocks of one of `readers` from `state` on, each with the state after it; without end unless `epochs`.
+
+        Packed blocks go on from one epoch to the next; only what is left after the last of `epochs` is dropped.
+        """
+        state = state or ReaderState()
+
+        def encoded() -> Iterator[tuple[tuple[Place, int], list[int]]]:
+            first = state.document
+            for place, documents in read_ahead(
+                windows(self.source, shuffle or self.shuffle, reader, readers, self.keep, state.place, epochs)
+            ):
+                for index, tokens in enumerate(encode(documents[first:], self.tokenizer, _ENCODE_CHARACTERS), first):
+                    yield (place, index), tokens
+                first = 0
+
+        made = marked_blocks(encoded(), self.tokenizer, self.block_size, self.packing, skip=state.token)
+        for block, ((place, document), token) in made:
+            yield block, ReaderState(place, document, token)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = torch.utils.data.get_worker_info()
-        texts = self.texts() if worker is None else self.texts(worker.id, worker.num_workers)
-        for block in blocks(texts, self.tokenizer, self.block_size, self.packing):
-            yield {column: torch.from_numpy(values).long() for column, values in block.items()}
+        reader, readers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        first = ReaderState(Place(self.epoch))
+        for block, _ in self.read(reader, readers, first, epochs=self.epoch + 1):
+            yield tensors(block)
+
+    def loader(self, **options: Any) -> StreamLoader:
+        """Batches of this stream for one rank; the options are those of `StreamLoader`."""
+        return StreamLoader(self, **options)

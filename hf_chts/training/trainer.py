@@ -12,10 +12,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME, load_topology, save_topology, verify_fits
+from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.layers.patching import SparseModel, sparsify
 from hf_chts.training.callback import TopologyCallback
+from hf_chts.training.console import use_console
+from hf_chts.training.data_state import ResumableDataMixin
+from hf_chts.training.hub import HubPushes
 from hf_chts.training.lr_schedules import add_update_warmup
 from hf_chts.training.seal import SEAL_NAME, last_sealed, seal, verify_seal
 
@@ -30,7 +33,7 @@ else:
 _LOST = re.compile(r"closed by peer|connection (was )?(reset|closed|refused)|timed? ?out|remote process", re.IGNORECASE)
 
 
-class SparseTrainerMixin(_AnyTrainer):
+class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
     """Sparse training for any `Trainer` subclass: `class MyTrainer(SparseTrainerMixin, Seq2SeqTrainer): pass`.
 
     Args (beside the Trainer's own):
@@ -63,6 +66,8 @@ class SparseTrainerMixin(_AnyTrainer):
         if model is None:  # it came from model_init
             assert self.model is not None
             self.sparse = self._sparsify(self.model)
+        self.follow_stream()
+        use_console(self)
         self._follow_topology()
 
     def _sparsify(self, model: nn.Module) -> SparseModel:
@@ -130,6 +135,7 @@ class SparseTrainerMixin(_AnyTrainer):
 
     def _restore_topology(self, directory: str) -> None:
         verify_seal(directory)
+        self.data_state(directory)
         if self.topology is None:
             if (Path(directory) / MASKS_NAME).exists():
                 raise ValueError(f"{directory} is a checkpoint of a sparse model, this run is dense: use its config")
@@ -204,6 +210,7 @@ class SparseTrainerMixin(_AnyTrainer):
             if self.args.should_save and directory.is_dir():
                 shutil.rmtree(directory)  # what a run that died left there, temporary files too
             self.accelerator.wait_for_everyone()
+            self.save_data_state(directory)
             super()._save_checkpoint(model, trial)
             self._seal(directory)
         except OSError as error:
@@ -221,13 +228,7 @@ class SparseTrainerMixin(_AnyTrainer):
             seal(directory, self.state.global_step)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._seal(Path(checkpoint_folder))
-        # the Trainer copies only its own files from the checkpoint into what it pushes
-        if self.is_world_process_zero():
-            for name in (CONFIG_NAME, MASKS_NAME, HISTORY_NAME):
-                source = Path(checkpoint_folder) / name
-                if source.is_file():
-                    (Path(self.args.output_dir or ".") / name).write_bytes(source.read_bytes())
+        self._seal(Path(checkpoint_folder))  # what is pushed can be resumed from
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:

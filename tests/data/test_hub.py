@@ -1,6 +1,7 @@
 """Hub ids through a local stub of the Hub: what `datasets` asks for, answered from a dict of files."""
 
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hf_chts.data import load_documents
@@ -19,6 +22,12 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 def jsonl(texts):
     return gzip.compress("".join(json.dumps({"text": t, "url": "-"}) + "\n" for t in texts).encode())
+
+
+def parquet(texts):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": texts}), file)
+    return file.getvalue()
 
 
 # laid out as allenai/c4: configurations and splits are named in the card
@@ -43,7 +52,8 @@ configs:
         "en/c4-validation.00000-of-00001.json.gz": jsonl(["held out"]),
         "de/c4-train.json.gz": jsonl(["eins"]),
     },
-    "Skylion007/openwebtext": {"README.md": b"", "train.jsonl": gzip.decompress(jsonl(["web text"]))},
+    "Skylion007/openwebtext": {"README.md": b"", "plain_text/train-00000-of-00001.parquet": parquet(["web text"])},
+    "some/lines": {"README.md": b"", "train.txt": b"a line\nanother\n"},
 }
 
 
@@ -117,11 +127,19 @@ def hub():
 
 SCRIPT = """
 import json, sys
-from hf_chts.data import load_documents
+from hf_chts.data import load_documents, load_source
 
 for dataset, split, options in json.loads(sys.argv[1]):
     try:
-        found = [row["text"] for row in load_documents(dataset, split, **options)]
+        if options.pop("source", False):
+            source = load_source(dataset, split, **options)
+            read = [list(source.read(shard)) for shard in range(source.num_shards)]
+            found = [type(source).__name__, [[text for text, _ in rows] for rows in read]]
+            rest = [[text for text, _ in source.read(shard, start=rows[0][1])] for shard, rows in enumerate(read)]
+            assert rest == [rows[1:] for rows in found[1]]
+            found.append([file.name for file in getattr(source, "files", [])])
+        else:
+            found = [row["text"] for row in load_documents(dataset, split, **options)]
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
     print("FOUND " + json.dumps(found))
@@ -145,9 +163,16 @@ def load(hub, cases, folder):
 
 def test_hub(hub, tmp_path):
     en = {"config": "en"}
-    train, validation, german, web, streamed, streamed_web, column, split, config, missing = load(
+    en_source = {**en, "source": True}
+    c4, held_out, parquet, lines, no_column, no_split, *found = load(
         hub,
         [
+            ("allenai/c4", "train", en_source),
+            ("allenai/c4", "validation", en_source),
+            ("openwebtext", "train", {"source": True}),
+            ("some/lines", "train", {"source": True}),
+            ("allenai/c4", "train", {**en_source, "text_column": "content"}),
+            ("allenai/c4", "dev", en_source),
             ("allenai/c4", "train", en),
             ("allenai/c4", "validation", en),
             ("allenai/c4", "train", {"config": "de"}),
@@ -161,6 +186,15 @@ def test_hub(hub, tmp_path):
         ],
         tmp_path,
     )
+    train, validation, german, web, streamed, streamed_web, column, split, config, missing = found
+    # files that are read from anywhere on; their paths have the revision in them
+    assert c4[:2] == ["FileSource", [["one", "two"], ["three"]]]
+    assert c4[2][0] == f"hf://datasets/allenai/c4@{SHA}/en/c4-train.00000-of-00002.json.gz"
+    assert held_out[:2] == ["FileSource", [["held out"]]]
+    assert parquet[:2] == ["FileSource", [["web text"]]]
+    assert lines[:2] == ["DatasetSource", [["a line", "another"]]]  # by `datasets`, as a format of its own
+    assert "c4-train.00000-of-00002.json.gz has no column 'content'" in no_column
+    assert "Split 'dev' of dataset 'allenai/c4' (dataset_config 'en')" in no_split
     assert train == streamed == ["one", "two", "three"]
     assert validation == ["held out"]
     assert german == ["eins"]

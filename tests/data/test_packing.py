@@ -28,13 +28,26 @@ def documents_of(texts):
 
 
 def test_pack():
-    blocks = list(pack([[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]], block_size=3))
+    made = list(pack([("a", [1, 2, 3]), ("b", [4]), ("c", [5, 6, 7, 8, 9, 10, 11])], block_size=3))
+    blocks = [block for block, _ in made]
     assert [block["input_ids"].tolist() for block in blocks] == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     assert all(np.array_equal(block["input_ids"], block["labels"]) for block in blocks)
+    # the document that each block ends in, and how much of it is used up
+    assert [end for _, end in made] == [("a", 3), ("c", 2), ("c", 5)]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 7])
+def test_pack_goes_on_after_any_block(block_size):
+    documents = [(name, list(range(10 * name, 10 * name + length))) for name, length in enumerate([4, 1, 9, 2, 6])]
+    whole = [(block["input_ids"].tolist(), end) for block, end in pack(documents, block_size)]
+    for taken, (_, (name, used)) in enumerate(whole, 1):
+        rest = pack(documents[name:], block_size, skip=used)
+        assert [(block["input_ids"].tolist(), end) for block, end in rest] == whole[taken:]
 
 
 def test_truncate_and_pad():
-    short, exact, long = truncate_and_pad([[1, 2], [3, 4, 5], [6, 7, 8, 9]], block_size=3, pad_token_id=0)
+    documents = [("a", [1, 2]), ("b", [3, 4, 5]), ("c", [6, 7, 8, 9])]
+    short, exact, long = (block for block, _ in truncate_and_pad(documents, block_size=3, pad_token_id=0))
     assert {name: values.tolist() for name, values in short.items()} == {
         "input_ids": [1, 2, 0],
         "attention_mask": [1, 1, 0],
@@ -43,6 +56,10 @@ def test_truncate_and_pad():
     assert exact["labels"].tolist() == exact["input_ids"].tolist() == [3, 4, 5]
     assert long["input_ids"].tolist() == [6, 7, 8]
     assert long["attention_mask"].tolist() == [1, 1, 1]
+    whole = [end for _, end in truncate_and_pad(documents, block_size=3, pad_token_id=0)]
+    for taken, (name, used) in enumerate(whole, 1):
+        rest = truncate_and_pad(documents["abc".index(name) :], 3, 0, skip=used)
+        assert [end for _, end in rest] == whole[taken:]
 
 
 def test_map_style(letters):
@@ -70,21 +87,20 @@ def test_stream_equals_map_style(letters, num_shards):
 
 
 def test_stream_workers_share_the_files(letters):
-    """Three files of two documents: the first worker has files 0 and 2, the second file 1."""
+    """Three files of two documents, of which each of two workers has one document."""
     documents = documents_of(["abc", "def", "ghi", "jkl", "mno", "pqr"]).to_iterable_dataset(num_shards=3)
-    stream = BlockStream(documents, letters, 4)
-    loader = DataLoader(stream, batch_size=None, num_workers=2)
+    loader = DataLoader(BlockStream(documents, letters, 4), batch_size=None, num_workers=2)
     assert sorted(spell_all(loader, letters)) == ["abc.", "def.", "ghi.", "jkl.", "mno.", "pqr."]
     five = BlockStream(documents, letters, 5)
     loader = DataLoader(five, batch_size=None, num_workers=2)
-    assert sorted(spell_all(loader, letters)) == sorted(["abc.d", "ef.mn", "o.pqr", "ghi.j"])
+    assert sorted(spell_all(loader, letters)) == sorted(["abc.g", "hi.mn", "def.j", "kl.pq"])
     assert spell_all(five, letters) == ["abc.d", "ef.gh", "i.jkl", ".mno."]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_stream_leaves_out_the_held_out_documents(letters, num_workers):
+def test_stream_keeps_only_what_belongs_to_it(letters, num_workers):
     documents = documents_of(["abc", "def", "ghi", "jkl", "mno", "pqr"]).to_iterable_dataset(num_shards=3)
-    stream = BlockStream(documents, letters, 4, held_out=(2, 1, 0))
+    stream = BlockStream(documents, letters, 4, keep=frozenset(["jkl", "mno", "pqr"]).__contains__)
     loader = DataLoader(stream, batch_size=None, num_workers=num_workers)
     assert sorted(spell_all(loader, letters)) == ["jkl.", "mno.", "pqr."]
 

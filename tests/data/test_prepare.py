@@ -7,7 +7,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_chts.data import BlockStream, DataArguments, corpora, embedded_dataset, embedded_documents, load_data
-from hf_chts.data.holdout import hold_out_first, hold_out_fraction
+from hf_chts.data.holdout import hold_out_fraction
 
 
 def corpus(folder, texts, name="c.jsonl"):
@@ -43,8 +43,8 @@ def test_embedded(bpe, streaming, ten_files):
     ids = [i for d in embedded_documents("validation")[:10] for i in [*bpe(d.text, verbose=False)["input_ids"], 0]]
     assert len(data.validation) == len(ids) // 128
     assert data.validation["input_ids"][:].flatten().tolist() == ids[: len(ids) // 128 * 128]
-    first = embedded_documents("train")[0].text
-    assert first.startswith(bpe.decode(next(iter(data.train))["input_ids"]))
+    firsts = [document.text[:40] for document in embedded_documents("train")[: 10 if streaming else 1]]
+    assert bpe.decode(next(iter(data.train))["input_ids"])[:40] in firsts
 
 
 def test_max_eval_tokens(bpe, ten_files):
@@ -89,23 +89,38 @@ def test_one_document(tmp_path, saved):
         load_data(args, vocab_size=257, seed=0)
 
 
-def test_first_documents_of_a_stream(tmp_path, saved):
-    texts = [f"{i:03}" for i in range(20)]
-    args = DataArguments(
-        dataset=corpus(tmp_path, texts), tokenizer=saved, block_size=4, streaming=True, validation_documents=6
-    )
-    data = load_data(args, vocab_size=257, seed=0)
-    assert words(data.validation, data.tokenizer) == texts[:6]
-    assert words(data.train, data.tokenizer) == texts[6:]
+def test_fraction_of_a_stream(tmp_path, saved):
+    """By text: equal texts stay together, whichever file they are in, and the order changes nothing."""
+    texts = [f"{i:03}" for i in range(400)]
+    for name, part in (("a.jsonl", texts[:250]), ("b.jsonl", [*texts[250:], *texts[:100]])):
+        corpus(tmp_path / "two", part, name)
+    one = corpus(tmp_path / "one", sorted(texts, reverse=True))
+
+    def split(dataset, seed=3, fraction=0.1):
+        args = DataArguments(
+            dataset=str(dataset), tokenizer=saved, block_size=4, streaming=True, validation_fraction=fraction
+        )
+        data = load_data(args, vocab_size=257, seed=seed, shuffle_seed=1)
+        return words(data.train, data.tokenizer), words(data.validation, data.tokenizer)
+
+    train, validation = split(tmp_path / "two")
+    assert sorted(train + validation) == sorted(texts + texts[:100])
+    assert not set(train) & set(validation)
+    assert 20 <= len(set(validation)) <= 60  # 40 expected, 6 the standard deviation
+    assert train != sorted(train)
+    train_of_one, validation_of_one = split(one)
+    assert set(validation_of_one) == set(validation)
+    assert validation_of_one == sorted(validation_of_one, reverse=True)  # in the corpus's order
+    assert set(train_of_one) == set(train)
+    assert set(split(one, seed=4)[1]) != set(validation)
+    # a larger fraction holds the same out, and more
+    assert set(split(one, fraction=0.2)[1]) > set(validation)
 
 
-def test_first_documents_over_several_files():
-    documents = datasets.Dataset.from_dict({"text": list("abcdef")}).to_iterable_dataset(num_shards=3)
-    held_out, validation = hold_out_first(documents, 3)
-    assert held_out == (2, 1, 0)
-    assert validation["text"][:] == ["a", "b", "c"]
-    with pytest.raises(ValueError, match=r"6 documents.*validation_documents=6"):
-        hold_out_first(documents, 6)
+def test_no_text_is_held_out(tmp_path, saved):
+    args = DataArguments(dataset=corpus(tmp_path, ["abc"]), tokenizer=saved, block_size=4, streaming=True)
+    with pytest.raises(ValueError, match=r"The validation part of .* holds 0 tokens"):
+        load_data(args, vocab_size=257, seed=0)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -120,7 +135,7 @@ def test_own_validation_split(tmp_path, saved, streaming):
         streaming=streaming,
     )
     data = load_data(args, vocab_size=257, seed=0)
-    assert words(data.train, data.tokenizer) == ["abc", "def"]
+    assert sorted(words(data.train, data.tokenizer)) == ["abc", "def"]
     assert words(data.validation, data.tokenizer) == ["xyz"]
 
 
@@ -164,7 +179,8 @@ def test_tokenizer_that_is_not_there(tmp_path):
         ("validation_fraction", 0),
         ("validation_fraction", 1.0),
         ("validation_fraction", "half"),
-        ("validation_documents", 0),
+        ("shuffle_buffer", -1),
+        ("shuffle_buffer", 1.5),
         ("max_eval_tokens", 255),
     ],
 )

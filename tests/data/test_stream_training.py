@@ -1,7 +1,8 @@
-"""A stream under a real `Trainer`: which blocks each rank trains on, with workers and with two ranks."""
+"""A stream under a real Trainer: which blocks each rank trains on, and runs resumed from a checkpoint."""
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,106 +12,158 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from cases import arguments, case_config, losses, same_weights, weights
+from tiny import random_blocks, tiny_llama
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from hf_chts.data import DataArguments, load_data
+from hf_chts import SparseTrainer
+from hf_chts.data import BlockStream, DataArguments, Shuffle, load_data, load_source
 
-BATCH, STEPS, BLOCK = 2, 3, 8
+BATCH, ACCUMULATION, STEPS, SAVED, BLOCK = 2, 3, 9, 4, 16
 
 
-class RecordingTrainer(Trainer):
+class Recording:
     """Writes down the blocks of every training step."""
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training:
-            self.seen = [*getattr(self, "seen", []), *inputs["input_ids"].tolist()]
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.seen = [*getattr(self, "seen", []), inputs["input_ids"].tolist()]
+        return super().training_step(model, inputs, *args, **kwargs)
 
 
-def train_on(folder, corpus, num_workers=0, dispatch_batches=None):
-    args = DataArguments(
-        dataset=str(corpus),
-        tokenizer=str(folder / "letters"),
-        block_size=BLOCK,
-        streaming=True,
-        validation_documents=3,
-    )
-    data = load_data(args, vocab_size=257, seed=0)
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
-    trainer = RecordingTrainer(
-        model=LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=BLOCK, **shape)),
-        args=TrainingArguments(
-            output_dir=str(folder / "out"),
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
-            per_device_eval_batch_size=BATCH,
-            dataloader_num_workers=num_workers,
-            accelerator_config={"dispatch_batches": dispatch_batches},
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-        ),
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-    )
-    trainer.train()
-    assert trainer.state.global_step == STEPS
-    return trainer, data
+class RecordingTrainer(Recording, Trainer):
+    pass
+
+
+class RecordingSparseTrainer(Recording, SparseTrainer):
+    pass
 
 
 @pytest.fixture
 def folder(tmp_path, letters):
-    """Four files of 30 documents that are all different; the tokenizer next to them."""
+    """Files of uneven numbers of documents that are all different; the tokenizer next to them."""
     letters.save_pretrained(tmp_path / "letters")
     (tmp_path / "corpus").mkdir()
-    for file in range(4):
-        rows = [json.dumps({"text": f"file {file} row {row}"}) for row in range(30)]
+    for file, count in enumerate((30, 4, 61)):
+        rows = [json.dumps({"text": f"file {file} row {row}"}) for row in range(count)]
         (tmp_path / "corpus" / f"{file}.jsonl").write_text("\n".join(rows))
     return tmp_path
 
 
-def expected_blocks(folder, letters):
-    """The stream worked out from the files: the first three documents are held out."""
-    texts = [json.loads(line)["text"] for file in range(4) for line in lines_of(folder, file)][3:]
-    ids = [index for text in texts for index in [*map(letters.get_vocab().get, text.replace(" ", "Ġ")), 0]]
-    return [ids[start : start + BLOCK] for start in range(0, len(ids) - BLOCK + 1, BLOCK)]
+def stream_of(folder):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "letters")
+    return BlockStream(load_source(str(folder / "corpus")), tokenizer, BLOCK, shuffle=Shuffle(8, 3))
 
 
-def lines_of(folder, file):
-    return (folder / "corpus" / f"{file}.jsonl").read_text().splitlines()
+def sparse_trainer(folder, name, dataset=None, workers=2, **changes):
+    # a rank is to be the same whether there are two or not
+    settings = {"max_steps": STEPS, "save_steps": SAVED, "per_device_train_batch_size": BATCH, **changes}
+    return RecordingSparseTrainer(
+        model=tiny_llama(vocab_size=257),
+        args=arguments(
+            folder / name,
+            gradient_accumulation_steps=ACCUMULATION,
+            dataloader_num_workers=workers,
+            ddp_find_unused_parameters=False,
+            **settings,
+        ),
+        sparsity=case_config(update_interval=2),
+        train_dataset=dataset or stream_of(folder),
+    )
 
 
-def test_training_on_a_stream(folder, letters):
-    trainer, data = train_on(folder, folder / "corpus")
-    expected = expected_blocks(folder, letters)
-    assert trainer.seen == expected[: STEPS * BATCH]
-    assert [block["input_ids"].tolist() for block in islice(data.train, len(expected) + 1)] == expected
+def test_resumed_bit_for_bit(folder):
+    unbroken = sparse_trainer(folder, "run")
+    unbroken.train()
+    assert len(unbroken.seen) == STEPS * ACCUMULATION
+    resumed = sparse_trainer(folder, "resumed")
+    resumed.train(resume_from_checkpoint=str(folder / f"run/checkpoint-{SAVED}"))
+    assert resumed.seen == unbroken.seen[SAVED * ACCUMULATION :]
+    assert resumed.seen != unbroken.seen[: len(resumed.seen)]
+    assert same_weights(weights(resumed), weights(unbroken))
+    assert losses(resumed) == losses(unbroken)
+    assert [entry["epoch"] for entry in resumed.state.log_history if "loss" in entry] == [
+        entry["epoch"] for entry in unbroken.state.log_history if "loss" in entry
+    ]
+    assert resumed.args.ignore_data_skip is False
+    # and a checkpoint of the resumed run is as good
+    third = sparse_trainer(folder, "third")
+    third.train(resume_from_checkpoint=str(folder / f"resumed/checkpoint-{2 * SAVED}"))
+    assert third.seen == unbroken.seen[2 * SAVED * ACCUMULATION :]
+
+
+@pytest.fixture
+def checkpoint(folder):
+    run = sparse_trainer(folder, "run", save_steps=2)
+    run.train()
+    return str(folder / "run/checkpoint-2")
+
+
+def test_other_numbers_of_workers_are_refused_or_begin_anew(folder, checkpoint):
+    other = sparse_trainer(folder, "other", workers=0)
+    before = weights(other)
+    with pytest.raises(ValueError, match=r"checkpoint-2 cannot be resumed: .*1 ranks with 2 .* now there are 1 ranks"):
+        other.train(resume_from_checkpoint=checkpoint)
+    assert same_weights(weights(other), before)
+    runs = []
+    for name in ("a", "b"):
+        anew = sparse_trainer(folder, name, workers=0, ignore_data_skip=True)
+        anew.train(resume_from_checkpoint=checkpoint)
+        assert anew.state.global_step == STEPS
+        runs.append(anew.seen)
+    assert runs[0] == runs[1]
+    fresh = sparse_trainer(folder, "fresh", workers=0)
+    fresh.train()
+    assert not any(batch in fresh.seen for batch in runs[0])
+
+
+def test_data_of_another_kind_are_refused(folder, checkpoint):
+    mapped = sparse_trainer(folder, "mapped", random_blocks())
+    with pytest.raises(ValueError, match=r"was trained on a stream, this run does not read one"):
+        mapped.train(resume_from_checkpoint=checkpoint)
+    mapped = sparse_trainer(folder, "mapped", random_blocks(), save_steps=2)
+    mapped.train()
+    stream = sparse_trainer(folder, "stream")
+    with pytest.raises(FileNotFoundError, match=r"was not trained on a stream, this run reads one"):
+        stream.train(resume_from_checkpoint=str(folder / "mapped/checkpoint-2"))
+
+
+def test_a_damaged_state_is_refused_by_name(folder, checkpoint):
+    copy_of = shutil.copytree(checkpoint, folder / "copy/checkpoint-2")
+    (copy_of / "data_state_0.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"data_state_0.json has 2 bytes"):
+        sparse_trainer(folder, "other").train(resume_from_checkpoint=str(copy_of))
+
+
+def test_another_order_is_refused(folder, checkpoint):
+    (folder / "corpus/9.jsonl").write_text('{"text": "one more"}\n')
+    with pytest.raises(ValueError, match=r"checkpoint-2 cannot be resumed: .*files: 3 there, 4 here"):
+        sparse_trainer(folder, "other").train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_plain_trainer_reads_a_stream(folder):
+    """Epoch after epoch, the whole corpus each time."""
+    args = DataArguments(
+        dataset=str(folder / "corpus"), tokenizer=str(folder / "letters"), block_size=BLOCK, streaming=True,
+        shuffle_buffer=8,
+    )  # fmt: skip
+    data = load_data(args, vocab_size=257, seed=0)
+    trainer = RecordingTrainer(
+        model=tiny_llama(vocab_size=257),
+        args=arguments(folder / "plain", TrainingArguments, max_steps=60, save_strategy="no"),
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+    )
+    trainer.train()
+    data.train.set_epoch(0)
+    one_epoch = [block["input_ids"].tolist() for block in data.train]
+    seen = [block for batch in trainer.seen for block in batch]
+    assert len(seen) > 2 * len(one_epoch)
+    assert seen[: len(one_epoch)] == one_epoch
     assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
 
 
-def test_several_epochs_of_a_stream(folder, letters):
-    """A corpus smaller than max_steps starts anew."""
-    small = folder / "small.jsonl"
-    small.write_text("\n".join(lines_of(folder, 0)[:7]))
-    trainer, _ = train_on(folder, small)
-    blocks = expected_blocks(folder, letters)[:6]  # 4 documents of 13 tokens
-    assert trainer.seen == blocks[: STEPS * BATCH]
-    one_block = folder / "one.jsonl"
-    one_block.write_text("\n".join(lines_of(folder, 0)[:4]))
-    trainer, _ = train_on(folder, one_block)
-    assert trainer.seen == [blocks[0]] * STEPS
-
-
-def test_two_workers(folder, letters):
-    trainer, _ = train_on(folder, folder / "corpus", num_workers=2)
-    expected = expected_blocks(folder, letters)
-    # the first worker packs files 0 and 2 (as the whole stream begins), the second files 1 and 3; they take turns
-    assert [trainer.seen[i] for i in (0, 1, 4, 5)] == expected[:4]
-    assert letters.decode(trainer.seen[2]) == "file 1 r"
-
-
 @pytest.mark.distributed
-def test_two_ranks(folder, letters):
+def test_two_ranks(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -123,29 +176,35 @@ def test_two_ranks(folder, letters):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
         }
         ranks.append(
             subprocess.Popen(
                 [sys.executable, __file__, str(folder)], env=environment, stderr=subprocess.PIPE, text=True
             )
         )
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
 
-    for dispatch_batches in ("None", "False"):
-        seen = [json.loads((folder / f"{dispatch_batches}-{rank}.json").read_text()) for rank in range(2)]
-        assert [len(blocks) for blocks in seen] == [STEPS * BATCH] * 2
-        # together, step by step, the beginning of the stream: none left out, none twice
-        together = [
-            block for step in range(STEPS) for blocks in seen for block in blocks[step * BATCH : (step + 1) * BATCH]
-        ]
-        assert together == expected_blocks(folder, letters)[: 2 * STEPS * BATCH]
+    unbroken, resumed = ([json.loads((folder / f"{run}-{r}.json").read_text()) for r in (0, 1)] for run in ("a", "b"))
+    assert [len(blocks) for blocks in unbroken] == [STEPS * ACCUMULATION] * 2
+    assert resumed == [blocks[SAVED * ACCUMULATION :] for blocks in unbroken]
+    # what the loader alone gives the two, so each trains on its own share
+    for rank in range(2):
+        alone = stream_of(folder).loader(rank=rank, ranks=2, batch_size=BATCH)
+        assert [batch["input_ids"].tolist() for batch in islice(alone, STEPS * ACCUMULATION)] == unbroken[rank]
+    assert unbroken[0] != unbroken[1]
+    for rank in range(2):
+        assert (folder / f"a/checkpoint-{SAVED}/data_state_{rank}.json").is_file()
+    last = [(folder / run / f"checkpoint-{STEPS}/model.safetensors").read_bytes() for run in ("a", "b")]
+    assert last[0] == last[1]
 
 
 if __name__ == "__main__":
     run = Path(sys.argv[1])
-    for dispatch in (None, False):
-        trainer, _ = train_on(run, run / "corpus", dispatch_batches=dispatch)
+    for name, checkpoint in (("a", None), ("b", str(run / f"a/checkpoint-{SAVED}"))):
+        trainer = sparse_trainer(run, name, workers=1, ddp_backend="gloo")
         assert dist.get_world_size() == 2
-        (run / f"{dispatch}-{dist.get_rank()}.json").write_text(json.dumps(trainer.seen))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        (run / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(trainer.seen))
     dist.destroy_process_group()

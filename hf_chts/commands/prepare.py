@@ -1,0 +1,78 @@
+"""`prepare`: tokens made ahead of training."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_chts.command_help import unit
+from hf_chts.commands.command import Command
+from hf_chts.data.arguments import DataArguments
+from hf_chts.data.prepare import load_tokenizer, split_source
+from hf_chts.data.tokenize import prepare_tokens
+from hf_chts.model_arguments import ModelArguments, load_config
+
+# what training cuts from the tokens may differ from run to run
+_LATER = ("streaming", "shuffle_buffer", "block_size", "packing", "max_eval_tokens")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of the run: its corpus, tokenizer, model and seed, over which options win (default: none)",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="directory to write, or one that was begun (no default)"
+    )
+    parser.add_argument("--workers", type=int, metavar="PROCESSES", help="worker processes (default: one per core)")
+    parser.add_argument(
+        "--model",
+        metavar="TEXT",
+        help="whose vocabulary has to hold the tokens (default: configs/models/llama_demo.json)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="chooses the held-out documents (default: 42)")
+    for field in fields(DataArguments):
+        if field.name not in _LATER:
+            help = str(field.metadata["help"]).replace("%", "%%")
+            parser.add_argument(f"--{field.name}", metavar=unit(field.name, str(field.type)), help=help)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers is {args.workers}; it has to be at least 1")
+    run = _read(args.config) if args.config else {}
+    wanted = [field.name for kind in (ModelArguments, DataArguments) for field in fields(kind)]
+    given = {name: getattr(args, name, None) for name in wanted}
+    values = {name: run.get(name) if given[name] is None else given[name] for name in wanted}
+    options = [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+    kinds: list[Any] = [ModelArguments, DataArguments]
+    model_args, data_args = HfArgumentParser(kinds).parse_args_into_dataclasses(options)
+    seed = int(run.get("seed", 42) if args.seed is None else args.seed)
+    config: Any = load_config(model_args, Path.cwd())
+    tokenizer = load_tokenizer(data_args.tokenizer, config.vocab_size)
+    index = prepare_tokens(
+        split_source(data_args, seed),
+        tokenizer,
+        args.out,
+        tokenizer_name=data_args.tokenizer,
+        workers=args.workers,
+        progress=lambda line: print(line, flush=True),
+    )
+    for split, shards in index.splits.items():
+        tokens, documents = (sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents"))
+        print(f"{split}: {tokens:,} tokens of {documents:,} documents")
+    print(f"prepared  {args.out}  (train on it with --dataset {args.out})")
+
+
+def _read(path: str) -> dict[str, Any]:
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no mapping of fields to values")
+    return values
+
+
+PREPARE = Command("tokenize a corpus once, into memory-mapped shards to train on", _arguments, _prepare)

@@ -1,0 +1,161 @@
+"""Where each rank is in a stream of training data: kept in a checkpoint, and taken up from it.
+
+A stream is any dataset with a method `loader`, as `hf_chts.data.BlockStream` has it. Others are the Trainer's affair.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_chts.checkpoint import write_whole
+
+if TYPE_CHECKING:
+    _AnyTrainer = Trainer
+else:
+    _AnyTrainer = object
+
+DATA_STATE = "data_state_{rank}.json"
+_FORMAT = "hf_chts data state, 1"
+
+
+class ResumableLoader(Protocol):
+    """An endless iterator over one rank's batches."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batches that were taken end, as JSON can hold it."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there. Raises ValueError if the state is of other data, or of other readers."""
+        ...
+
+    def restart(self, number: int) -> None:
+        """Begin anew, in an order that belongs to `number`; 0 is that of a first run."""
+        ...
+
+
+@runtime_checkable
+class ResumableDataset(Protocol):
+    """A dataset that each rank reads its share of, and that can be taken up where it was left."""
+
+    def loader(
+        self,
+        *,
+        rank: int,
+        ranks: int,
+        batch_size: int,
+        collate: Callable[[list[Any]], Any],
+        workers: int,
+        prefetch: int | None,
+        pin_memory: bool,
+        context: Any,
+    ) -> ResumableLoader: ...
+
+
+class ResumableDataMixin(_AnyTrainer):
+    """The part of SparseTrainer that reads such datasets: each rank its own share, taken up exactly on resume."""
+
+    _stream: ResumableLoader | None = None
+    _data_state: dict[str, Any] | None = None
+    _restart: int = 0
+
+    def follow_stream(self) -> None:
+        """Called when the Trainer is made, before other callbacks are added."""
+        if isinstance(self.train_dataset, ResumableDataset):
+            self.add_callback(_EpochOfStep)
+
+    def get_train_dataloader(self) -> Any:
+        if not isinstance(self.train_dataset, ResumableDataset):
+            return super().get_train_dataloader()
+        self._stream = self._new_loader(self.train_dataset)
+        if self._data_state is not None:
+            self._stream.load_state_dict(self._data_state)
+        elif self._restart:
+            self._stream.restart(self._restart)
+        return self._stream
+
+    def _new_loader(self, dataset: ResumableDataset) -> ResumableLoader:
+        args = self.args
+        return dataset.loader(
+            rank=args.process_index,
+            ranks=args.world_size,
+            batch_size=self._train_batch_size,
+            collate=self._get_collator_with_removed_columns(self.data_collator, description="training"),
+            workers=args.dataloader_num_workers,
+            prefetch=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            context=args.dataloader_multiprocessing_context,
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; a stream goes on after the batches that the checkpoint's training took."""
+        self._data_state, self._restart = None, 0
+        ignore_data_skip = self.args.ignore_data_skip
+        if isinstance(resume_from_checkpoint, str) and isinstance(self.train_dataset, ResumableDataset):
+            self._data_state = self.data_state(resume_from_checkpoint)
+            if ignore_data_skip:
+                self._restart = max(1, _last_step(resume_from_checkpoint))
+            self.args.ignore_data_skip = True  # else the Trainer reads again what was read, only to skip it
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.ignore_data_skip = ignore_data_skip
+
+    def data_state(self, directory: str) -> dict[str, Any] | None:
+        """This rank's state in a checkpoint; None if the data are not to be taken up where they were left.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, or it is that of other data or another number of readers.
+        """
+        if self.args.ignore_data_skip:
+            return None
+        path = Path(directory) / DATA_STATE.format(rank=self.args.process_index)
+        ranks = len(list(Path(directory).glob(DATA_STATE.format(rank="*"))))
+        advice = "or begin the data anew in another order with --ignore_data_skip true"
+        if not isinstance(self.train_dataset, ResumableDataset):
+            if ranks:
+                raise ValueError(f"{directory} was trained on a stream, this run does not read one: stream, {advice}")
+            return None
+        if not path.is_file():
+            now = f"this is rank {self.args.process_index} of {self.args.world_size}"
+            raise FileNotFoundError(
+                f"{path} is missing: {directory} has the data states of {ranks} ranks, and {now}; use as many ranks "
+                f"as wrote it, {advice}"
+                if ranks
+                else f"{directory} was not trained on a stream, this run reads one: use the data that it had, {advice}"
+            )
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if state.pop("format") != _FORMAT:
+                raise ValueError(f"its format is not {_FORMAT!r}")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be used: {error}. Take an earlier checkpoint") from error
+        try:
+            self._new_loader(self.train_dataset).load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{directory} cannot be resumed: {error}") from error
+        return state
+
+    def save_data_state(self, directory: str | Path) -> None:
+        """Write this rank's state into a checkpoint; nothing for data that are no stream."""
+        if self._stream is not None and isinstance(self.train_dataset, ResumableDataset):
+            text = json.dumps({"format": _FORMAT, **self._stream.state_dict()}, indent=1)
+            write_whole(Path(directory) / DATA_STATE.format(rank=self.args.process_index), text.encode())
+
+
+def _last_step(directory: str) -> int:
+    """The number of finished optimizer steps of a checkpoint."""
+    return TrainerState.load_from_json(str(Path(directory) / TRAINER_STATE_NAME)).global_step
+
+
+class _EpochOfStep(TrainerCallback):
+    """A stream has no length, and the Trainer's epoch is the share of max_steps; resumed, it would begin at 0 again."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.epoch = state.global_step / state.max_steps

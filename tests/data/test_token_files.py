@@ -1,0 +1,221 @@
+"""Tokens prepared ahead: the very blocks that the corpus gives, whatever is cut from them; begun, damaged, resumed."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from cases import arguments, case_config, same_weights, weights
+from test_resume import UNEVEN, documents, write_corpus
+from tiny import tiny_llama
+from torch.utils.data import DataLoader
+
+from hf_chts import SparseTrainer
+from hf_chts.__main__ import main
+from hf_chts.data import DataArguments, load_data, pack_blocks
+from hf_chts.data import tokenize as tokenize_module
+from hf_chts.data.prepare import split_source
+from hf_chts.data.sources import ByText
+from hf_chts.data.token_files import TokenIndex
+from hf_chts.data.tokenize import prepare_tokens
+
+TEXTS = [text for file, count in enumerate(UNEVEN) for text in documents(file, count)]
+
+
+def prepare(corpus, tokenizer, out, workers=1, **changes):
+    args = DataArguments(dataset=str(corpus), streaming=True, **changes)
+    return prepare_tokens(split_source(args, 3), tokenizer, out, tokenizer_name="letters", workers=workers)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("c") / "corpus", "parquet")
+
+
+@pytest.fixture
+def prepared(tmp_path, corpus, letters):
+    prepare(corpus, letters, tmp_path / "tokens", validation_fraction=0.2)
+    letters.save_pretrained(tmp_path / "letters")
+    return tmp_path / "tokens"
+
+
+def load(prepared, vocab_size=257, **changes):
+    settings = {"tokenizer": str(prepared.parent / "letters"), "block_size": 16, "streaming": True, **changes}
+    return load_data(DataArguments(dataset=str(prepared), **settings), vocab_size=vocab_size, seed=0)
+
+
+def ids_of(texts, tokenizer):
+    return [index for text in texts for index in [*tokenizer(text)["input_ids"], 0]]
+
+
+@pytest.mark.parametrize("block_size", [7, 16, 1000])
+def test_packed_blocks_of_any_size(prepared, letters, block_size):
+    data = load(prepared, block_size=block_size)
+    held_out = ByText(0.2, 3)
+    for part, texts in (
+        (data.train, [text for text in TEXTS if not held_out(text)]),
+        (data.validation, [text for text in TEXTS if held_out(text)]),
+    ):
+        expected = ids_of(texts, letters)
+        assert len(part) == len(expected) // block_size
+        assert (
+            torch.cat([part[i]["input_ids"] for i in range(len(part))]).tolist() == expected[: len(part) * block_size]
+        )
+        assert torch.equal(part[0]["labels"], part[0]["input_ids"])
+        assert part[0]["input_ids"].dtype == torch.long
+        with pytest.raises(IndexError):
+            part[len(part)]
+
+
+def test_a_document_a_block(prepared, letters):
+    import datasets
+
+    data = load(prepared, packing="truncate_and_pad", block_size=40)
+    held_out = ByText(0.2, 3)
+    texts = [text for text in TEXTS if not held_out(text)]
+    expected = pack_blocks(datasets.Dataset.from_dict({"text": texts}), letters, 40, "truncate_and_pad")
+    assert len(data.train) == len(texts) == len(expected)
+    for made, block in zip((data.train[i] for i in range(len(texts))), expected, strict=True):
+        assert made.keys() == block.keys()
+        assert all(torch.equal(made[name], block[name]) for name in made)
+
+
+def test_max_eval_tokens_and_workers(prepared):
+    data = load(prepared, max_eval_tokens=100)
+    assert len(data.validation) == 6
+    alone = [block["input_ids"].tolist() for block in data.train]
+    loader = DataLoader(pickle.loads(pickle.dumps(data.train)), batch_size=None, num_workers=2)
+    assert [block["input_ids"].tolist() for block in loader] == alone
+
+
+def test_a_validation_split_of_its_own_and_many_files(tmp_path, letters):
+    for split, count in (("train", 20), ("validation", 2)):
+        (tmp_path / "c" / split).mkdir(parents=True)
+        for file in range(count):
+            rows = "".join(json.dumps({"text": f"{split} {file} {row}"}) + "\n" for row in range(3))
+            (tmp_path / "c" / split / f"{file:02}.jsonl").write_text(rows)
+    index = prepare(tmp_path / "c", letters, tmp_path / "tokens", validation_split="validation")
+    assert [shard.documents for shard in index.splits["train"]] == [3] * 20
+    assert sum(shard.documents for shard in index.splits["validation"]) == 6
+    letters.save_pretrained(tmp_path / "letters")
+    data = load(tmp_path / "tokens")
+    expected = ids_of([f"validation {file} {row}" for file in range(2) for row in range(3)], letters)
+    found = torch.cat([block["input_ids"] for block in data.validation]).tolist()
+    assert found == expected[: len(found)]
+    assert len(expected) - len(found) < 16
+
+
+def test_by_several_processes_and_from_the_command_line(tmp_path, corpus, prepared, letters, capsys):
+    (tmp_path / "model.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
+    run = {"model": str(tmp_path / "model.json"), "dataset": "somewhere/else", "seed": 3, "learning_rate": 1e-3}
+    run |= {"tokenizer": str(tmp_path / "letters"), "validation_fraction": "2e-1", "max_eval_tokens": None}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    out = tmp_path / "again"
+    options = ["--config", tmp_path / "run.yaml", "--dataset", corpus, "--out", out, "--workers", 2]
+    main(["prepare", *map(str, options)])
+    shown = capsys.readouterr().out
+    held_out = sum(map(ByText(0.2, 3), TEXTS))
+    assert f"of {held_out} documents" in shown
+    assert f"of {len(TEXTS) - held_out} documents" in shown
+    one, two = (TokenIndex.load(directory) for directory in (prepared, out))
+    assert one.splits == two.splits  # the checksums among them
+
+
+def test_taken_up_where_it_was_left(tmp_path, corpus, letters, monkeypatch):
+    out = tmp_path / "tokens"
+    make, made = tokenize_module.make_shard, []
+
+    def make_some(job):
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(job.number)
+        return make(job)
+
+    monkeypatch.setattr(tokenize_module, "make_shard", make_some)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus, letters, out)
+    assert not (out / "hf_chts_tokens.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tokens")}
+    assert len(before) == 10
+    # what a shard that was being made left behind is never taken for one
+    (out / ".train-00005.tokens.123").write_bytes(b"half")
+    monkeypatch.setattr(tokenize_module, "make_shard", make)
+    index = prepare(corpus, letters, out)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    whole = prepare(corpus, letters, tmp_path / "whole")
+    assert index.splits == whole.splits
+    # a shard that was damaged meanwhile is found
+    path = next(path for path in sorted(before) if path.stat().st_size)
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ValueError, match=f"{path} is damaged, its checksum differs"):
+        prepare(corpus, letters, out)
+
+
+def test_another_directory_is_refused(tmp_path, corpus, letters, bpe):
+    out = tmp_path / "tokens"
+    prepare(corpus, letters, out)
+    for tokenizer, changes in ((bpe, {}), (letters, {"validation_fraction": 0.5})):
+        with pytest.raises(FileExistsError, match="holds tokens of another corpus, split or tokenizer"):
+            prepare(corpus, tokenizer, out, **changes)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty and holds no prepared tokens"):
+        prepare(corpus, letters, tmp_path / "other")
+
+
+def first_tokens(directory):
+    return next(path for path in sorted(directory.glob("train-*.tokens")) if path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "changes", "error", "message"),
+    [
+        (lambda d: first_tokens(d).unlink(), {}, FileNotFoundError, r"train-.*tokens is missing: run prepare again"),
+        (lambda d: first_tokens(d).write_bytes(b"ab"), {}, ValueError, r"train-.*tokens has 2 bytes and should have"),
+        (lambda d: (d / "hf_chts_tokens.json").write_text("{}"), {}, ValueError, r"tokens.json cannot be used"),
+        (lambda d: (d / "hf_chts_tokens.json").write_text("{"), {}, ValueError, r"tokens.json cannot be used"),
+        (lambda d: None, {"tokenizer": "embedded", "vocab_size": 512}, ValueError, r"another tokenizer \(letters\)"),
+        (lambda d: None, {"block_size": 10**6, "max_eval_tokens": None}, ValueError, r"fewer than one block"),
+    ],
+)
+def test_what_does_not_fit_is_refused(prepared, damage, changes, error, message):
+    damage(prepared)
+    with pytest.raises(error, match=message):
+        load(prepared, **changes)
+
+
+def test_wide_tokens_for_a_large_vocabulary(tmp_path, corpus, letters, monkeypatch):
+    monkeypatch.setattr(type(letters), "__len__", lambda self: 70_000)
+    index = prepare(corpus, letters, tmp_path / "tokens")
+    assert index.dtype == "<u4"
+    tokens = np.concatenate([np.fromfile(p, "<u4") for p in sorted((tmp_path / "tokens").glob("train-*.tokens"))])
+    held_out = ByText(0.05, 3)
+    assert tokens.tolist() == ids_of([text for text in TEXTS if not held_out(text)], letters)
+
+
+def test_training_on_prepared_tokens_resumes_bit_for_bit(tmp_path, prepared):
+    seen = {}
+
+    class Recording(SparseTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.setdefault(self.args.output_dir, []).append(inputs["input_ids"].tolist())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def run(name, checkpoint=None):
+        trainer = Recording(
+            model=tiny_llama(vocab_size=257),
+            args=arguments(
+                tmp_path / name, max_steps=9, save_steps=4, gradient_accumulation_steps=2, dataloader_num_workers=2
+            ),
+            sparsity=case_config(update_interval=2),
+            train_dataset=load(prepared).train,
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return weights(trainer)
+
+    unbroken = run("a")
+    resumed = run("b", str(tmp_path / "a/checkpoint-4"))
+    assert same_weights(unbroken, resumed)
+    assert seen[str(tmp_path / "b")] == seen[str(tmp_path / "a")][8:]
