@@ -2,5 +2,7 @@
 
 from hf_chts.export.convert import pack_directory, unpack_directory
 from hf_chts.export.directory import export_sparse, load_sparse
+from hf_chts.export.hub import push_directory
+from hf_chts.export.hub_errors import PushFailed
 
-__all__ = ["export_sparse", "load_sparse", "pack_directory", "unpack_directory"]
+__all__ = ["PushFailed", "export_sparse", "load_sparse", "pack_directory", "push_directory", "unpack_directory"]

@@ -20,6 +20,7 @@ from hf_chts.export.auto_class import auto_class
 from hf_chts.export.model_card import with_loading
 from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed, pack_values, packed_config, plain_config
+from hf_chts.export.pushed_card import FIGURES
 from hf_chts.export.sources import architecture
 from hf_chts.export.weight_files import (
     FLOATS,
@@ -235,6 +236,8 @@ def _copy_others(source: Path, target: Path, config: dict[str, Any], *, packed: 
     for path in sorted(source.iterdir()):
         if path.is_file() and any(map(path.match, _COPIED)) and not any(map(path.match, _NOT_COPIED)):
             shutil.copyfile(path, target / path.name)
+    if (source / FIGURES).is_dir():
+        shutil.copytree(source / FIGURES, target / FIGURES)
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     card = target / _CARD
     if card.is_file():

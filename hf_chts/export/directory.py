@@ -2,22 +2,27 @@
 
 import os
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_chts.checkpoint import MASKS_NAME, TopologyState, load_masks, save_masks
+from hf_chts.checkpoint import MASKS_NAME, TopologyState, load_masks, save_masks, write_whole
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.export.auto_class import auto_class
 from hf_chts.export.convert import SHARD_SIZE, pack_directory
+from hf_chts.export.hub import push_directory
 from hf_chts.export.model_card import model_card
+from hf_chts.export.model_facts import ModelFacts
 from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed
 from hf_chts.export.packed_loading import forget_packing
+from hf_chts.export.pushed_card import FIGURES, with_figures, with_results
 from hf_chts.export.sources import architecture, checked_config, local_directory
 from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, DamagedFile, remove_weights
+from hf_chts.export.zero_shot_results import RESULTS_NAME, published
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.layers.patching import SparseModel, sparsify
 
@@ -29,9 +34,18 @@ def export_sparse(
     tokenizer: PreTrainedTokenizerBase | None = None,
     training: dict[str, Any] | None = None,
     metrics: dict[str, float] | None = None,
+    metadata: dict[str, Any] | None = None,
+    zero_shot: Mapping[str, Any] | None = None,
+    figures: Iterable[str | Path] = (),
     packed: bool = False,
     max_shard_size: int | str = SHARD_SIZE,
     state_dict: dict[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
 ) -> Path:
     """Write a model that `sparsify` patched as a Hugging Face directory.
 
@@ -44,20 +58,28 @@ def export_sparse(
     imported, and nowhere else: without it transformers raises. A plain directory is written beside it for a moment.
 
     Args:
-        training: the recipe, for the model card: name → value.
-        metrics: what was measured on the model, for the model card: name → value.
+        training: the recipe, for the model card: name → value; its `dataset`, a Hub id, also for the metadata.
+        metrics: what was measured on the validation data, for the model card and its `model-index`: name → value.
+        metadata: fields of `huggingface_hub.ModelCardData`, such as license, language and base_model.
+        zero_shot: what `evaluate_zero_shot` returned for this model, for the model card; kept as `zero_shot.json`.
+        figures: pictures for the model card; copied into the folder `figures`.
         max_shard_size: bytes, or "5GB", as in `save_pretrained`.
         state_dict: the whole weights, where those of the model are split over ranks (`SparseTrainer.whole_state_dict`).
+        push_to_hub: push the directory when it is written, as in `save_pretrained`; or use `push_directory`, later.
+        repo_id: where to; None: the name of the directory, in your namespace.
+        token, private, revision, commit_message: as in `push_directory`.
 
     Returns:
-        The directory. Weights of an earlier export in it are gone.
+        The directory. Weights and zero-shot results of an earlier export in it are gone.
 
     Raises:
         ValueError: the model was never sparsified, or is dense and to be packed.
         NotADirectoryError: `directory` is a file.
+        FileNotFoundError: a figure is missing. Nothing is written then.
         RuntimeError: a weight is not 0 off its mask. Nothing is written then.
+        PushFailed: the Hub refuses, or cannot be reached. The directory is whole then.
     """
-    directory = Path(directory)
+    directory, pictures = Path(directory), [Path(path) for path in figures]
     sparse = SparseModel.of(model)
     if sparse is None:
         raise ValueError(
@@ -72,12 +94,41 @@ def export_sparse(
         sparse.check()
     else:
         _check_whole(sparse, state_dict)
-    card = model_card(sparse, training=training or {}, metrics=metrics or {})
+    for path in pictures:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no figure {path}")
+    facts = ModelFacts.of_model(sparse)
+    card = model_card(facts, training=training or {}, metrics=metrics or {}, metadata=metadata)
+    if zero_shot is not None:
+        card = with_results(card, zero_shot)
+    card = with_figures(card, [path.name for path in pictures])
     forget_packing(model.config)
-    if not packed:
+    if packed:
+        _write_packed(sparse, directory, tokenizer, card, max_shard_size, state_dict)
+    else:
         _write_plain(sparse, directory, tokenizer, card, max_shard_size, state_dict)
         remove_weights(directory, PACKED_STEM)
-        return directory
+    _write_evidence(directory, zero_shot, pictures)
+    if push_to_hub:
+        push_directory(
+            directory,
+            repo_id or directory.resolve().name,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+        )
+    return directory
+
+
+def _write_packed(
+    sparse: SparseModel,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    card: str,
+    max_shard_size: int | str,
+    state_dict: dict[str, Tensor] | None,
+) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
         plain, new = Path(temporary) / "plain", Path(temporary) / "packed"
@@ -92,7 +143,6 @@ def export_sparse(
             new.iterdir(), key=lambda path: path.name == "config.json"
         ):  # which says what the others are
             os.replace(path, directory / path.name)
-    return directory
 
 
 def _write_plain(
@@ -110,6 +160,16 @@ def _write_plain(
     sparse.config.save(directory / CONFIG_NAME)
     save_masks(directory, TopologyState(sparse.masks()))
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_evidence(directory: Path, zero_shot: Mapping[str, Any] | None, figures: list[Path]) -> None:
+    """What the model card shows, beside the weights."""
+    if zero_shot is None:
+        (directory / RESULTS_NAME).unlink(missing_ok=True)  # of the model that was here before
+    else:
+        write_whole(directory / RESULTS_NAME, published(zero_shot))
+    for path in figures:
+        write_whole(directory / FIGURES / path.name, path.read_bytes())
 
 
 def _check_whole(sparse: SparseModel, state_dict: dict[str, Tensor]) -> None:

@@ -1,12 +1,16 @@
 """The README.md of an export."""
 
 from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
+from hf_chts.config import SparsityConfig
 from hf_chts.export.auto_class import auto_class
-from hf_chts.layers.patching import SparseModel
+from hf_chts.export.card_metadata import card_data
+from hf_chts.export.model_facts import ModelFacts
 
 _TEMPLATE = """\
 ---
@@ -27,6 +31,27 @@ _TEMPLATE = """\
 {{ sections }}"""
 
 _HEADING = "## How to load it\n"
+
+# of config.json, those that say how large the model is and what it reads
+_ARCHITECTURE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "d_model",
+    "d_ff",
+    "num_layers",
+    "num_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "n_positions",
+    "tie_word_embeddings",
+)
 
 _PLAIN = """\
 ```python
@@ -55,28 +80,42 @@ exactly 0. `hf_chts.load_sparse` loads the model with its topology, to train on;
 makes a directory that needs nothing but `transformers`."""
 
 
-def model_card(sparse: SparseModel, *, training: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
-    """Markdown with Hub metadata: what the model is, how to load it, its sparsity by kind of layer, and the recipe."""
-    config = sparse.config
-    name = type(sparse.model).__name__
-    loaded_by = auto_class(name).__name__
-    task = "text-generation" if loaded_by == "AutoModelForCausalLM" else None
-    data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=_tags(sparse))
-    if config.is_dense:
-        summary = f"A dense {name} trained with `hf_chts`, as a baseline."
+def model_card(
+    facts: ModelFacts,
+    *,
+    training: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+    """Markdown with Hub metadata: what the model is, how to load it, its sparsity by kind of layer, and the recipe.
+
+    Args:
+        training: the recipe: name → value. Its `dataset`, if that is a Hub id, goes into the metadata.
+        metrics: what was measured on the validation data: name → value; the numbers go into the `model-index`.
+        metadata: fields of `huggingface_hub.ModelCardData` to add, or to have instead: license, language, base_model,
+            model_name …; `tags` and `datasets` are added to those that are known.
+
+    Raises:
+        ValueError: `metadata` has a value that is none of that field.
+    """
+    method = facts.sparsity.method
+    loaded_by = auto_class(facts.architecture).__name__
+    if facts.sparsity.is_dense:
+        summary = f"A dense {facts.architecture} trained with `hf_chts`, as a baseline."
     else:
         summary = (
-            f"A {name} pretrained sparse from the first step with `hf_chts`, method `{config.method}`: "
-            f"{sparse.sparsity():.2%} of the weights of its {len(sparse.layers)} sparse layers are missing links."
+            f"A {facts.architecture} pretrained sparse from the first step with `hf_chts`, method `{method}`: "
+            f"{facts.missing:.2%} of the weights of its {len(facts.layers)} sparse layers are missing links."
         )
-    sections = _section("Training", training) + _section("Measured", metrics)
+    size = {name: facts.config[name] for name in _ARCHITECTURE if facts.config.get(name) is not None}
+    sections = _section("Architecture", size) + _section("Training", training) + _section("Measured", metrics)
     card = ModelCard.from_template(
-        data,
+        card_data(facts, training=training, metrics=metrics, metadata=metadata or {}),
         template_str=_TEMPLATE,
-        title=f"{name} · {config.method}",
+        title=f"{facts.architecture} · {method}",
         summary=summary,
-        loading=_PLAIN.format(loader=loaded_by),
-        sparsity=_sparsity_table(sparse),
+        loading=(_PACKED if facts.packed else _PLAIN).format(loader=loaded_by),
+        sparsity=_sparsity_table(facts),
         sections=sections,
     )
     return str(card)
@@ -91,33 +130,50 @@ def with_loading(card: str, loader: str, *, packed: bool) -> str:
     return f"{before}{heading}\n{(_PACKED if packed else _PLAIN).format(loader=loader)}\n{next_heading}{rest}"
 
 
-def _tags(sparse: SparseModel) -> list[str]:
-    kind = ["dense-baseline"] if sparse.config.is_dense else ["sparse", "dynamic-sparse-training"]
-    return ["hf_chts", *kind, sparse.config.method]
-
-
-def _sparsity_table(sparse: SparseModel) -> str:
-    if not sparse.layers:
+def _sparsity_table(facts: ModelFacts) -> str:
+    if not facts.layers:
         return "All layers are dense."
-    kinds: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for name, layer in sparse.layers.items():
-        kinds.setdefault((name.rsplit(".", 1)[-1], tuple(layer.topology.shape)), []).append(layer.links)
+    kinds: dict[tuple[str, tuple[int, int]], list[int]] = {}
+    for layer in facts.layers:
+        kinds.setdefault((layer.kind, layer.shape), []).append(layer.links)
     lines = ["| layers | number | shape (out × in) | links in all | sparsity |", "| --- | --- | --- | --- | --- |"]
     for (kind, shape), links in kinds.items():
         possible = len(links) * shape[0] * shape[1]
         lines.append(
             f"| `{kind}` | {len(links)} | {shape[0]} × {shape[1]} | {sum(links):,} | {1 - sum(links) / possible:.2%} |"
         )
-    lines.append(f"| all sparse layers | {len(sparse.layers)} | | {sparse.links():,} | {sparse.sparsity():.2%} |")
-    return "\n".join(lines)
+    lines.append(f"| all sparse layers | {len(facts.layers)} | | {facts.links:,} | {facts.missing:.2%} |")
+    return "\n".join([*lines, "", _topology(facts.sparsity)])
+
+
+def _topology(config: SparsityConfig) -> str:
+    """How the topology came about, in a sentence."""
+    parts = [f"initial topology `{config.initial_topology}`"]
+    if config.sparsity_schedule != "constant":
+        parts.append(
+            f"sparsity from {config.initial_sparsity:.0%} to {config.sparsity:.0%} ({config.sparsity_schedule})"
+        )
+    if config.evolves:
+        removal = f"removal by `{config.removal}` ({config.removal_choice})"
+        parts += [removal] if config.regrowth != "stored" else []
+        parts.append(f"regrowth by `{config.regrowth}` ({config.regrowth_choice})")
+        parts.append(f"updates every {config.update_interval} steps until {config.update_until:.0%} of the run")
+    else:
+        parts.append("never changed")
+    return f"Topology: {', '.join(parts)}. `sparsity_config.json` has every setting."
 
 
 def _section(title: str, values: Mapping[str, Any]) -> str:
     if not values:
         return ""
-    rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in values.items())
+    rows = "\n".join(f"| {_shown(name)} | {_shown(value)} |" for name, value in values.items())
     return f"\n## {title}\n\n| | |\n| --- | --- |\n{rows}\n"
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, str) and Path(value).is_absolute():
+        value = Path(value).name  # a card is for everybody, and this machine's folders are not
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

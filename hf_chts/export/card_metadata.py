@@ -1,0 +1,98 @@
+"""The metadata of a model card: what the Hub's search, its data sets' pages and its leaderboards read."""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from hf_chts.export.auto_class import auto_class
+from hf_chts.export.model_facts import ModelFacts
+
+TASK = "text-generation"  # what a causal LM does, in the Hub's words
+
+_EMBEDDED = "Python standard library sources (embedded corpus of hf_chts)"
+
+
+def card_data(
+    facts: ModelFacts, *, training: Mapping[str, Any], metrics: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> ModelCardData:
+    """Tags, data sets and a `model-index` of `metrics`; see `model_card`.
+
+    A model trained from scratch has no `base_model`.
+    """
+    loaded_by = auto_class(facts.architecture).__name__
+    corpus = str(training.get("dataset", ""))
+    given = dict(metadata)
+    datasets = [*hub_ids([corpus]), *_listed(given.pop("datasets", None))]
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": TASK if loaded_by == "AutoModelForCausalLM" else None,
+        "tags": list(dict.fromkeys([*_tags(facts), *_listed(given.pop("tags", None))])),
+        "datasets": list(dict.fromkeys(datasets)) or None,
+    }
+    results = validation_results(metrics, corpus)
+    if results:
+        # the Hub groups results by the model's name
+        fields |= {"model_name": f"{facts.architecture}-{facts.sparsity.method}", "eval_results": results}
+    try:
+        return ModelCardData(**(fields | given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata of the model card: {error}") from error
+
+
+def hub_ids(names: Iterable[str]) -> list[str]:
+    """Those of these data sets that can be on the Hub: not the embedded corpus, nothing local."""
+    found = []
+    for name in names:
+        if name == "embedded" or not name or Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
+            continue
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            continue
+        found.append(name)
+    return found
+
+
+def validation_results(metrics: Mapping[str, Any], corpus: str) -> list[EvalResult]:
+    """What was measured on the validation data of `corpus`, as the Hub's `model-index` has it."""
+    known = hub_ids([corpus])
+    name = _EMBEDDED if corpus == "embedded" else corpus if known else Path(corpus).name or "validation data"
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=known[0] if known else "embedded" if corpus == "embedded" else "local",
+            dataset_name=name,
+            dataset_split="validation",
+            metric_type=metric,
+            metric_name=metric.replace("_", " "),
+            metric_value=value,
+        )
+        for metric, value in metrics.items()
+        if is_figure(value)
+    ]
+
+
+def merged_results(old: Iterable[EvalResult] | None, new: Iterable[EvalResult]) -> list[EvalResult]:
+    """`new` results, after those of the `old` ones that are of other data or other metrics."""
+    new = list(new)
+    measured = {(result.unique_identifier, result.metric_type) for result in new}
+    return [item for item in old or [] if (item.unique_identifier, item.metric_type) not in measured] + new
+
+
+def is_figure(value: Any) -> bool:
+    """Whether a value can stand in the metadata: a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _tags(facts: ModelFacts) -> list[str]:
+    kind = ["dense-baseline"] if facts.sparsity.is_dense else ["sparse", "dynamic-sparse-training"]
+    return ["hf_chts", *kind, facts.sparsity.method]
+
+
+def _listed(value: Any) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -1,0 +1,204 @@
+"""Push an export, or a checkpoint, to the Hub: checked first, then sent in one commit."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from hf_chts.config import CONFIG_NAME
+from hf_chts.export.checkpoint_card import checkpoint_card
+from hf_chts.export.hub_errors import PushFailed, reason, retried
+from hf_chts.export.hub_files import CARD, PICTURES, ExportFiles, check_contents, export_files, stale
+from hf_chts.export.pushed_card import FIGURES, check_card, with_figures, with_repository, with_results
+from hf_chts.export.zero_shot_results import RESULTS_NAME, published, read_results
+from hf_chts.training.seal import SEAL_NAME, verify_seal
+
+Contents: TypeAlias = Path | bytes
+
+
+def push_directory(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    results: str | Path | None = None,
+    figures: Iterable[str | Path] = (),
+) -> CommitInfo:
+    """Push an export, plain or packed, or a checkpoint of SparseTrainer, to a model repository.
+
+    Weights, masks, configs, tokenizer, model card, figures and results go along; optimizer states, pickles and whatever
+    else is in the directory stay. All of it is one commit, in which weights of an earlier push with another layout are
+    deleted, so that the repository is never half an export. Nothing in `directory` is changed. Where it has no model
+    card, one is made for the repository.
+
+    Args:
+        repo_id: NAMESPACE/NAME, or a NAME in your own namespace. It is made where there is none.
+        token: of the Hub; None or True: HF_TOKEN, or the one that `hf auth login` stored.
+        private: whether a repository that is made here is private; None: as the namespace has it.
+        revision: a branch, made where there is none; None: main.
+        commit_message: None: "Upload sparse model with hf_chts".
+        results: what eval_zero_shot.py wrote, for a section of the model card; None: `zero_shot.json` of `directory`.
+        figures: pictures for the model card, beside those in the folder `figures` of `directory`.
+
+    Returns:
+        Of the commit: its URL, as a str, with `.oid` and `.repo_url`.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: `directory`, `results` or `figures` are not whole, damaged or
+            something else. Nothing was sent.
+        PushFailed: the Hub refuses, or cannot be reached. The repository is as it was.
+    """
+    export = export_files(directory)
+    if export.sparsity is None:
+        raise FileNotFoundError(
+            f"{directory} has no {CONFIG_NAME}, so it is no export of hf_chts: write one with export_sparse, or upload "
+            f"it as it is with `hf upload {repo_id} {directory}`"
+        )
+    if (export.directory / SEAL_NAME).is_file():
+        verify_seal(export.directory)
+    check_contents(export)
+    extra = [Path(path) for path in figures]
+    contents = _contents(export, repo_id, revision, results, extra)
+    again = f"{directory} is as it was; to push it again: python -m hf_chts push {directory} {repo_id}"
+    with explained(f"{directory} was not pushed to {repo_id}", repo_id, again):
+        repository = open_repository(repo_id, token=token, private=private, revision=revision)
+        if repository.repo_id != repo_id:
+            contents = _contents(export, repository.repo_id, revision, results, extra)
+        return repository.commit(contents, commit_message or "Upload sparse model with hf_chts")
+
+
+@dataclass(frozen=True)
+class HubRepository:
+    """A model repository that can be written to, and the branch to write to."""
+
+    api: HfApi
+    repo_id: str
+    revision: str | None
+
+    def commit(
+        self,
+        contents: Mapping[str, Contents],
+        message: str,
+        *,
+        obsolete: Callable[[Iterable[str], Mapping[str, Contents]], list[str]] = stale,
+    ) -> CommitInfo:
+        """Add `contents`, and delete what is `obsolete` beside them, in one commit.
+
+        Large files are uploaded before it; they are in no commit until then, and not uploaded again after a failure.
+
+        Raises:
+            Whatever `explained` explains.
+        """
+        additions = [
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in contents.items()
+        ]
+        # this tries again by itself
+        self.api.preupload_lfs_files(self.repo_id, additions, revision=self.revision, free_memory=False)
+
+        def commit() -> CommitInfo:
+            # listed anew each time: a commit whose answer was lost has deleted them
+            remote = self.api.list_repo_files(self.repo_id, revision=self.revision)
+            deletions = [CommitOperationDelete(name, is_folder=False) for name in obsolete(remote, contents)]
+            return self.api.create_commit(
+                self.repo_id, [*additions, *deletions], commit_message=message, revision=self.revision
+            )
+
+        return retried(commit, f"committing to {self.repo_id}")
+
+
+def open_repository(
+    repo_id: str, *, token: str | bool | None = None, private: bool | None = None, revision: str | None = None
+) -> HubRepository:
+    """A repository to write to, made where there is none, and so is the branch.
+
+    Raises:
+        PushFailed: `repo_id` is none, there is no token, or the repository is public where `private` is asked for.
+        Whatever `explained` explains.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PushFailed(
+            f"{repo_id!r} is no repository id, which is NAMESPACE/NAME of letters, digits, '-', '_' and '.'"
+        ) from error
+    found = token if isinstance(token, str) else get_token() if token is not False else None
+    if not found:
+        raise PushFailed(
+            f"there is no token for {constants.ENDPOINT}: make one with write access at "
+            f"{constants.ENDPOINT}/settings/tokens, then log in with `hf auth login` or set HF_TOKEN to it"
+        )
+    api = HfApi(endpoint=constants.ENDPOINT, token=found, library_name="hf_chts")
+    url = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"opening {repo_id}")
+    repo_id = url.repo_id
+    if private and not retried(lambda: api.model_info(repo_id), f"opening {repo_id}").private:
+        raise PushFailed(
+            f"{repo_id} is there already and is public: make it private in {constants.ENDPOINT}/{repo_id}/settings, "
+            "or name another"
+        )
+    if revision not in (None, "main") and not str(revision).startswith("refs/"):
+        branch = str(revision)
+        retried(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True), f"making the branch {branch}")
+    return HubRepository(api, repo_id, revision)
+
+
+@contextmanager
+def explained(what: str, repo_id: str, then: str) -> Iterator[None]:
+    """Raises PushFailed, "`what`: the reason. `then`", for whatever goes wrong on the way to the Hub."""
+    try:
+        yield
+    except (PushFailed, HTTPError, OSError, RuntimeError, ValueError) as error:
+        said = str(error) if isinstance(error, PushFailed) else reason(error, repo_id)
+        raise PushFailed(f"{what}: {said}. {then}") from error
+
+
+def _contents(
+    export: ExportFiles, repo_id: str, revision: str | None, results: str | Path | None, figures: list[Path]
+) -> dict[str, Contents]:
+    """Path in the repository → local file or bytes, of an export with further results and figures.
+
+    Raises:
+        FileNotFoundError, ValueError: see `push_directory`.
+    """
+    contents: dict[str, Contents] = dict(export.paths)
+    pictures = [name.rpartition("/")[2] for name in export.paths if name.startswith(f"{FIGURES}/")]
+    for path in figures:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no figure {path}")
+        if path.suffix.lower() not in PICTURES:
+            raise ValueError(f"{path} is no picture that a model card can show: it shows {', '.join(PICTURES)}")
+        name = f"{FIGURES}/{path.name}"
+        if name in contents and contents[name] != export.paths.get(name):
+            raise ValueError(f"two figures are called {path.name}: rename one")
+        contents[name] = path
+        pictures = [*(other for other in pictures if other != path.name), path.name]
+    found = None
+    if results is not None or RESULTS_NAME in export.paths:
+        source = Path(results) if results is not None else export.paths[RESULTS_NAME]
+        found = read_results(source, [str(export.directory), repo_id])
+        contents[RESULTS_NAME] = published(found)
+    contents[CARD] = _card(export, repo_id, revision, found, pictures).encode()
+    return contents
+
+
+def _card(
+    export: ExportFiles, repo_id: str, revision: str | None, results: dict[str, Any] | None, pictures: list[str]
+) -> str:
+    path = export.paths.get(CARD)
+    try:
+        card = path.read_text(encoding="utf-8") if path else checkpoint_card(export.directory)
+        if results is not None:
+            card = with_results(card, results)
+        else:
+            check_card(card)
+    except ValueError as error:
+        raise ValueError(f"{path or export.directory}: {error}") from error
+    return with_repository(with_figures(card, pictures), repo_id, revision)

@@ -1,0 +1,139 @@
+"""Which files of a directory are the model, and whether they are whole: what is pushed to the Hub, and nothing else."""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_chts.checkpoint import MASKS_NAME, MaskFile
+from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.export.packed_files import PackedFiles
+from hf_chts.export.packed_format import is_packed, pack_values
+from hf_chts.export.pushed_card import FIGURES
+from hf_chts.export.sources import checked_config
+from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, WeightFiles, find_shards, index_path
+from hf_chts.export.zero_shot_results import RESULTS_NAME
+
+CARD = "README.md"
+PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
+
+# beside weights, masks, config and card: generation config, tokenizers, processors, licences. Everything else stays:
+# a checkpoint has its optimizer in pickles, and a directory what its owner put there
+_OTHERS = (
+    *("generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "normalizer.json"),
+    *("vocab*.json", "vocab*.txt", "merges*.txt", "*.model", "*.spm", "*.bpe", "*.tiktoken", "*.jinja"),
+    *("chat_template*.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
+)
+_WEIGHTS = re.compile(rf"({PLAIN_STEM}|{PACKED_STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+
+
+@dataclass(frozen=True)
+class ExportFiles:
+    """An export, or a checkpoint of SparseTrainer, by its files.
+
+    Attributes:
+        directory: where they are.
+        sparsity: None where there is no sparsity_config.json: a checkpoint of a dense run.
+        packed: whether the weights are packed.
+        paths: path in a repository → local path.
+    """
+
+    directory: Path
+    sparsity: SparsityConfig | None
+    packed: bool
+    paths: dict[str, Path] = field(default_factory=dict)
+
+
+def export_files(directory: str | Path) -> ExportFiles:
+    """The files of an export that belong to the model. Names and headers are looked at, contents are not.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or it has no config.json, no weights or no masks.
+        NotADirectoryError: it is a file.
+        ValueError: a file is damaged.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file: name the directory of an export or a checkpoint")
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no directory {directory}: name that of an export or a checkpoint")
+    config = checked_config(directory)
+    sparsity = SparsityConfig.load(directory) if (directory / CONFIG_NAME).is_file() else None
+    packed = is_packed(config)
+    stem = PACKED_STEM if packed else PLAIN_STEM
+    shards, places = find_shards(directory, stem)
+    names = ["config.json", CONFIG_NAME, CARD, RESULTS_NAME, *(shard.name for shard in shards)]
+    if places is not None:
+        names.append(index_path(directory, stem).name)
+    if not packed and sparsity is not None and not sparsity.is_dense and not (directory / MASKS_NAME).is_file():
+        raise FileNotFoundError(f"{directory / MASKS_NAME} is missing: {directory} was not written or copied whole")
+    names += [] if packed else [MASKS_NAME]
+    paths = {name: directory / name for name in names if (directory / name).is_file()}
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and (any(map(path.match, _OTHERS)) or ("auto_map" in config and path.suffix == ".py")):
+            paths.setdefault(path.name, path)
+    for path in _pictures(directory / FIGURES):
+        paths[f"{FIGURES}/{path.name}"] = path
+    for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        paths[f"{path.parent.name}/{path.name}"] = path
+    return ExportFiles(directory, sparsity, packed, paths)
+
+
+def check_contents(export: ExportFiles) -> None:
+    """Read weights and masks once, one tensor at a time.
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+        ValueError: a file is damaged, or weights and masks are of different models.
+    """
+    if export.packed:
+        PackedFiles(export.directory).check_links()
+        return
+    files = WeightFiles(export.directory, PLAIN_STEM)
+    if MASKS_NAME not in export.paths:
+        return
+    masks = MaskFile(export.directory)
+    for name in masks.shapes:
+        if f"{name}.weight" in files.entries:  # a few architectures store tensors under other names
+            _check_layer(export.directory, name, files.read(f"{name}.weight"), masks.mask(name))
+
+
+def stale(remote: Iterable[str], pushed: Collection[str]) -> list[str]:
+    """Of the files in a repository, those of an earlier model that this push does not replace.
+
+    Weights in another layout (packed or plain, another number of shards), masks, figures and results: with them left,
+    the repository would be a mixture. What else is there is its owner's.
+    """
+    return sorted(name for name in remote if name not in pushed and _is_ours(name))
+
+
+def _is_ours(name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return folder == FIGURES and file.lower().endswith(PICTURES)
+    return bool(_WEIGHTS.fullmatch(name)) or name in (MASKS_NAME, RESULTS_NAME)
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from (
+            path
+            for path in sorted(folder.iterdir())
+            if path.is_file() and path.suffix.lower() in PICTURES and not path.name.startswith(".")
+        )
+
+
+def _check_layer(directory: Path, name: str, weight: Any, mask: Any) -> None:
+    # some layers lie as (in, out); the model's class would tell, and is not needed where only zeros are looked for
+    for lies in (mask, mask.t().contiguous()):
+        if lies.shape == weight.shape:
+            try:
+                pack_values(weight, lies)
+                return
+            except ValueError:
+                continue
+    raise ValueError(
+        f"{directory}: {name} has weights off its mask, so weights and masks are of different models: restore both "
+        "from one export"
+    )

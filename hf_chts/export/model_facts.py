@@ -1,0 +1,95 @@
+"""What a model card says of a model itself: told by the model, or by the files of a directory alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_chts.checkpoint import MASKS_NAME, MaskFile
+from hf_chts.config import SparsityConfig
+from hf_chts.export.packed_files import PackedFiles
+from hf_chts.export.packed_format import is_packed, plain_config
+from hf_chts.export.sources import architecture
+from hf_chts.export.weight_files import read_json
+from hf_chts.layers.patching import SparseModel
+from hf_chts.topology.bits import count_bits
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """A layer by the last part of its name, its shape (out, in), and its links."""
+
+    kind: str
+    shape: tuple[int, int]
+    links: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model without its weights.
+
+    Attributes:
+        architecture: the name of its class.
+        sparsity: how it was trained.
+        layers: its sparse layers.
+        config: the contents of its config.json, of a plain directory.
+        packed: whether its weights are stored packed.
+    """
+
+    architecture: str
+    sparsity: SparsityConfig
+    layers: list[SparseLayer]
+    config: Mapping[str, Any]
+    packed: bool = False
+
+    @property
+    def links(self) -> int:
+        return sum(layer.links for layer in self.layers)
+
+    @property
+    def missing(self) -> float:
+        """The share of the sparse layers' weights that are no links."""
+        possible = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        return 1 - self.links / possible if possible else 0.0
+
+    @classmethod
+    def of_model(cls, sparse: SparseModel) -> "ModelFacts":
+        layers = []
+        for name, layer in sparse.layers.items():
+            rows, columns = layer.topology.shape
+            layers.append(SparseLayer(_kind(name), (rows, columns), layer.links))
+        config = getattr(sparse.model, "config", None)
+        contents = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
+        name = type(sparse.model).__name__.removeprefix("FSDP")  # as fully_shard renames it
+        return cls(name, sparse.config, layers, contents)
+
+    @classmethod
+    def of_directory(cls, directory: Path, sparsity: SparsityConfig | None = None) -> "ModelFacts":
+        """Reads headers and masks; the weights stay where they are.
+
+        Args:
+            directory: an export or a checkpoint.
+            sparsity: for a directory that has no sparsity_config.json.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or damaged.
+        """
+        config = read_json(directory / "config.json")
+        sparsity = sparsity or SparsityConfig.load(directory)
+        layers = []
+        if is_packed(config):
+            for key, weight in PackedFiles(directory).weights.items():
+                rows, columns = weight.shape[::-1] if weight.transposed else weight.shape
+                layers.append(SparseLayer(_kind(key.removesuffix(".weight")), (rows, columns), weight.links))
+        elif not sparsity.is_dense or (directory / MASKS_NAME).is_file():
+            masks = MaskFile(directory)
+            for name, shape in masks.shapes.items():
+                links = count_bits(masks.tensors[f"{name}.mask"])
+                layers.append(SparseLayer(_kind(name), (shape[0], shape[1]), links))
+        return cls(architecture(config) or "model", sparsity, layers, plain_config(config), is_packed(config))
+
+
+def _kind(name: str) -> str:
+    return name.rsplit(".", 1)[-1]

@@ -1,0 +1,150 @@
+"""Zero-shot results in a model card: which of a results file are this model's, as a table and as metadata.
+
+The file is what `eval_zero_shot.py --output` writes: a list with a dict for each model. Of a result, only `tasks`
+{task: {metric: value, metric_stderr: its standard error}} need be there.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from hf_chts.export.card_metadata import TASK, is_figure
+
+RESULTS_NAME = "zero_shot.json"  # beside the weights
+TITLE = "Zero-shot"
+
+_STDERR = "_stderr"
+
+
+def read_results(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
+    """The results of one model.
+
+    Args:
+        path: a JSON file with the results of one or several models.
+        names: what the model may be called in it, directories or Hub ids; needed only where it has several.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no results, or those of several models and none, or several, of this one.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no zero-shot results at {path}: write some with eval_zero_shot.py --output")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file of zero-shot results: {error}") from error
+    results = content if isinstance(content, list) else [content]
+    if not results or not all(_is_result(result) for result in results):
+        raise ValueError(
+            f"{path} holds no zero-shot results: each has tasks with their metrics, as eval_zero_shot.py writes them"
+        )
+    if len(results) == 1:
+        return dict(results[0])
+    wanted = {_place(name) for name in names}
+    own = [result for result in results if _place(str(result.get("model", ""))) in wanted]
+    if len(own) != 1:
+        models = ", ".join(str(result.get("model", "?")) for result in results)
+        raise ValueError(
+            f"{path} has the results of {len(results)} models ({models}), and {len(own)} of them are of "
+            f"{' or '.join(names)}: name a file with the results of this model"
+        )
+    return dict(own[0])
+
+
+def results_section(result: Mapping[str, Any]) -> str:
+    """A Markdown table with a row for each task and metric, and below it what a reader has to know."""
+    lines = ["| task | metric | value | trivial |", "| --- | --- | ---: | ---: |"]
+    for task, metric, value, stderr in _values(result):
+        shown = _shown(value) + (f" ± {_shown(stderr)}" if is_figure(stderr) else "")
+        trivial = _trivial(result, task, metric)
+        lines.append(f"| {_cell(task)} | {_cell(metric)} | {shown} | {'' if trivial is None else _shown(trivial)} |")
+    settings = result.get("config") or {}
+    notes = ["trivial: the best score of giving one and the same answer to everything, or of guessing."]
+    if settings.get("limit") is not None:
+        notes.append(f"Only the first {settings['limit']} documents of each task were used.")
+    skipped = result.get("skipped") or {}
+    notes += [f"Skipped, since their data could not be loaded: {', '.join(sorted(skipped))}."] if skipped else []
+    harness = (result.get("versions") or {}).get("lm_eval")
+    notes += [f"Measured with lm-eval {harness}."] if harness else []
+    return "\n".join([*lines, "", *notes])
+
+
+def eval_results(result: Mapping[str, Any]) -> list[EvalResult]:
+    """The same figures for the `model-index`."""
+    shots = (result.get("config") or {}).get("num_fewshot")
+    found = []
+    for task, metric, value, stderr in _values(result):
+        if not is_figure(value):
+            continue
+        further = {"stderr": stderr} if is_figure(stderr) else {}
+        if isinstance(shots, Mapping) and task in shots:
+            further["num_fewshot"] = shots[task]
+        found.append(
+            EvalResult(
+                task_type=TASK,
+                dataset_type=task,
+                dataset_name=task,
+                metric_type=metric,
+                metric_value=value,
+                metric_args=further or None,
+            )
+        )
+    return found
+
+
+def published(result: Mapping[str, Any]) -> bytes:
+    """The JSON file of one model's results, for everybody: without what names folders of this machine, and without the
+    scores of single documents; figures that are not finite are null."""
+    kept = {name: value for name, value in result.items() if name not in ("data", "documents")}
+    model = kept.get("model")
+    if isinstance(model, str) and Path(model).is_absolute():
+        kept["model"] = Path(model).name
+    return (json.dumps([_finite(kept)], indent=2, allow_nan=False) + "\n").encode()
+
+
+def _trivial(result: Mapping[str, Any], task: str, metric: str) -> float | None:
+    levels = (result.get("trivial") or {}).get(task)
+    level = levels.get(metric) if isinstance(levels, Mapping) else None
+    if level is None and metric.startswith("acc"):
+        level = (result.get("chance") or {}).get(task)
+    return level if is_figure(level) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _values(result: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:
+    """(task, metric, value, standard error or None)"""
+    return [
+        (task, metric, value, scores.get(f"{metric}{_STDERR}"))
+        for task, scores in result["tasks"].items()
+        for metric, value in scores.items()
+        if not metric.endswith(_STDERR) and not isinstance(value, str | Mapping | list)
+    ]
+
+
+def _is_result(result: Any) -> bool:
+    tasks = result.get("tasks") if isinstance(result, dict) else None
+    return isinstance(tasks, dict) and all(isinstance(scores, dict) for scores in tasks.values())
+
+
+def _place(name: str) -> str:
+    """A directory by where it is, a Hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if is_figure(value) else "not finite"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

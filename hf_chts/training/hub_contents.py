@@ -1,0 +1,81 @@
+"""What a push of the Trainer holds: a model, a checkpoint that can be resumed from, and logs."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+
+from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.export.checkpoint_card import checkpoint_card
+from hf_chts.export.hub import Contents, HubRepository
+from hf_chts.export.hub_files import CARD, export_files, stale
+from hf_chts.export.pushed_card import with_repository
+from hf_chts.export.zero_shot_results import RESULTS_NAME
+
+STAGED = ".hub_push."  # what the folders begin with that hold a checkpoint while it is pushed
+
+
+def push_checkpoint(
+    directory: Path,
+    name: str | None,
+    repository: HubRepository,
+    sparsity: SparsityConfig,
+    training: Mapping[str, Any],
+    message: str,
+) -> CommitInfo:
+    """The model of a checkpoint at the top of the repository, and all of it in the folder `name`, in one commit."""
+    contents = model_contents(directory, sparsity, repository, training)
+    if name is None:
+        return repository.commit(contents, message)
+    folder = f"{name}/"
+    everything = sorted(path for path in directory.rglob("*") if path.is_file())
+    contents |= {folder + path.relative_to(directory).as_posix(): path for path in everything}
+
+    def obsolete(remote: Iterable[str], pushed: Mapping[str, Contents]) -> list[str]:
+        remote = list(remote)
+        return stale(remote, pushed) + [file for file in remote if file.startswith(folder) and file not in pushed]
+
+    return repository.commit(contents, message, obsolete=obsolete)
+
+
+def model_contents(
+    directory: Path, sparsity: SparsityConfig, repository: HubRepository, training: Mapping[str, Any] | None
+) -> dict[str, Contents]:
+    """What an export has, of a directory that the Trainer wrote; `training`: for a card, where it has none."""
+    contents: dict[str, Contents] = dict(export_files(directory).paths)
+    contents.pop(RESULTS_NAME, None)  # of an earlier model, which had been trained
+    contents.setdefault(CONFIG_NAME, (json.dumps(sparsity.to_dict(), indent=2) + "\n").encode())  # a dense run has none
+    path = directory / CARD
+    card = path.read_text(encoding="utf-8") if path.is_file() else None
+    card = card or checkpoint_card(directory, sparsity=sparsity, training=training)
+    contents[CARD] = with_repository(card, repository.repo_id, repository.revision).encode()
+    return contents
+
+
+def tensorboard_logs(output_dir: Path) -> dict[str, Contents]:
+    """What the Hub shows as training metrics; as bytes, since they grow."""
+    found = sorted((output_dir / "runs").rglob("events.out.tfevents.*"))
+    return {path.relative_to(output_dir).as_posix(): path.read_bytes() for path in found}
+
+
+def stage(checkpoint: Path) -> Path:
+    """A folder beside a checkpoint with all its files: hard links, or copies where there are none."""
+    staged = Path(tempfile.mkdtemp(prefix=STAGED, dir=checkpoint.parent))
+    try:
+        shutil.copytree(checkpoint, staged, copy_function=_linked, dirs_exist_ok=True)
+    except OSError:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return staged
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
