@@ -1,1 +1,5 @@
-"""Figures of a run."""
+"""Figures of a run, and the report of one or several."""
+
+from hf_chts.report.writing import write_report
+
+__all__ = ["write_report"]

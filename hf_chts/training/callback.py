@@ -16,14 +16,15 @@ from hf_chts.layers.coupling import couplings
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.shares import Lazy, layer_links
 from hf_chts.schedule_plan import SchedulePlan
-from hf_chts.topology.bits import count_bits, pack_bits
-from hf_chts.topology.metrics import active_neuron_rate
+from hf_chts.topology.bits import pack_bits
 from hf_chts.topology.percolation import Junction, anp_rate, coupled_groups
 from hf_chts.topology.softness import adapted, chance_overlap
 from hf_chts.training.losses import UpdateLosses
 from hf_chts.training.regrown_adam import RegrownAdam
+from hf_chts.training.run_record import RunRecord
 from hf_chts.training.sharding import DenseGradient, Engine, engine_of, exchange, rank_and_world, share_out
 from hf_chts.training.update import TopologyUpdate, in_threads, update_cost
+from hf_chts.training.update_figures import LayerUpdate, overall_figures
 
 
 class TopologyCallback(TrainerCallback):
@@ -38,6 +39,7 @@ class TopologyCallback(TrainerCallback):
     Attributes:
         history: the figures of each update so far, in order.
         engine: what holds weights and moments; from the begin of training.
+        record: what writes down each layer's updates in the run's output_dir; on rank 0, from the begin of training.
     """
 
     def __init__(self, sparse: SparseModel, log: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -46,6 +48,7 @@ class TopologyCallback(TrainerCallback):
         self.history: list[dict[str, Any]] = []
         self.plan: SchedulePlan | None = None
         self.engine: Engine | None = None
+        self.record: RunRecord | None = None
         self.junctions: list[Junction] = []
         self.groups: list[list[str]] = []
         self.owner: dict[str, int] = {}
@@ -143,6 +146,18 @@ class TopologyCallback(TrainerCallback):
             RegrownAdam.check(optimizer)
         self.prepare(state.max_steps, engine)
         engine.check(self.sparse.layers)
+        if state.is_world_process_zero and args.output_dir:
+            masks = self.sparse.masks()
+            shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in masks.items()}
+            assert self.plan is not None, "prepare makes the plan"
+            self.record = RunRecord(args.output_dir, shapes, self.plan)
+            self.record.begin(state.global_step, masks)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.record is not None:
+            self.record.end(state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -184,18 +199,23 @@ class TopologyCallback(TrainerCallback):
         assert self.plan is not None
         start = time.perf_counter()
         links = self._links(step)
-        totals = [0.0, 0.0, 0.0, 0.0]
+        evolved: dict[str, list[float]] = {}
         for groups in self._rounds():
             for name, (mask, done) in self._evolve(groups, step, links):
-                pruned, removed, regrown, overlap = done
+                _, removed, regrown, overlap = done
                 self._take_over(name, mask, self.plan.number_of_updates(step))
                 if self.config.adapts_softness and regrown:
                     chance = chance_overlap(int(removed), int(regrown), mask.numel() - links[name])
                     self.softness[name] = adapted(self.softness[name], overlap, chance, self.config.softness_end)
-                totals = [t + v for t, v in zip(totals, (pruned, removed, regrown, overlap * regrown), strict=True)]
-        figures = self._figures(step, totals)
-        figures["topology_seconds"] = round(time.perf_counter() - start, 4)
+                evolved[name] = done
+        masks = self.sparse.masks()
+        layers = {name: LayerUpdate.of(masks[name], self.explored[name], done) for name, done in evolved.items()}
+        figures = self._figures(layers, masks)
+        seconds = time.perf_counter() - start
+        figures["topology_seconds"] = round(seconds, 4)
         self.history.append({"step": step, **figures})
+        if self.record is not None:
+            self.record.update(step, layers, masks, seconds, self.softness if self.config.adapts_softness else {})
         return figures
 
     def _rounds(self) -> list[list[list[str]]]:
@@ -291,20 +311,9 @@ class TopologyCallback(TrainerCallback):
         self.engine.set_topology(layer, layer.matrix(mask), self.stored.get(name))
         self.explored[name] |= pack_bits(mask)
 
-    def _figures(self, step: int, totals: list[float]) -> dict[str, Any]:
-        pruned, removed, regrown, overlapping = totals
-        masks = self.sparse.masks()
-        neurons = {name: sum(mask.shape) for name, mask in masks.items()}
-        active = sum(active_neuron_rate(mask) * neurons[name] for name, mask in masks.items())
-        possible = sum(mask.numel() for mask in masks.values())
-        explored = sum(count_bits(bits) for bits in self.explored.values())
+    def _figures(self, layers: Mapping[str, LayerUpdate], masks: Mapping[str, Tensor]) -> dict[str, Any]:
         return {
-            "sparsity": self.sparse.sparsity(),
-            "itop": explored / possible,
-            "overlap": overlapping / regrown if regrown else 0.0,
-            "active_neurons": active / sum(neurons.values()),
+            **overall_figures(layers, {name: mask.shape for name, mask in masks.items()}),
             **({"active_neurons_percolated": anp_rate(masks, self.junctions)} if self.config.percolation else {}),
-            "links_removed": int(pruned + removed),
-            "links_regrown": int(regrown),
             **({"softness": fmean(self.softness.values())} if self.config.adapts_softness else {}),
         }

@@ -1,0 +1,124 @@
+"""Figures of some layers as networks at some moments: pictures of their adjacency, and their degrees."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from hf_chts.report.drawing import COLOURS, DASHES, WIDTH, Drawing, look
+from hf_chts.report.run import Run
+from hf_chts.training.snapshots import LayerSnapshot
+
+BINS = 40
+
+Snapshots = Mapping[int, Mapping[str, LayerSnapshot]]
+
+
+def network_drawings(run: Run) -> Iterator[Drawing]:
+    """The figures that the run has anything to show in."""
+    names = [name for name in run.shown if any(name in snapshot for snapshot in run.snapshots.values())]
+    if not names:
+        return
+    with look():
+        yield _adjacency_drawing(run.snapshots, names)
+    with look():
+        yield _degree_drawing(run.snapshots, names)
+
+
+def _adjacency_drawing(snapshots: Snapshots, names: list[str]) -> Drawing:
+    steps = list(snapshots)
+    figure = Figure(figsize=(WIDTH, 2.05 * len(names) + 0.7), layout=ConstrainedLayoutEngine(h_pad=0.1))
+    panels = figure.subplots(len(names), len(steps), squeeze=False)
+    told = []
+    pictures = [
+        snapshot[name].picture.float().numpy() for snapshot in snapshots.values() for name in names if name in snapshot
+    ]
+    # beyond the densest hundredth of the cells the scale would only darken all others
+    top = max(float(np.quantile(picture, 0.99)) for picture in pictures) or 1.0
+    norm = PowerNorm(0.5, vmin=0, vmax=top)  # by the square root: sparse networks would all look black
+    image = None
+    for row, name in zip(panels, names, strict=True):
+        densities = []
+        for panel, step in zip(row, steps, strict=True):
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.grid(False)
+            one = snapshots[step].get(name)
+            if one is None:
+                panel.set_axis_off()
+                continue
+            picture = one.picture.float().numpy()
+            image = panel.imshow(picture, cmap="cividis", norm=norm, aspect="auto", interpolation="nearest")
+            panel.spines[:].set_visible(False)
+            panel.set_title(f"step {step}")
+            densities.append(f"{_density(one):.1%} at step {step}")
+        row[0].set_title(f"{_title(name)}\nstep {steps[0]}")
+        row[0].set_ylabel("outputs")
+        told.append(f"{name} has {', '.join(densities)} of its possible links")
+    for panel in panels[-1]:
+        panel.set_xlabel("inputs")
+    if image is not None:
+        bar = figure.colorbar(
+            image, ax=panels, location="bottom", aspect=40, shrink=0.9, extend="max" if top < 1 else "neither"
+        )
+        bar.set_label("share of possible links that exist")
+        bar.ax.grid(False)
+    return Drawing(
+        "adjacency",
+        "Adjacency",
+        "Rows are output nodes, columns input nodes, in their order in the model; a cell stands for one link, or a "
+        "block of neighbours in layers of more than 256 nodes. A diagonal band is local connectivity, stripes are "
+        "nodes with many links (bright) or few (dark).",
+        "; ".join(told) + ".",
+        figure,
+        kind="png",
+    )
+
+
+def _degree_drawing(snapshots: Snapshots, names: list[str]) -> Drawing:
+    steps = list(snapshots)
+    figure = Figure(figsize=(WIDTH, 1.75 * len(names) + 0.9), layout=ConstrainedLayoutEngine(h_pad=0.1))
+    panels = figure.subplots(len(names), 2, squeeze=False)
+    told = []
+    for row, name in zip(panels, names, strict=True):
+        for panel, side in zip(row, ("out", "in"), strict=True):
+            degrees = {s: getattr(snapshots[s][name], f"{side}_degrees").numpy() for s in steps if name in snapshots[s]}
+            everywhere = np.concatenate(list(degrees.values()))
+            low, high = int(everywhere.min()), int(everywhere.max())
+            width = max(1, -(-(high - low + 1) // BINS))
+            edges = np.arange(low, high + width + 1, width) - 0.5
+            for number, (step, found) in enumerate(degrees.items()):
+                shares = np.histogram(found, edges)[0] / len(found)
+                panel.stairs(
+                    shares, edges, color=COLOURS[number], linestyle=DASHES[number], linewidth=1.6, label=f"step {step}"
+                )
+                if step == steps[-1]:
+                    told.append(
+                        f"{name}, {side}put nodes: {found.min()} to {found.max()} links, mean {found.mean():.1f}"
+                    )
+            panel.set_ylim(bottom=0)
+            panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        row[0].set_title(_title(name), fontsize="medium")
+        row[0].set_ylabel("nodes")
+    for panel, side in zip(panels[-1], ("output", "input"), strict=True):
+        panel.set_xlabel(f"links of an {side} node")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=len(steps), frameon=False)
+    return Drawing(
+        "degrees",
+        "Degrees",
+        "How many nodes have how many links: output nodes left, input nodes right. A narrow peak is a network whose "
+        "nodes are alike; a long tail to the right means hubs, and nodes at 0 have no link at all.",
+        f"At step {steps[-1]}: {'; '.join(told)}.",
+        figure,
+    )
+
+
+def _title(name: str, longest: int = 46) -> str:
+    return name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}"
+
+
+def _density(layer: LayerSnapshot) -> float:
+    outputs, inputs = len(layer.out_degrees), len(layer.in_degrees)
+    return int(layer.out_degrees.sum()) / (outputs * inputs)

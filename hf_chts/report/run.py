@@ -1,0 +1,271 @@
+"""A run's directory, read: what the Trainer logged, what was recorded of the topology, and what there is not."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import sort_checkpoints
+
+from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.training.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, read_lines
+from hf_chts.training.snapshots import LayerSnapshot, load_snapshot, snapshot_paths
+from hf_chts.training.update_figures import LayerUpdate, overall_figures
+
+TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class LayerRecords:
+    """What was recorded of each layer.
+
+    Attributes:
+        shapes: (out, in) by layer name.
+        updates: by step, in order, the counts of each layer by name.
+        softness: by step, δ of each layer's next removal; only where layers differ.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    updates: dict[int, dict[str, LayerUpdate]]
+    softness: dict[int, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as the report sees it.
+
+    Attributes:
+        directory, label: where it is, and what the report calls it.
+        config: None where none was saved: dense runs have none.
+        log: `log_history` of the Trainer.
+        step, max_steps: how far it is, of how far it goes; 0 where unknown.
+        evaluation: eval_results.json; empty if there is none.
+        model: config.json of its model; empty if there is none.
+        records: of all layers; None if there are none.
+        shown: the names of the layers to show by themselves.
+        seconds: the lines of seconds.jsonl.
+        snapshots: layers by name, by step.
+        notes: what is missing or could not be read, a sentence each.
+    """
+
+    directory: Path
+    label: str
+    config: SparsityConfig | None
+    log: list[dict[str, Any]]
+    step: int
+    max_steps: int
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    records: LayerRecords | None = None
+    shown: tuple[str, ...] = ()
+    seconds: list[dict[str, Any]] = field(default_factory=list)
+    snapshots: dict[int, dict[str, LayerSnapshot]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        return self.config.method if self.config else "dense"
+
+    @property
+    def is_dense(self) -> bool:
+        return self.config is None or self.config.is_dense
+
+    def plan(self) -> SchedulePlan | None:
+        """The schedules, where config and length of the run are known and fit each other."""
+        if self.config is None or not self.max_steps:
+            return None
+        try:
+            return self.config.plan(self.max_steps)
+        except ValueError:  # checked when the run began; a config that was edited since then has none
+            return None
+
+    def updates(self) -> list[dict[str, Any]]:
+        """The figures of each update, in order of `step`: as logged, and what the records know beyond the last log."""
+        figures: dict[int, dict[str, Any]] = {}
+        if self.records:
+            for step, layers in self.records.updates.items():
+                figures[step] = overall_figures(layers, self.records.shapes)
+            for line in self.seconds:
+                if line["step"] in figures:
+                    figures[line["step"]]["topology_seconds"] = line["topology_seconds"]
+        for entry in self.log:
+            if "links_removed" in entry:
+                figures[entry["step"]] = {**figures.get(entry["step"], {}), **entry}
+        return [{**figures[step], "step": step} for step in sorted(figures)]
+
+
+def read_run(directory: str | Path, label: str | None = None, layers: str = "*") -> Run:
+    """Read the directory of a run, finished or not.
+
+    Args:
+        directory: a run's output_dir, or one that holds only checkpoints, or one checkpoint.
+        label: what to call it; None: the name of the directory.
+        layers: a pattern (`*`, `?`) for the names of the layers to show by themselves.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: it is none of a run's, or no layer has a name like `layers`.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is no directory: give the output_dir of a run")
+    notes: list[str] = []
+    checkpoints = [Path(path) for path in reversed(sort_checkpoints(str(directory)))]
+    places = [directory, *checkpoints]
+    records, seconds, snapshots = _read_records(directory / RECORD_DIR, notes)
+    state = _read_state(places, notes)
+    if state is None and records is None:
+        raise ValueError(
+            f"{directory} holds no run: there is no {TRAINER_STATE}, no checkpoint and no {RECORD_DIR}/{LAYERS_NAME}. "
+            "Give the output_dir that the run was trained with"
+        )
+    if state is None:
+        notes.append("There is no checkpoint yet, so that losses are not known: the Trainer keeps its log in memory.")
+    found = state or {}
+    log = [entry for entry in found.get("log_history", []) if isinstance(entry, dict) and "step" in entry]
+    config = _read_config(places, notes)
+    if (config is None or config.is_dense) and records is not None and state is not None:
+        notes.append(f"{RECORD_DIR}/ is of an earlier, sparse run in the same directory, and was left out.")
+        records, seconds, snapshots = None, [], {}
+    reached = [found.get("global_step", 0), *(line["step"] for line in seconds)]
+    run = Run(
+        directory=directory,
+        label=label or directory.resolve().name,
+        config=config,
+        log=log,
+        step=max(reached),
+        max_steps=found.get("max_steps", 0),
+        evaluation=_first([directory], "eval_results.json", notes),
+        model=_first([*places, directory / "export"], "config.json", notes),
+        records=records,
+        shown=_shown(records, layers, directory) if records else (),
+        seconds=seconds,
+        snapshots={
+            step: {name: one for name, one in snapshot.items() if fnmatchcase(name, layers)}
+            for step, snapshot in snapshots.items()
+        },
+    )
+    return Run(**{**vars(run), "notes": (*notes, *_gaps(run))})
+
+
+def labels(directories: Sequence[Path]) -> list[str]:
+    """What to call runs: the last part of their paths, or as many as tell them apart.
+
+    Raises:
+        ValueError: a directory is there twice.
+    """
+    paths = [directory.resolve() for directory in directories]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} was given twice: give every run once")
+    names = []
+    for path in paths:
+        parts = next(
+            count
+            for count in range(1, len(path.parts) + 1)
+            if sum(other.parts[-count:] == path.parts[-count:] for other in paths) == 1
+        )
+        names.append("/".join(path.parts[-parts:]))
+    return names
+
+
+def _read_state(places: Sequence[Path], notes: list[str]) -> dict[str, Any] | None:
+    """The trainer state that knows most: a run that goes on leaves an older one beside its newer checkpoints."""
+    states = [state for place in places if (state := _json(place / TRAINER_STATE, notes))]
+    states = [state for state in states if isinstance(state.get("log_history"), list)]
+    return max(states, key=lambda state: (state.get("global_step", 0), len(state["log_history"])), default=None)
+
+
+def _read_config(places: Sequence[Path], notes: list[str]) -> SparsityConfig | None:
+    for place in (*places, places[0] / "export"):
+        if (place / CONFIG_NAME).is_file():
+            try:
+                return SparsityConfig.load(place)
+            except (ValueError, TypeError, OSError) as error:
+                notes.append(f"{place / CONFIG_NAME} could not be read: {error}.")
+    return None
+
+
+def _first(places: Sequence[Path], name: str, notes: list[str]) -> dict[str, Any]:
+    return next((found for place in places if (found := _json(place / name, notes))), {})
+
+
+def _json(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(contents, dict):
+            return contents
+        notes.append(f"{path} could not be read: it holds no object.")
+    except (ValueError, OSError) as error:
+        notes.append(f"{path} could not be read: {error}.")
+    return {}
+
+
+def _read_records(
+    directory: Path, notes: list[str]
+) -> tuple[LayerRecords | None, list[dict[str, Any]], dict[int, dict[str, LayerSnapshot]]]:
+    header, *lines = read_lines(directory / LAYERS_NAME) or [{}]
+    if header.get("format") != FORMAT:
+        if header:
+            notes.append(f"{directory / LAYERS_NAME} has another format than {FORMAT!r}, and was left out.")
+        return None, [], {}
+    names = list(header["layers"])
+    counts = LayerUpdate.__dataclass_fields__
+    records = LayerRecords(
+        shapes={name: (shape[0], shape[1]) for name, shape in header["layers"].items()},
+        updates={
+            line["step"]: {n: LayerUpdate(**{c: line[c][i] for c in counts}) for i, n in enumerate(names)}
+            for line in lines
+        },
+        softness={
+            line["step"]: dict(zip(names, line["softness"], strict=True)) for line in lines if "softness" in line
+        },
+    )
+    snapshots = {}
+    for step, path in snapshot_paths(directory).items():
+        try:
+            snapshots[step] = load_snapshot(path)
+        except ValueError as error:
+            notes.append(f"{error}.")
+    times = read_lines(directory / SECONDS_NAME)
+    return records, [line for line in times if isinstance(line.get("step"), int)], snapshots
+
+
+def _shown(records: LayerRecords, pattern: str, directory: Path) -> tuple[str, ...]:
+    names = tuple(name for name in records.shapes if fnmatchcase(name, pattern))
+    if not names:
+        raise ValueError(
+            f"no layer of {directory} has a name like {pattern!r}: they are called "
+            f"{next(iter(records.shapes))} and so on"
+        )
+    return names
+
+
+def _gaps(run: Run) -> list[str]:
+    """What a reader would look for in vain, and why it is not there."""
+    gaps = []
+    if run.max_steps and run.step < run.max_steps:
+        gaps.append(f"The run is at step {run.step} of {run.max_steps}: it goes on, or was stopped.")
+    if run.is_dense:
+        return [*gaps, "The run is dense: it has no topology to show."]
+    if run.records is None:
+        gaps.append(
+            f"There is no {RECORD_DIR}/{LAYERS_NAME}: the run was trained by a version that did not write it, or only "
+            "its checkpoints were copied. Figures of single layers, degrees and pictures of them are missing."
+        )
+    else:
+        logged = {entry["step"] for entry in run.log if "links_removed" in entry}
+        missing = sorted(logged - run.records.updates.keys())
+        if missing:
+            gaps.append(
+                f"{len(missing)} updates, from step {missing[0]} to {missing[-1]}, are not in {RECORD_DIR}/"
+                f"{LAYERS_NAME}: the run was resumed from another directory, or could not write there."
+            )
+    if not any("eval_loss" in entry for entry in run.log) and run.log:
+        gaps.append("No evaluation was logged, so that validation loss and bits per byte are not known.")
+    return gaps

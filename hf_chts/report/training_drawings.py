@@ -1,0 +1,134 @@
+"""Figures of how a run trained: losses, schedules, seconds."""
+
+from collections.abc import Iterator
+
+from matplotlib.ticker import PercentFormatter
+
+from hf_chts.report.drawing import Drawing, as_shares, curve, legend_above, look, stacked
+from hf_chts.report.run import Run
+from hf_chts.report.series import Series
+
+
+def training_drawings(run: Run) -> Iterator[Drawing]:
+    """The figures that the run has anything to show in."""
+    for draw in (loss_drawing, schedule_drawing, seconds_drawing):
+        with look():
+            drawing = draw(run)
+        if drawing is not None:
+            yield drawing
+
+
+def loss_drawing(run: Run) -> Drawing | None:
+    training, validation = (Series.of(run.log, key) for key in ("loss", "eval_loss"))
+    bits = Series.of(run.log, "eval_bits_per_byte")
+    if training is None and validation is None:
+        return None
+    figure, axes = stacked(2 if bits else 1, 2.4)
+    curve(axes[0], training, 0, label="training", marked=training is not None and len(training.steps) == 1)
+    curve(axes[0], validation, 1, label="validation")
+    axes[0].set_ylabel("nats per token")
+    legend_above(axes[0])
+    if bits:
+        curve(axes[1], bits, 2)
+        axes[1].set_ylabel("bits per byte")
+    told = [
+        series.told(name)
+        for series, name in ((training, "training loss"), (validation, "validation loss"), (bits, "bits per byte"))
+        if series
+    ]
+    return Drawing(
+        "loss",
+        "Loss and bits per byte" if bits else "Loss",
+        "Lower is better. The training loss is of single batches, or means over them, as the Trainer logged it; "
+        "validation is on data that the run never trains on. "
+        + ("Bits per byte do not depend on the tokenizer, so that they compare across models." if bits else ""),
+        _sentence(told),
+        figure,
+    )
+
+
+def schedule_drawing(run: Run) -> Drawing | None:
+    plan = run.plan()
+    if run.is_dense or run.config is None or not run.config.evolves or plan is None:
+        return None
+    config, interval = run.config, run.config.update_interval
+    updates = range(interval, plan.last_update + 1, interval)
+    held = [0, *updates, run.max_steps]
+    sparsity = Series(tuple(held), tuple(plan.sparsity(min(step, plan.last_update)) for step in held))
+    drop = Series(tuple(updates), tuple(plan.drop_fraction(step) for step in updates))
+    soft = config.removal_choice == "soft"
+    figure, axes = stacked(3 if soft else 2, 1.9)
+    curve(axes[0], sparsity, 0, label="planned", marked=False, drawstyle="steps-post")
+    measured = Series.of(run.updates(), "sparsity")
+    curve(axes[0], measured, 1, label="measured", linestyle="none")
+    axes[0].set_ylabel("sparsity")
+    as_shares(axes[0])
+    legend_above(axes[0])
+    curve(axes[1], drop, 2)
+    axes[1].set_ylabel("drop fraction ζ")
+    axes[1].set_ylim(bottom=0)
+    told = [(measured or sparsity).told("sparsity", ".1%"), drop.told("the drop fraction", ".3f")]
+    if soft:
+        softness = Series.of(run.updates(), "softness") if config.adapts_softness else None
+        if softness is None:
+            values = (plan.temperature(step) for step in updates)
+            softness = Series(tuple(updates), tuple(value / (1 + value) for value in values))
+        curve(axes[2], softness, 3)
+        if config.adapts_softness and run.records and run.records.softness:
+            rows = run.records.softness
+            low, high = ([extreme(row.values()) for row in rows.values()] for extreme in (min, max))
+            axes[2].fill_between(list(rows), low, high, alpha=0.2, color="#8a3a78", linewidth=0)
+        axes[2].set_ylabel("softness δ")
+        axes[2].set_ylim(0, 1)
+        told.append(softness.told("softness"))
+    return Drawing(
+        "schedules",
+        "Schedules",
+        "Sparsity is the share of missing links, over all sparse layers. ζ is the share of its links that a layer "
+        "replaces at an update."
+        + (" δ says how removal chooses: 0 draws at random, 1 keeps the strongest links." if soft else "")
+        + (" The band is from the lowest layer to the highest." if config.adapts_softness else ""),
+        _sentence(told),
+        figure,
+    )
+
+
+def seconds_drawing(run: Run) -> Drawing | None:
+    topology = Series.of(run.updates(), "topology_seconds")
+    if topology is None:
+        return None
+    lines = [line for line in run.seconds if line["topology_seconds"] and line["seconds"]]
+    share = Series.of(
+        [{"step": one["step"], "share": one["topology_seconds"] / one["seconds"]} for one in lines], "share"
+    )
+    figure, axes = stacked(2 if share else 1, 1.9)
+    curve(axes[0], topology, 0)
+    axes[0].set_ylabel("seconds an update")
+    axes[0].set_ylim(bottom=0)
+    told = [
+        f"the {len(topology.steps)} updates take {sum(topology.values):.1f} seconds together, "
+        f"the longest {max(topology.values):.2f}"
+    ]
+    if share:
+        curve(axes[1], share, 1)
+        axes[1].set_ylabel("share of the time")
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if max(share.values) > 0.05 else 1))
+        axes[1].set_ylim(bottom=0)
+        told.append(share.told("their share of the time since the update before", ".1%"))
+    return Drawing(
+        "seconds",
+        "Seconds spent on the topology",
+        "Wall-clock seconds of each update"
+        + (
+            ", and their share of the time from one update to the next, with evaluation and checkpoints in it."
+            if share
+            else "."
+        ),
+        _sentence(told),
+        figure,
+    )
+
+
+def _sentence(told: list[str]) -> str:
+    text = "; ".join(told) + "."
+    return text[0].upper() + text[1:]

@@ -1,0 +1,148 @@
+"""What a run writes down about its topology, beside its checkpoints: `OUTPUT_DIR/topology/`.
+
+`layers.jsonl`: a header with the shapes, then a line an update with counts of each layer (update_figures.py).
+`seconds.jsonl`: a line an update, and one at the end: wall-clock seconds since the last line, and those of the update.
+`snapshot-STEP.safetensors`: some layers before the first, after the middle and after the last update (snapshots.py).
+
+A run that is resumed from step s drops what was written after s and goes on, so that it ends with the records of a run
+that was never stopped, byte for byte, seconds apart. Records are for readers only: training never reads them, and
+where they cannot be written it goes on without.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hf_chts.checkpoint import write_whole
+from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.training.snapshots import save_snapshot, snapshot_layers, snapshot_path, snapshot_paths, snapshot_steps
+from hf_chts.training.update_figures import LayerUpdate
+
+RECORD_DIR = "topology"
+LAYERS_NAME, SECONDS_NAME = "layers.jsonl", "seconds.jsonl"
+FORMAT = "hf_chts topology records, 1"
+
+_log = logging.getLogger(__name__)
+
+
+class RunRecord:
+    """Writes the records of one run; on rank 0 alone, which holds all masks.
+
+    Args:
+        output_dir: of the run.
+        shapes: (out, in) by layer name.
+        plan: when the topology is updated.
+    """
+
+    def __init__(self, output_dir: str | Path, shapes: Mapping[str, tuple[int, int]], plan: SchedulePlan) -> None:
+        self.directory = Path(output_dir) / RECORD_DIR
+        self.pictured = snapshot_layers(list(shapes))
+        self.steps = snapshot_steps(plan)
+        self.header = {"format": FORMAT, "layers": {name: list(shape) for name, shape in shapes.items()}}
+        self._mark = (0, 0.0)  # the step and the time of the last line of seconds
+        self._writes = True
+
+    def begin(self, step: int, masks: Mapping[str, Tensor]) -> None:
+        """Training begins, or goes on, after `step` finished steps; masks are bool (out, in) by layer name."""
+        self._try(self._begin, step, masks)
+        self._mark = (step, time.perf_counter())
+
+    def update(
+        self,
+        step: int,
+        layers: Mapping[str, LayerUpdate],
+        masks: Mapping[str, Tensor],
+        seconds: float,
+        softness: Mapping[str, float],
+    ) -> None:
+        """The update after `step` is done; it took `seconds`. `softness` of the next removal, where layers differ."""
+        self._try(self._update, step, layers, masks, softness)
+        self._try(self._add_seconds, step, seconds)
+
+    def end(self, step: int) -> None:
+        """Training ends after `step` finished steps."""
+        if step > self._mark[0]:
+            self._try(self._add_seconds, step, 0.0)
+
+    def _try(self, write: Any, *args: Any) -> None:
+        if not self._writes:
+            return
+        try:
+            write(*args)
+        except OSError as error:
+            self._writes = False
+            _log.warning(
+                "The topology is no longer recorded in %s, and the report of the run will lack what follows: %s. "
+                "Training goes on",
+                self.directory,
+                error,
+            )
+
+    def _begin(self, step: int, masks: Mapping[str, Tensor]) -> None:
+        lines = read_lines(self.directory / LAYERS_NAME)
+        same_run = step > 0 and bool(lines) and lines[0] == self.header
+        kept = [line for line in lines[1:] if line["step"] <= step] if same_run else []
+        _rewrite(self.directory / LAYERS_NAME, [self.header, *kept])
+        seconds = read_lines(self.directory / SECONDS_NAME) if same_run else []
+        _rewrite(self.directory / SECONDS_NAME, [line for line in seconds if line["step"] <= step])
+        for found, path in snapshot_paths(self.directory).items():
+            if not same_run or found > step:
+                path.unlink()
+        if step == 0:
+            self._snapshot(step, masks)
+
+    def _update(
+        self, step: int, layers: Mapping[str, LayerUpdate], masks: Mapping[str, Tensor], softness: Mapping[str, float]
+    ) -> None:
+        rows = [asdict(layers[name]) for name in self.header["layers"]]
+        line: dict[str, Any] = {"step": step} | {count: [row[count] for row in rows] for count in rows[0]}
+        if softness:
+            line["softness"] = [round(softness[name], 6) for name in self.header["layers"]]
+        _append(self.directory / LAYERS_NAME, line)
+        self._snapshot(step, masks)
+
+    def _snapshot(self, step: int, masks: Mapping[str, Tensor]) -> None:
+        if step in self.steps:
+            save_snapshot(snapshot_path(self.directory, step), {name: masks[name] for name in self.pictured})
+
+    def _add_seconds(self, step: int, topology_seconds: float) -> None:
+        now = time.perf_counter()
+        before, then = self._mark
+        line = {"step": step, "steps": step - before, "seconds": round(now - then, 4)}
+        self._mark = (step, now)
+        _append(self.directory / SECONDS_NAME, line | {"topology_seconds": round(topology_seconds, 4)})
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a record up to the first that was not written whole, whose run died there; [] without a file."""
+    if not path.is_file():
+        return []
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(line, dict) or (lines and not isinstance(line.get("step"), int)):
+            break
+        lines.append(line)
+    return lines
+
+
+def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
+    write_whole(path, "".join(_line(line) for line in lines).encode())
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(_line(line))
+
+
+def _line(line: dict[str, Any]) -> str:
+    return json.dumps(line, separators=(",", ":")) + "\n"
