@@ -2,22 +2,42 @@
 
 python eval_zero_shot.py runs/demo/export
 python eval_zero_shot.py runs/dense runs/chts org/name --suite commonsense,wikitext --output results.json
+accelerate launch eval_zero_shot.py runs/chts --suite glue          # shares the documents out over the GPUs
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+# for scripts that look at the exit status
+SOME_LEFT_OUT = 3
+
+EPILOG = """\
+Local data: --task_data DIR runs the harness's own prompts on files of yours, DIR/TASK/SPLIT.jsonl (or .json, .csv,
+.parquet, .gz of these), such as DIR/rte/validation.jsonl or DIR/mnli/validation_matched.jsonl, with the columns that
+the task's data set has on the Hub. DIR may as well hold clones of the Hub's repositories (DIR/glue/rte/…).
+
+Network: the embedded suite never uses it. For the others, set HF_HUB_OFFLINE=1 on a machine without one: tasks whose
+data is not cached are then skipped at once.
+
+Exit status: 0, all was evaluated; 1, nothing was, or an option is wrong; 3, some tasks or models were left out, which
+are named at the end (accelerate launch makes 1 of it).
+"""
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Evaluate language models on lm-eval tasks and print their results side by side.",
-        epilog="The embedded suite never uses the network. For the others, set HF_HUB_OFFLINE=1 on a machine without "
-        "one: tasks whose data is not cached are then skipped at once.",
+        description="Evaluate language models on lm-eval tasks and print their results side by side, with standard "
+        "errors, trivial baselines and the differences between models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", nargs="+", metavar="DIR_OR_HUB_ID", help="exported directories or Hub ids")
+    parser.add_argument(
+        "models", nargs="+", metavar="DIR_OR_HUB_ID", help="exported directories, plain or packed, or Hub ids"
+    )
     parser.add_argument(
         "--suite",
         default="embedded",
@@ -36,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=lambda text: text if text == "auto" else int(text),
         default=8,
         metavar="N|auto",
-        help="sequences per forward; auto: as many as fit into memory (default: 8)",
+        help="sequences per forward; auto: as many as fit into memory, at most 64 (default: 8)",
     )
     parser.add_argument(
         "--max_length",
@@ -45,58 +65,122 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="tokens of context, at most the model's max_position_embeddings (default: that)",
     )
     parser.add_argument(
+        "--task_data",
+        type=Path,
+        metavar="DIR",
+        help="data files of tasks, DIR/TASK/SPLIT.jsonl, see below (default: all data from the Hub or its cache)",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="DIR_OR_HUB_ID",
+        help="the one of the models that the others are compared with (default: the first)",
+    )
+    parser.add_argument(
         "--tokenizer", metavar="DIR_OR_HUB_ID", help="tokenizer for all models (default: the one saved with each)"
     )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU, else cpu)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as saved)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="number format of the weights (default: auto, as saved)",
+    )
     parser.add_argument("--revision", default="main", help="branch, tag or commit of Hub ids (default: main)")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("results.json"),
         metavar="FILE",
-        help="JSON file for the results, replaced if it exists (default: results.json)",
+        help="JSON file for the results; a table and a figure, FILE with .md and .png, go beside it; replaced if they "
+        "exist, after each model (default: results.json)",
     )
     return parser.parse_args(arguments)
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
-    if options.suite == "embedded" and all(Path(model).is_dir() for model in options.models):
+    named = [*options.models, *([options.tokenizer] if options.tokenizer else [])]
+    if options.suite == "embedded" and all(Path(name).is_dir() for name in named):
         # Read when huggingface_hub is imported, so before the imports below: nothing here needs a network
         os.environ["HF_HUB_OFFLINE"] = "1"
-    from hf_chts.evaluation import check_model, evaluate_zero_shot, results_table, write_results
+    from transformers.utils.logging import disable_progress_bar
 
+    from hf_chts.evaluation import check_model, evaluate_zero_shot, results_table, write_report, write_results
+    from hf_chts.evaluation.comparison import baseline_index
+    from hf_chts.evaluation.options import check_options
+    from hf_chts.evaluation.result_files import report_paths
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of weights read
+    # all of it, before the first model takes its hours
+    report_paths(options.output)
     if options.output.is_dir():
         raise IsADirectoryError(f"--output {options.output} is a directory: name a file.")
-    for model in options.models:  # all of them, before the first takes its hours
-        check_model(model, revision=options.revision, tokenizer=options.tokenizer is None)
-    results: list[dict[str, Any]] = []
+    check_options(options.limit, options.num_fewshot, options.batch_size, options.device, options.task_data)
+    baseline_index(options.models, options.baseline)
     for model in options.models:
-        result = evaluate_zero_shot(
-            model,
-            options.suite,
-            tokenizer=options.tokenizer,
-            limit=options.limit,
-            num_fewshot=options.num_fewshot,
-            batch_size=options.batch_size,
-            max_length=options.max_length,
-            device=options.device,
-            dtype=options.dtype,
-            revision=options.revision,
-            progress=True,
+        check_model(
+            model, revision=options.revision, tokenizer=options.tokenizer is None, max_length=options.max_length
         )
+
+    ranks, first = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
+    if not first:
+        logging.getLogger("hf_chts.evaluation").setLevel(logging.ERROR)
+    results: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    for number, model in enumerate(options.models, start=1):
+        if first:
+            print(f"Model {number} of {len(options.models)}: {model}", file=sys.stderr, flush=True)
+        try:
+            result = evaluate_zero_shot(
+                model,
+                options.suite,
+                tokenizer=options.tokenizer,
+                limit=options.limit,
+                num_fewshot=options.num_fewshot,
+                batch_size=options.batch_size,
+                max_length=options.max_length,
+                device=options.device,
+                dtype=options.dtype,
+                revision=options.revision,
+                task_data=options.task_data,
+                progress=True,
+            )
+        except Exception as error:
+            if ranks > 1 or len(options.models) == 1:
+                raise  # the other ranks may not have failed
+            failed[model] = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"{model} could not be evaluated: {failed[model]}", file=sys.stderr, flush=True)
+            continue
         if result:  # empty on all ranks but the first
             results.append(result)
-            write_results(results, options.output)
-    if results:
-        print(results_table(results))
-        print(f"\nResults: {options.output}")
+            baseline = options.baseline if options.baseline in [done["model"] for done in results] else None
+            write_results(results, options.output, baseline=baseline)
+            report = write_report(results, options.output, baseline=baseline)
+    if ranks > 1:
+        leave_ranks()
+    if not first:
+        return 0
+    if not results:
+        raise ValueError("no model could be evaluated. " + " ".join(f"{m}: {why}" for m, why in failed.items()))
+    print(results_table(results, baseline=baseline))
+    for model, why in failed.items():
+        print(f"\nNot evaluated: {model}: {why}")
+    print(f"\nResults: {options.output}, {report[0].name}, {report[1].name}")
+    return SOME_LEFT_OUT if failed or any(result["skipped"] for result in results) else 0
+
+
+def leave_ranks() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
-        main()
+        status = main()
     except (ValueError, OSError) as error:
         # one line, whatever the library underneath had to say
         sys.exit(f"eval_zero_shot.py: error: {' '.join(str(error).split())}")
+    sys.exit(status)

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +37,6 @@ def write_embedded_suite(directory: Path) -> tuple[str, ...]:
     """
     directory = directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    documents = embedded_documents("test")
     rolling: dict[str, Any] = {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
@@ -59,11 +59,16 @@ def write_embedded_suite(directory: Path) -> tuple[str, ...]:
             {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
         ],
     }
-    for name, task, rows in zip(
-        EMBEDDED_TASKS, (rolling, next_line), (passages(documents), questions(documents)), strict=True
-    ):
+    for name, task, rows in zip(EMBEDDED_TASKS, (rolling, next_line), _rows(), strict=True):
         _write_task(directory, name, task, rows)
     return EMBEDDED_TASKS
+
+
+@lru_cache(maxsize=1)
+def _rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of both tasks. They take a second to make and are the same for every model of a run."""
+    documents = embedded_documents("test")
+    return passages(documents), questions(documents)
 
 
 def passages(documents: Iterable[Document]) -> list[dict[str, Any]]:

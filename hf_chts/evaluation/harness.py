@@ -1,63 +1,79 @@
-"""What we change about the lm-eval harness. Imported late: the harness takes seconds to import."""
+"""What we change about a run of the lm-eval harness. Imported late: the harness takes seconds to import."""
 
+import contextlib
+import functools
 import logging
+import os
 import random
-from collections import Counter
+import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache
-from pathlib import Path
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import chain, zip_longest
 from types import TracebackType
 from typing import Any
 
 import datasets
-import lm_eval.tasks
+import lm_eval.api.task
 import numpy as np
 import torch
+from accelerate import PartialState
 from lm_eval import evaluate
-from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks.manager import TaskDict
 
-from hf_chts.evaluation.embedded_suite import EMBEDDED_TASKS
+__all__ = ["HarnessLog", "RankedHFLM", "evaluate", "restored"]
 
-__all__ = [
-    "HarnessLog",
-    "ProgressHFLM",
-    "chance_accuracies",
-    "evaluate",
-    "load_tasks",
-    "task_manager",
-    "undisturbed",
-]
-
-# simple_evaluate's own; it is not used itself, because it also runs git, describes the machine and asks the Hub
-_SEED = 1234
-
-# Where the harness keeps the tasks of our suites: to index all of its 15,000 files takes ten seconds
-_SUITE_FOLDERS = (
-    "arc",
-    "glue",
-    "hellaswag",
-    "lambada",
-    "openbookqa",
-    "piqa",
-    "super_glue",
-    "wikitext",
-    "winogrande",
-)
+_ABSENT = object()
 
 
-class ProgressHFLM(HFLM):
-    """HFLM with its progress bars on or off; on, it still leaves out the one that it shows for every single batch."""
+class RankedHFLM(HFLM):
+    """HFLM that knows its rank wherever it was launched, and whose results do not depend on the number of ranks.
+
+    HFLM shares documents out only where a machine has two GPUs or more, and by the rank within the machine: with a GPU
+    per machine, or on CPUs, each rank does all the work, and with GPUs on two machines half of the documents are left
+    out.
+
+    Args:
+        progress: show progress bars; even then not the one that it has for every single batch.
+    """
 
     def __init__(self, *, progress: bool, **settings: Any) -> None:
         self.progress = progress
+        if isinstance(settings["pretrained"], str):
+            _join_ranks_on_cpu(settings["device"])
         super().__init__(**settings)
+        if hasattr(self, "accelerator"):
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+
+    def _create_model(self, *arguments: Any, **settings: Any) -> None:
+        with warnings.catch_warnings():
+            # HFLM hands transformers the quantization_config of the model's own config once more
+            warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+            super()._create_model(*arguments, **settings)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """What all ranks have, on rank `dst`, with lists in the order of the documents.
+
+        The harness puts the ranks' lists one after the other. Documents went round the ranks, and sums of floating
+        point numbers depend on their order.
+        """
+        gathered = super().gather_object(obj, dst)
+        return gathered if gathered is None or len(gathered) == 1 else [_in_turns(gathered)]
+
+    def total(self, count: int) -> int:
+        """The sum of `count` over all ranks."""
+        return int(self.all_gather(torch.tensor([count], device=self.device)).sum())
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self.progress)
+        # The harness repeats a rank's last request until all ranks have the same number, for models that are split
+        # over ranks; this one is not, and to ask once is enough.
+        once = len(requests)
+        while once > 1 and requests[once - 1] is requests[once - 2]:
+            once -= 1
+        answers = super().loglikelihood(requests[:once], disable_tqdm=disable_tqdm or not self.progress)
+        return [*answers, *answers[-1:] * (len(requests) - once)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self.progress)
@@ -68,6 +84,20 @@ class ProgressHFLM(HFLM):
         # only loglikelihood_rolling sets override_bs: one call, and one bar, per batch
         quiet = disable_tqdm or override_bs is not None
         return super()._loglikelihood_tokens(requests, disable_tqdm=quiet, override_bs=override_bs)
+
+
+def _join_ranks_on_cpu(device: str) -> None:
+    """Make ranks that were launched on CPUs know of each other; HFLM's own Accelerator does so only with GPUs."""
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched and torch.device(device).type == "cpu" and not PartialState._shared_state:
+        PartialState(cpu=True, timeout=timedelta(weeks=52))  # as HFLM's: ranks wait for the slowest
+
+
+def _in_turns(parts: list[Any]) -> Any:
+    """Dicts of lists, of any depth, as one: the first item of each part's list, then the second of each, and so on."""
+    if isinstance(parts[0], dict):
+        return {key: _in_turns([part[key] for part in parts]) for key in parts[0]}
+    return [item for item in chain.from_iterable(zip_longest(*parts, fillvalue=_ABSENT)) if item is not _ABSENT]
 
 
 class HarnessLog(logging.Filter):
@@ -106,94 +136,33 @@ class HarnessLog(logging.Filter):
 
 
 @contextmanager
-def undisturbed(model: torch.nn.Module | None, *, progress: bool) -> Iterator[None]:
-    """Seed the global generators within the context, and afterwards put them and `model`'s mode back.
+def restored(model: torch.nn.Module | None, *, progress: bool) -> Iterator[None]:
+    """Afterwards put the global random generators and `model`'s mode back; within, keep the harness quiet.
 
     Some tasks of the harness draw from the global generators, and it calls `model.eval()`; a training run that is
-    evaluated on its way must go on as if it had not been.
+    evaluated on its way must go on as if it had not been. What the harness prints goes to stderr.
     """
     modes = {module: module.training for module in model.modules()} if model is not None else {}
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002, the harness uses this one
-    bars_were_on = not datasets.are_progress_bars_disabled()
+    bars_were_on, prompt_bar = not datasets.are_progress_bars_disabled(), lm_eval.api.task.tqdm
     if not progress:
         datasets.disable_progress_bars()
+        lm_eval.api.task.tqdm = functools.partial(prompt_bar, disable=True)
+    # its bootstrap forks a pool of processes, for a single chunk of work
+    parallel = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            random.seed(_SEED)
-            np.random.seed(_SEED)  # noqa: NPY002
-            torch.manual_seed(_SEED)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
+        lm_eval.api.task.tqdm = prompt_bar
         if bars_were_on:
             datasets.enable_progress_bars()
+        if parallel is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = parallel
         for module, training in modes.items():
             module.training = training
-
-
-def task_manager(tasks: list[str], embedded_directory: Path) -> TaskManager:
-    """An index of tasks that has all of `tasks`; if one of them is unknown, of all that there are."""
-    harness = Path(lm_eval.tasks.__file__).parent
-    folders = [harness / folder for folder in _SUITE_FOLDERS if (harness / folder).is_dir()]
-    manager = TaskManager(include_path=[*folders, embedded_directory], include_defaults=False)
-    if set(tasks) <= manager.task_index.keys():
-        return manager
-    everything = _all_harness_tasks()
-    everything.task_index.update(manager.task_index)  # overrides an earlier call's, whose embedded folder is gone
-    return everything
-
-
-@lru_cache(maxsize=1)
-def _all_harness_tasks() -> TaskManager:
-    return TaskManager()
-
-
-def load_tasks(
-    manager: TaskManager, names: list[str], num_fewshot: int | None = None
-) -> tuple[TaskDict, dict[str, str]]:
-    """The tasks and groups called `names` (a tag stands for its tasks), and why those left out could not be loaded.
-
-    A task is left out if its data is neither cached nor to be had. `num_fewshot` replaces each task's own number of
-    examples, but never a 0 that its file sets on purpose, as in the harness's own `simple_evaluate`.
-    """
-    loaded = TaskDict(tasks={}, groups={}, group_map={})
-    skipped: dict[str, str] = {}
-    for name in names:
-        entry = manager.task_index[name]
-        for member in sorted(entry.tags) if entry.kind.name == "TAG" else [name]:
-            try:
-                with _uncounted() if member in EMBEDDED_TASKS else nullcontext():
-                    found = manager.load([member])
-            except OSError as error:  # datasets' and the Hub's errors of connection, and missing files
-                skipped[member] = f"its data is not cached and could not be loaded: {error}"
-                continue
-            for part in ("tasks", "groups", "group_map"):
-                loaded[part].update(found.get(part, {}))
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot") != 0):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=_SEED)
-    return loaded, skipped
-
-
-@contextmanager
-def _uncounted() -> Iterator[None]:
-    """Without this, datasets tells a server about every local JSON file that it loads, for its download counts."""
-    counted = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    try:
-        yield
-    finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
-
-
-def chance_accuracies(tasks: dict[str, Task]) -> dict[str, float]:
-    """Accuracy of guessing in each multiple-choice task that was run, from the choices of the questions asked."""
-    chance = {}
-    for name, task in tasks.items():
-        # mutual information doubles the requests of a question
-        if task.OUTPUT_TYPE == "multiple_choice" and "acc_mutual_info" not in task.aggregation():
-            choices = Counter(instance.doc_id for instance in task.instances)
-            chance[name] = sum(1 / count for count in choices.values()) / len(choices)
-    return chance

@@ -5,22 +5,44 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def check_model(model: str | Path, *, revision: str = "main", tokenizer: bool = True) -> str:
+def check_model(
+    model: str | Path, *, revision: str = "main", tokenizer: bool = True, max_length: int | None = None
+) -> str:
     """`model` as the argument of `from_pretrained`: a path that is a directory, or a Hub id.
 
     Args:
         model: a directory with a config.json, or a Hub id such as "org/name".
         revision: branch, tag or commit of a Hub id.
         tokenizer: the directory must have a tokenizer too.
+        max_length: tokens of context that the model has to have positions for.
 
     Raises:
         FileNotFoundError: the directory is missing or has no model or no tokenizer, or the Hub has no such model or is
             out of reach and the model not cached.
+        ValueError: it is no causal language model that transformers knows, or its context is shorter.
     """
+    name = _found(model, revision, tokenizer)
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{name} is a {config.model_type}, which is no causal language model.")
+    positions = getattr(config, "max_position_embeddings", None)
+    check_max_length(max_length, positions, f" of {name}")
+    return name
+
+
+def check_max_length(max_length: int | None, positions: int | None, whose: str = "") -> None:
+    """Raise a ValueError for a `max_length` that is not from 1 to `positions`; None allows for any."""
+    if max_length is not None and not 1 <= max_length <= (positions or max_length):
+        raise ValueError(f"max_length={max_length}: use from 1 to {positions} tokens, the model's context{whose}.")
+
+
+def _found(model: str | Path, revision: str, tokenizer: bool) -> str:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

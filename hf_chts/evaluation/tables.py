@@ -1,130 +1,152 @@
-"""Results of `evaluate_zero_shot` for one or several models: a table side by side, and a JSON file."""
+"""Results of `evaluate_zero_shot` for one or several models, side by side in a table."""
 
-import json
 import math
-import os
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
+from hf_chts.evaluation.averages import suite_averages
+from hf_chts.evaluation.column_names import column_names
+from hf_chts.evaluation.comparison import baseline_index, common_tasks, compare_models
+
 _MISSING = "–"
-_WIDEST_NAME = 28
+_NOT_BEATEN, _OUTSIDE = "·", "*"
+_NAME_WIDTHS = (28, 20, 16, 13)
+
+Row = tuple[str, str]
+Column = list[str]
 
 
 def results_table(
-    results: Sequence[dict[str, Any]], *, style: Literal["text", "markdown"] = "text", width: int = 100
+    results: Sequence[dict[str, Any]],
+    *,
+    style: Literal["text", "markdown"] = "text",
+    width: int = 100,
+    baseline: str | None = None,
 ) -> str:
-    """A table with a row per task and metric, and a column per model: value ± standard error.
+    """A table with a row per task and metric, and per model a column of value±standard error.
 
-    `chance` is the accuracy of guessing, where known. Below the table it says what a reader has to know before
-    comparing columns: tasks left out, limits, task versions that differ.
+    With several models, each but the baseline has a second column: its difference to the baseline, and a * where it is
+    more than 2 standard errors. `trivial` is the best score of one and the same answer to everything, or of guessing;
+    a · marks values that do not exceed it by more than their standard error. Below the table it says what the marks
+    mean, and what a reader has to know before comparing columns: tasks left out, limits, versions that differ.
 
     Args:
         results: what `evaluate_zero_shot` returned, or what `write_results` wrote of it, one per model.
         style: "text", in blocks of as many models as fit into `width` characters; or "markdown", one table.
         width: characters per line of text.
+        baseline: the `model` of the result that the others are compared with; None: the first.
 
     Raises:
-        ValueError: no results, or another style.
+        ValueError: no results, another style, or a baseline that is not among the models.
     """
     if not results:
         raise ValueError("There are no results to make a table of.")
     if style not in ("text", "markdown"):
         raise ValueError(f"style={style!r}: use 'text' or 'markdown'.")
-    rows = _rows(results)
-    heads = [["task", "metric", "chance"], *([task, metric, _chance(results, task, metric)] for task, metric in rows)]
-    columns = [
-        [name, *(_value(result, task, metric) for task, metric in rows)]
-        for name, result in zip(column_names([result["model"] for result in results]), results, strict=True)
+    models = [result["model"] for result in results]
+    reference = baseline_index(models, baseline)
+    entries = [_entries(result, common_tasks(results)) for result in compare_models(results, baseline)]
+    rows = list(dict.fromkeys(row for entry in entries for row in entry))
+    heads = [
+        ["task", "metric", "trivial"],
+        *([task, metric, _trivial(entries, (task, metric))] for task, metric in rows),
     ]
+    for widest in _NAME_WIDTHS:
+        groups = [
+            _columns(name, entry, rows, compared=i != reference)
+            for i, (name, entry) in enumerate(zip(column_names(models, widest), entries, strict=True))
+        ]
+        blocks = _blocks(heads, groups, width)
+        if len(blocks) == 1:
+            break
     if style == "markdown":
-        table = _markdown([head + [column[i] for column in columns] for i, head in enumerate(heads)])
+        table = _markdown([head + [cells[i] for group in groups for cells in group] for i, head in enumerate(heads)])
     else:
-        table = "\n\n".join(_text(heads, block) for block in _blocks(heads, columns, width))
-    notes = _notes(results, width if style == "text" else None)
-    return "\n".join([table, *([""] if notes else []), *notes])
+        table = "\n\n".join(_text(heads, block) for block in blocks)
+    notes = [*_legend(entries, models[reference]), *_notes(results)]
+    lines = notes if style == "markdown" else [line for note in notes for line in textwrap.wrap(note, width)]
+    separator = "\n\n" if style == "markdown" else "\n"
+    return table + ("\n\n" + separator.join(lines) if lines else "")
 
 
-def write_results(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write `results` as a JSON list, replacing `path` in one step; figures that are not finite become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps(_finite(list(results)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _entries(result: dict[str, Any], common: Sequence[str]) -> dict[Row, dict[str, Any]]:
+    """{(task, metric): value, stderr, trivial and difference}, of the tasks and then of the averages."""
+    entries: dict[Row, dict[str, Any]] = {}
+    difference = result.get("difference", {"tasks": {}, "averages": {}})
+    trivial = result.get("trivial", {})
+    for task, scores in result["tasks"].items():
+        for metric in scores:
+            if not metric.endswith("_stderr"):
+                entries[task, metric] = {
+                    "value": scores[metric],
+                    "stderr": scores.get(f"{metric}_stderr"),
+                    "trivial": trivial.get(task, {}).get(metric),
+                    "difference": difference["tasks"].get(task, {}).get(metric),
+                }
+    averages = suite_averages(result.get("suite", ""), result["tasks"], trivial, among=common)
+    for suite, metrics in averages.items():
+        for metric, average in metrics.items():
+            entries[f"{suite}: mean of {len(average['tasks'])}", metric] = {
+                **average,
+                "difference": difference["averages"].get(suite, {}).get(metric),
+            }
+    return entries
 
 
-def column_names(models: Sequence[str]) -> list[str]:
-    """Short, distinct names: as many of the last parts of each path as tell it from the others, cut in the middle."""
-    parts = [model.rstrip("/").split("/") for model in models]
-    depth, deepest = 1, max(map(len, parts), default=1)
-    names = _last(parts, depth)
-    while len(set(names)) < len(names) and depth < deepest:
-        depth += 1
-        names = _last(parts, depth)
-    half = _WIDEST_NAME // 2
-    names = [name if len(name) <= _WIDEST_NAME else f"{name[: half - 1]}…{name[-half:]}" for name in names]
-    if len(set(names)) < len(names):
-        names = [f"{i}: {name}" for i, name in enumerate(names, start=1)]
-    return names
+def beats_trivial(value: float | None, error: float | None, trivial: float | None) -> bool:
+    """Whether a score exceeds the trivial one by more than its standard error; True where there is none."""
+    return trivial is None or value is None or value - trivial > (error or 0.0)
 
 
-def _last(parts: list[list[str]], depth: int) -> list[str]:
-    return ["/".join(part[-depth:]) for part in parts]
+def _columns(name: str, entries: dict[Row, dict[str, Any]], rows: Sequence[Row], *, compared: bool) -> list[Column]:
+    values, differences = [name], ["difference"]
+    for row in rows:
+        entry = entries.get(row)
+        if entry is None:
+            values.append(_MISSING)
+            differences.append("")
+            continue
+        beaten = beats_trivial(entry["value"], entry["stderr"], entry["trivial"])
+        values.append(_figure(entry["value"], entry["stderr"]) + ("" if beaten else _NOT_BEATEN))
+        found = entry["difference"]
+        mark = _OUTSIDE if found and found["outside"] else ""
+        differences.append(_figure(found["value"], found["stderr"], sign="+") + mark if found else "")
+    return [values, differences] if compared else [values]
 
 
-def _rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    return list(
-        dict.fromkeys(
-            (task, metric)
-            for result in results
-            for task, scores in result["tasks"].items()
-            for metric in scores
-            if not metric.endswith("_stderr")
-        )
-    )
+def _trivial(entries: Sequence[dict[Row, dict[str, Any]]], row: Row) -> str:
+    levels = {entry[row]["trivial"] for entry in entries if row in entry}
+    # with different limits the models were asked different questions
+    level = levels.pop() if len(levels) == 1 else None
+    return "" if level is None else f"{level:.4f}"
 
 
-def _chance(results: Sequence[dict[str, Any]], task: str, metric: str) -> str:
-    if metric not in ("acc", "acc_norm", "acc_bytes"):
-        return ""
-    levels = {result["chance"][task] for result in results if task in result["chance"]}
-    # with different limits the models got different questions
-    return f"{levels.pop():.4f}" if len(levels) == 1 else ""
-
-
-def _value(result: dict[str, Any], task: str, metric: str) -> str:
-    scores = result["tasks"].get(task, {})
-    if metric not in scores:
-        return _MISSING
-    stderr = scores.get(f"{metric}_stderr")
-    return _figure(scores[metric]) + (f" ± {_figure(stderr)}" if stderr is not None else "")
-
-
-def _figure(value: float | None) -> str:
+def _figure(value: float | None, error: float | None, *, sign: Literal["-", "+"] = "-") -> str:
     if value is None or not math.isfinite(value):
         return "not finite"
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
+    # five figures of the larger of the two, so that the columns stay narrow
+    size = max(abs(value), error or 0.0)
+    large = "3e" if error is None else "1e"
+    form = large if size >= 1e4 else f"{4 - sum(size >= limit for limit in (10, 100, 1000))}f"
+    return f"{value:{sign}.{form}}" + ("" if error is None else f"±{error:.{form}}")
 
 
-def _blocks(heads: list[list[str]], columns: list[list[str]], width: int) -> list[list[list[str]]]:
+def _blocks(heads: list[list[str]], groups: list[list[Column]], width: int) -> list[list[Column]]:
     taken = sum(max(map(len, cells)) + 2 for cells in zip(*heads, strict=True))
-    blocks: list[list[list[str]]] = []
+    blocks: list[list[Column]] = []
     room = 0
-    for column in columns:
-        needed = max(map(len, column)) + 2
+    for group in groups:
+        needed = sum(max(map(len, column)) + 2 for column in group)
         if not blocks or needed > room:
             blocks.append([])
             room = width - taken + 2
-        blocks[-1].append(column)
+        blocks[-1] += group
         room -= needed
     return blocks
 
 
-def _text(heads: list[list[str]], columns: list[list[str]]) -> str:
+def _text(heads: list[list[str]], columns: list[Column]) -> str:
     lines = [head + [column[i] for column in columns] for i, head in enumerate(heads)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     lines.insert(1, ["─" * width for width in widths])
@@ -140,12 +162,33 @@ def _text(heads: list[list[str]], columns: list[list[str]]) -> str:
 
 
 def _markdown(lines: list[list[str]]) -> str:
-    rule = ["---"] * 3 + ["---:"] * (len(lines[0]) - 3)
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    rule = ["---"] * 2 + ["---:"] * (len(lines[0]) - 2)
+    # a * is Markdown's own
+    escaped = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in [escaped[0], rule, *escaped[1:]])
 
 
-def _notes(results: Sequence[dict[str, Any]], width: int | None) -> list[str]:
+def _legend(entries: Sequence[dict[Row, dict[str, Any]]], baseline: str) -> list[str]:
+    every = [(row, value) for entry in entries for row, value in entry.items()]
+    legend = []
+    if any(value["trivial"] is not None for _, value in every):
+        legend.append(
+            "trivial: the best score of one and the same answer to everything (for acc, the majority class's), or of "
+            f"guessing where choices differ from question to question. {_NOT_BEATEN} not above it by more than one "
+            "standard error."
+        )
+    differences = [(row, value["difference"]) for row, value in every if value["difference"]]
+    if differences:
+        unpaired = list(dict.fromkeys(row[0] for row, found in differences if not found["paired"]))
+        text = f"difference: to {baseline}, ± its standard error"
+        text += ", paired document by document" if len(unpaired) < len({row[0] for row, _ in differences}) else ""
+        if unpaired:
+            text += f" (not paired: {', '.join(unpaired)})"
+        legend.append(f"{text}. {_OUTSIDE} more than 2 standard errors from 0.")
+    return legend
+
+
+def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
     notes = []
     limits = {result["config"]["limit"] for result in results}
     if limits != {None}:
@@ -160,17 +203,11 @@ def _notes(results: Sequence[dict[str, Any]], width: int | None) -> list[str]:
         for task, found in versions.items()
         if len(found) > 1
     ]
+    local = list(dict.fromkeys(task for result in results for task in result.get("data", {})))
+    if local:
+        notes.append(f"From local data files: {', '.join(local)}.")
     skipped: dict[str, dict[str, None]] = {}
     for result in results:
         for task, reason in result["skipped"].items():
             skipped.setdefault(reason, {})[task] = None
-    notes += [f"Skipped {', '.join(tasks)}: {reason}" for reason, tasks in skipped.items()]
-    return notes if width is None else [line for note in notes for line in textwrap.wrap(note, width)]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return notes + [f"Skipped {', '.join(tasks)}: {reason}" for reason, tasks in skipped.items()]

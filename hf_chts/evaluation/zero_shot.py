@@ -4,6 +4,7 @@ import copy
 import importlib.metadata
 import logging
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_chts.evaluation.averages import suite_averages
 from hf_chts.evaluation.embedded_suite import EMBEDDED_TASKS, write_embedded_suite
-from hf_chts.evaluation.model_source import check_model
+from hf_chts.evaluation.model_source import check_max_length, check_model
+from hf_chts.evaluation.options import check_options
 from hf_chts.evaluation.suites import check_task_names, suite_tasks
 
 if TYPE_CHECKING:
-    from lm_eval.models.huggingface import HFLM
+    from hf_chts.evaluation.harness import RankedHFLM
+    from hf_chts.evaluation.harness_tasks import LoadedTasks
 
 logger = logging.getLogger(__name__)
 
@@ -36,44 +40,62 @@ def evaluate_zero_shot(
     device: str | None = None,
     dtype: str = "auto",
     revision: str = "main",
+    task_data: str | Path | None = None,
     bootstrap_iters: int = 1000,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a causal language model on a suite of lm-eval tasks.
 
-    A live model is left as it was: its training mode, and the global random generators. Launched on several GPUs with
-    `accelerate launch`, a model from a directory or the Hub is evaluated by all of them, and the result is empty on all
-    ranks but the first.
+    A live model is left as it was: its training mode, and the global random generators. Launched on several processes
+    with `accelerate launch`, a model from a directory or the Hub is evaluated by all of them, and the result is empty
+    on all ranks but the first; with `batch_size=1` it is that of one process to the last digit, larger batches are
+    made of other documents and so padded otherwise. A live model is evaluated whole by each process that calls this.
 
     Args:
-        model_or_dir: a live model, an exported directory, or a Hub id.
+        model_or_dir: a live model, an exported directory (plain or packed), or a Hub id.
         suite: one of `hf_chts.evaluation.SUITES`, or names of suites and harness tasks with commas between them.
         tokenizer: a tokenizer, its directory or its Hub id; None: the one saved with the model. A live model needs one.
         limit: number of documents per task, from its beginning; None: all of them.
         num_fewshot: number of examples before each question; None: each task's own, most often 0. The embedded tasks
             have none.
-        batch_size: sequences per forward, or "auto" for the most that fit.
+        batch_size: sequences per forward, or "auto" for the most that fit, at most 64.
         max_length: tokens of context; None: the model's `max_position_embeddings`. Set it to the training length
             if the config allows for more than the model was trained on.
         device: such as "cuda:1" for a model that is loaded here; None: the first GPU if there is one. A live model
             stays where it is.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16", for a model that is loaded here.
         revision: branch, tag or commit of a Hub id.
-        bootstrap_iters: resamples for the standard errors that have no closed form (F1, Matthews correlation).
-        progress: show progress bars. The harness shows one per task, of its prompts, in any case.
+        task_data: directory with data files of tasks, DIR/<task>/<split>.jsonl and so on (task_data.py). A task that
+            has no folder there is loaded as always.
+        bootstrap_iters: resamples for the standard errors of F1, Matthews correlation and perplexity where the
+            harness gives them.
+        progress: show progress: a line per task, and bars where stderr is a terminal.
 
     Returns:
-        A dict that `json` can write: `model`, `suite`, `tasks` {task: {metric: value, metric_stderr: its standard
-        error}} (`metric@filter` for metrics behind a filter), `chance` {task: accuracy of guessing} and `samples`
-        {task: number of documents}, `skipped` {task: why}, `truncated_requests` (questions that lost the beginning of
-        their context), `config`, `versions`, `seconds`.
+        A dict that `json` can write:
+
+        - `model`, `suite`: as given.
+        - `tasks`: {task: {metric: value, metric_stderr: its standard error}} (`metric@filter` for metrics behind a
+          filter). Values and errors are the harness's. Where it has no error: the jackknife's. Tasks that ask the
+          same choice of labels in every document have `acc`, `mcc` (Matthews correlation) and `balanced_acc` in any
+          case.
+        - `trivial`: {task: {metric: score}}: the best of always giving one and the same answer, on the same
+          documents, for tasks with labels; the accuracy of guessing for others with choices.
+        - `chance`: {task: accuracy of guessing}.
+        - `labels`: {task: {"names": […], "confusion": rows of true, columns of predicted labels}}.
+        - `averages`: of each suite, see `suite_averages`.
+        - `samples`: {task: number of documents}, `data`: {task: folder of its local data}, `skipped`: {task: why}.
+        - `truncated_requests`: questions that lost the beginning of their context.
+        - `documents`: {task: {"digest": of its documents, "without_each": {metric: its value without the i-th
+          document}}}, from which `compare_models` has paired errors. `write_results` leaves it out.
+        - `config`, `versions`, `seconds`.
 
     Raises:
         FileNotFoundError: there is no such directory or Hub model, or it has no tokenizer; before anything is loaded.
         ValueError: an option is out of range, a name in `suite` is unknown, or model and tokenizer do not fit.
         ConnectionError: not one of the tasks has its data.
     """
-    _check_options(limit, num_fewshot, batch_size)
+    check_options(limit, num_fewshot, batch_size, device, task_data)
     source: PreTrainedModel | str
     if isinstance(model_or_dir, PreTrainedModel):
         if tokenizer is None:
@@ -91,28 +113,30 @@ def evaluate_zero_shot(
     names = suite_tasks(suite)
 
     # the harness takes seconds to import, and training needs this package's metrics without it
-    from hf_chts.evaluation import harness
+    from hf_chts.evaluation import harness, harness_tasks, task_run
 
     began = time.perf_counter()
+    bars = progress and sys.stderr.isatty()  # in a file a bar is one line of thousands of columns
     with (
         tempfile.TemporaryDirectory(prefix="hf_chts_suite_") as directory,
         harness.HarnessLog() as log,
-        harness.undisturbed(live_model, progress=progress),
+        harness.restored(live_model, progress=bars),
     ):
         if set(names) & set(EMBEDDED_TASKS):
-            write_embedded_suite(Path(directory))
-        manager = harness.task_manager(names, Path(directory))
+            write_embedded_suite(Path(directory) / "embedded")
+        manager = harness_tasks.task_manager(names, Path(directory) / "embedded")
         check_task_names(names, manager.task_index)
-        tasks, skipped = harness.load_tasks(manager, names, num_fewshot)
-        for task, reason in skipped.items():
-            logger.warning("Task %s is skipped: %s", task, reason)
-        if not tasks["tasks"]:
-            raise ConnectionError(
-                f"No task of suite={suite!r} could be loaded. {next(iter(skipped))}: "
-                f"{next(iter(skipped.values()))}. Without a network, use suite='embedded'."
-            )
-        lm = harness.ProgressHFLM(
-            progress=progress,
+        loaded = harness_tasks.load_tasks(
+            manager,
+            names,
+            num_fewshot,
+            limit=limit,
+            task_data=Path(task_data) if task_data else None,
+            written=Path(directory) / "local",
+        )
+        _check_loaded(loaded, suite, task_data)
+        lm = harness.RankedHFLM(
+            progress=bars,
             pretrained=source,
             backend="causal",
             tokenizer=_tokenizer(tokenizer),
@@ -123,51 +147,59 @@ def evaluate_zero_shot(
             max_length=max_length,
         )
         _check_fit(lm, max_length)
-        raw = harness.evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=bootstrap_iters, log_samples=False)
-        if raw is None:
+        result = task_run.run_tasks(lm, loaded, limit, bootstrap_iters, progress=progress)
+        truncated = lm.total(log.truncated)
+        if lm.rank != 0:
             return {}
-        chance = harness.chance_accuracies(tasks["tasks"])
-        if log.truncated:
-            logger.warning(
-                "%d requests were longer than max_length=%d and lost the beginning of their context.",
-                log.truncated,
-                lm.max_length,
-            )
+    if truncated:
+        logger.warning(
+            "%d requests were longer than max_length=%d and lost the beginning of their context.",
+            truncated,
+            lm.max_length,
+        )
     return {
         "model": name,
         "suite": suite,
-        "tasks": {task: scores for task, entry in raw["results"].items() if (scores := _scores(entry))},
-        "chance": chance,
-        "samples": {task: count["effective"] for task, count in raw["n-samples"].items()},
-        "skipped": skipped,
-        "truncated_requests": log.truncated,
+        "tasks": result.tasks,
+        "trivial": result.trivial,
+        "chance": result.chance,
+        "labels": result.labels,
+        "averages": suite_averages(suite, result.tasks, result.trivial),
+        "samples": result.samples,
+        "data": loaded.local,
+        "skipped": loaded.skipped,
+        "truncated_requests": truncated,
+        "documents": result.documents,
         "config": {
             "limit": limit,
-            "num_fewshot": dict(raw["n-shot"]),
+            "num_fewshot": result.num_fewshot,
             "batch_size": batch_size,
             "max_length": lm.max_length,
             "prefix_token_id": lm.prefix_token_id,
             "dtype": str(lm.model.dtype).removeprefix("torch."),
             "device": str(lm.device),
+            "processes": lm.world_size,
             "parameters": lm.model.num_parameters(),
             "bootstrap_iters": bootstrap_iters,
         },
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-            "tasks": dict(raw["versions"]),
+            "tasks": result.versions,
         },
         "seconds": time.perf_counter() - began,
     }
 
 
-def _check_options(limit: int | None, num_fewshot: int | None, batch_size: int | str) -> None:
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: use at least 1 document per task, or None for all.")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ValueError(f"num_fewshot={num_fewshot}: use 0 or more examples, or None for each task's own number.")
-    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
-        raise ValueError(f"batch_size={batch_size!r}: use 1 or more sequences, or 'auto'.")
+def _check_loaded(loaded: "LoadedTasks", suite: str, task_data: str | Path | None) -> None:
+    for task, reason in loaded.skipped.items():
+        logger.warning("Task %s is skipped: %s", task, reason)
+    if not loaded.units:
+        task, reason = next(iter(loaded.skipped.items()))
+        hint = "" if task_data else " Without a network, there is suite='embedded'."
+        raise ConnectionError(f"No task of suite={suite!r} could be loaded. {task}: {reason}.{hint}")
+    if task_data and not loaded.local and not loaded.skipped:
+        logger.warning("There is data for none of the tasks in %s.", task_data)
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path | None) -> PreTrainedTokenizerBase | None:
@@ -176,7 +208,7 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path | None) -> PreTra
     return copy.deepcopy(tokenizer)  # the harness gives it a padding token and a padding side
 
 
-def _check_fit(lm: "HFLM", max_length: int | None) -> None:
+def _check_fit(lm: "RankedHFLM", max_length: int | None) -> None:
     """Raise a ValueError where the harness would fail in the middle, or go on with figures that mean nothing."""
     rows = lm.model.get_input_embeddings().num_embeddings
     if len(lm.tokenizer) > rows:
@@ -189,19 +221,4 @@ def _check_fit(lm: "HFLM", max_length: int | None) -> None:
             "The tokenizer has neither a beginning-of-sequence nor an end-of-sequence token, and a text's first "
             "token needs one before it to be predicted from: set tokenizer.eos_token."
         )
-    positions = getattr(lm.config, "max_position_embeddings", None)
-    if max_length is not None and not 1 <= max_length <= (positions or max_length):
-        raise ValueError(f"max_length={max_length}: use from 1 to {positions} tokens, the model's context.")
-
-
-def _scores(entry: dict[str, Any]) -> dict[str, float]:
-    """The harness's {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...} as {"acc": 0.5, "acc_stderr": 0.1}."""
-    scores = {}
-    for key, value in entry.items():
-        metric, comma, filter_name = key.partition(",")
-        if not comma or not isinstance(value, (int, float)):
-            continue  # not a metric, or "N/A" for a standard error that the harness cannot give
-        base = metric.removesuffix("_stderr")
-        at = "" if filter_name == "none" else f"@{filter_name}"
-        scores[f"{base}{at}{'_stderr' if base != metric else ''}"] = float(value)
-    return scores
+    check_max_length(max_length, getattr(lm.config, "max_position_embeddings", None))

@@ -3,13 +3,17 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from made_data import write_task
 
+import hf_chts.evaluation
+from hf_chts import SparsityConfig, export_sparse, sparsify
 from hf_chts.evaluation import SUITES, write_embedded_suite
 
 SCRIPT = Path(__file__).parents[2] / "eval_zero_shot.py"
@@ -37,7 +41,8 @@ def test_one_directory(run, saved_models, tmp_path):
     assert code == 0
     (result,) = json.loads(output.read_text())
     lines = printed.rstrip().split("\n")
-    assert lines[-1] == f"Results: {output}"
+    assert lines[-1] == f"Results: {output}, one.md, one.png"
+    assert sorted(path.name for path in output.parent.iterdir()) == ["one.json", "one.md", "one.png"]
     assert max(map(len, lines[:-1])) <= 100
     bits = result["tasks"]["embedded_bits_per_byte"]["bits_per_byte"]
     assert any("bits_per_byte" in line and f"{bits:.4f}" in line for line in lines)
@@ -45,40 +50,108 @@ def test_one_directory(run, saved_models, tmp_path):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-def test_two_directories_and_a_task_without_its_data(saved_models, tmp_path):
+def cache(home, name, directory):
+    """Put a directory where a download of the Hub id `name` would be."""
+    repository = home / "hub" / f"models--{name.replace('/', '--')}"
+    shutil.copytree(directory, repository / "snapshots" / "0123abcd")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+
+
+@pytest.mark.slow
+def test_hub_ids_plain_and_packed_and_a_task_without_its_data(saved_models, tiny_llama, byte_tokenizer, tmp_path):
     """In a process of its own: huggingface_hub reads HF_HUB_OFFLINE when it is imported, and hash() is salted."""
-    output = tmp_path / "two.json"
+    model = tiny_llama(0)
+    sparsify(model, SparsityConfig(method="set", sparsity=0.5))
+    for name, packed in (("plain", False), ("packed", True)):
+        export_sparse(model, tmp_path / name, tokenizer=byte_tokenizer, packed=packed)
+        cache(tmp_path / "home", f"org/{name}", tmp_path / name)
+    output = tmp_path / "three.json"
+    models = ["org/plain", "org/packed", str(saved_models[1])]
     options = ["--suite", "embedded,perplexity", "--limit", "8", "--batch_size", "4", "--output", str(output)]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, saved_models), *options],
+        [sys.executable, str(SCRIPT), *models, *options, "--baseline", models[2]],
         capture_output=True,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONHASHSEED": "7"},
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
     results = json.loads(output.read_text())
-    assert [result["model"] for result in results] == [str(directory) for directory in saved_models]
-    header, _, *rows = done.stdout.split("\n")
-    assert header.split() == ["task", "metric", "chance", "first", "second"]
-    (bits,) = [row for row in rows if "bits_per_byte  " in row and "byte_perplexity" not in row]
-    figures = [result["tasks"]["embedded_bits_per_byte"]["bits_per_byte"] for result in results]
-    assert bits.split()[-2:] == [f"{figure:.4f}" for figure in figures]
-    assert figures[0] != figures[1]
-    assert "Skipped wikitext: its data is not cached" in done.stdout
+    assert [result["model"] for result in results] == models
+    assert results[0]["tasks"] == results[1]["tasks"] != results[2]["tasks"]
+    assert done.stdout.startswith("task ")
+    bits = [result["tasks"]["embedded_bits_per_byte"]["bits_per_byte"] for result in results]
+    (found,) = [result["difference"]["tasks"]["embedded_bits_per_byte"]["bits_per_byte"] for result in results[1:2]]
+    assert found["value"] == pytest.approx(bits[1] - bits[2])
+    assert found["paired"] is True
+    assert all(f"{value:.4f}" in done.stdout for value in bits)
+    notes = " ".join(done.stdout.split())
+    assert "Skipped wikitext: its data, EleutherAI/wikitext_document_level wikitext-2-raw-v1, is not cached" in notes
+    assert "--task_data DIR with DIR/wikitext/test.jsonl" in notes
     assert all(list(result["skipped"]) == ["wikitext"] for result in results)
+    for text in ("Model 2 of 3: org/packed", "embedded_next_line (2 of 2 tasks)"):
+        assert text in done.stderr
     # the tasks have the digest of their data in their versions: both processes wrote the same
     for task in write_embedded_suite(tmp_path / "suite"):
         config = yaml.safe_load((tmp_path / "suite" / f"{task}.yaml").read_text())
         assert {result["versions"]["tasks"][task] for result in results} == {config["metadata"]["version"]}
 
 
+def test_a_model_that_does_not_load_does_not_cost_the_others(run, saved_models, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(saved_models[0], broken)
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    output = tmp_path / "results.json"
+    options = ["--suite", "embedded_next_line", "--limit", 2, "--output", output]
+    code, printed = run(saved_models[0], broken, saved_models[1], "--baseline", broken, *options)
+    assert code == 3
+    assert f"Not evaluated: {broken}: " in printed
+    first, second = json.loads(output.read_text())
+    assert (first["model"], second["model"]) == tuple(map(str, saved_models))
+    assert second["difference"]["baseline"] == str(saved_models[0])  # as the one that was named is not there
+    code, printed = run(broken, broken, *options)
+    assert code.startswith("eval_zero_shot.py: error: no model could be evaluated.")
+    assert len(json.loads(output.read_text())) == 2
+
+
+def test_results_are_there_after_each_model(run, saved_models, tmp_path, monkeypatch):
+    def killed(*arguments, **options):
+        if arguments[0] == str(saved_models[1]):
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    evaluate = hf_chts.evaluation.evaluate_zero_shot
+    monkeypatch.setattr(hf_chts.evaluation, "evaluate_zero_shot", killed)
+    output = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(*saved_models, "--suite", "embedded_next_line", "--limit", 2, "--output", output)
+    assert [result["model"] for result in json.loads(output.read_text())] == [str(saved_models[0])]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "results.png"}
+
+
+def test_local_task_data(run, saved_models, tmp_path):
+    write_task(tmp_path / "data", "sst2", 9)
+    options = ["--task_data", tmp_path / "data", "--output", tmp_path / "results.json", "--suite", "sst2"]
+    code, printed = run(saved_models[0], *options)
+    assert code == 0
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    assert result["data"] == {"sst2": str(tmp_path / "data" / "sst2")}
+    assert result["samples"] == {"sst2": 9}
+    assert [line.split()[:2] for line in printed.split("\n")[2:5]] == [
+        ["sst2", "acc"],
+        ["mcc", "0.0000"],
+        ["balanced_acc", "0.5000"],
+    ]
+
+
 def test_help_names_every_suite_and_default(run):
     code, printed = run("--help")
     assert code == 0
     assert all(suite in printed for suite in SUITES)
-    options = [part.split()[0] for part in printed.split("\n  --")[1:]]
-    assert len(options) == 10
+    options = [part.split()[0] for part in printed.split("Local data:")[0].split("\n  --")[1:]]
+    assert len(options) == 12
     assert printed.count("default:") == len(options)
+    assert "3, some tasks or models were left out" in printed
 
 
 @pytest.mark.parametrize(
@@ -89,6 +162,11 @@ def test_help_names_every_suite_and_default(run):
         (["{first}", "--limit", "0"], "limit=0"),
         (["{first}", "--suite", "embedded,,"], "empty name"),
         (["{first}", "--output", "{folder}"], "is a directory"),
+        (["{first}", "--output", "{folder}/results.md"], "is for the JSON file"),
+        (["{first}", "--max_length", "641"], "max_length=641"),
+        (["{first}", "--baseline", "other"], "baseline='other'"),
+        (["{first}", "--task_data", "{missing}"], "is no directory"),
+        (["{first}", "--device", "cuda:99"], "device='cuda:99'"),
     ],
 )
 def test_bad_input_is_one_line_and_no_results(run, saved_models, tmp_path, monkeypatch, arguments, named):

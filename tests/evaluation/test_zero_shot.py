@@ -2,17 +2,21 @@ import json
 import math
 import random
 import socket
+from pathlib import Path
 
+import datasets
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
 import yaml
 from lm_eval.tasks import TaskManager
 
+from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse
 from hf_chts.data.embedded import embedded_documents, train_byte_level_bpe
-from hf_chts.evaluation import SUITES, evaluate_zero_shot
+from hf_chts.evaluation import SUITES, check_model, evaluate_zero_shot, task_run
 from hf_chts.evaluation.embedded_suite import passages, questions
-from hf_chts.evaluation.harness import load_tasks, task_manager
+from hf_chts.evaluation.harness_tasks import load_tasks, task_manager
 from hf_chts.evaluation.suites import check_task_names, suite_tasks
 
 
@@ -47,20 +51,28 @@ def test_bits_per_byte_agrees_with_windows_worked_out_by_hand(tiny_llama, byte_t
         batch_size=3,
         max_length=None if length == 640 else length,
     )
-    nats, total_bytes, windows = 0.0, 0, 0
+    passage_nats, passage_bytes, windows = [], [], 0
     for row in passages(embedded_documents("test"))[:6]:
         tokens = [0, *ids_of(row["text"])]  # the first token is predicted from EOS
         count = len(tokens) - 1
+        nats = 0.0
         for start in range(0, count, length):
             end = min(start + length, count)
             begin = max(0, end - length)  # the last window is filled up with what came before
             nats -= log_probability(model, tokens[begin : start + 1], tokens[start + 1 : end + 1])
             windows += 1
-        total_bytes += len(row["text"].encode())
+        passage_nats.append(nats)
+        passage_bytes.append(len(row["text"].encode()))
+    nats, total_bytes = sum(passage_nats), sum(passage_bytes)
     assert windows > 6
     assert result["config"]["prefix_token_id"] == 0
     assert result["config"]["max_length"] == length
     scores = result["tasks"]["embedded_bits_per_byte"]
+    # the harness has no error of it; here by the delta method, from each passage's nats and bytes
+    bits, sizes = np.array(passage_nats) / math.log(2), np.array(passage_bytes)
+    residuals = bits - sizes * bits.sum() / sizes.sum()
+    error = math.sqrt(6 / 5 * (residuals**2).sum()) / sizes.sum()
+    assert scores["bits_per_byte_stderr"] == pytest.approx(error, rel=0.1)  # they part by 1/n, and n is 6
     assert scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / total_bytes, rel=1e-5)
     assert scores["byte_perplexity"] == pytest.approx(math.exp(nats / total_bytes), rel=1e-5)
 
@@ -83,6 +95,7 @@ def test_next_line_agrees_with_choices_scored_by_hand(tiny_llama, byte_tokenizer
     assert scores["acc_norm"] == pytest.approx(right_by_length / 16)
     assert scores["acc_stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 15))
     assert result["chance"] == {"embedded_next_line": 0.25}
+    assert result["trivial"]["embedded_next_line"] == {"acc": 0.25, "acc_norm": 0.25}
     assert result["samples"] == {"embedded_next_line": 16}
 
 
@@ -173,14 +186,73 @@ def test_number_of_examples_and_missing_data(tmp_path):
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
 
     def examples(num_fewshot):
-        loaded, skipped = load_tasks(manager, ["sums"], num_fewshot)
-        assert list(skipped) == ["gone"]
-        assert "absent.jsonl" in skipped["gone"]
-        return {name: task.config.num_fewshot for name, task in loaded["tasks"].items()}
+        loaded = load_tasks(manager, ["sums"], num_fewshot)
+        assert list(loaded.skipped) == ["gone"]
+        assert "absent.jsonl" in loaded.skipped["gone"]
+        return {name: unit["tasks"][name].config.num_fewshot for name, unit in loaded.units.items()}
 
     assert examples(None) == {"own": 2, "none": 0, "zero": 0}
     assert examples(1) == {"own": 1, "none": 1, "zero": 0}
     assert examples(0) == {"own": 0, "none": 0, "zero": 0}
+
+
+def test_a_task_that_fails_does_not_cost_the_others(tiny_llama, byte_tokenizer, monkeypatch, caplog):
+    def evaluate(**settings):
+        if "embedded_bits_per_byte" in settings["task_dict"]["tasks"]:
+            raise RuntimeError("out of memory")
+        return run(**settings)
+
+    run = task_run.evaluate
+    monkeypatch.setattr(task_run, "evaluate", evaluate)
+    result = evaluate_zero_shot(tiny_llama(0), "embedded", tokenizer=byte_tokenizer, limit=2)
+    assert list(result["tasks"]) == ["embedded_next_line"]
+    assert result["skipped"] == {"embedded_bits_per_byte": "it failed: RuntimeError: out of memory"}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate_zero_shot(tiny_llama(0), "embedded_bits_per_byte", tokenizer=byte_tokenizer, limit=2)
+
+
+def test_batch_size_auto(tiny_llama, byte_tokenizer, capsys):
+    found = [
+        evaluate_zero_shot(tiny_llama(0, 64), "embedded", tokenizer=byte_tokenizer, limit=3, batch_size=size)["tasks"]
+        for size in (1, "auto")
+    ]
+    for task, scores in found[0].items():
+        assert found[1][task] == pytest.approx(scores, rel=1e-5)
+    assert capsys.readouterr().out == ""  # what the harness says of it is not for those who read our output
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_exports_score_as_the_live_sparse_model_to_the_last_digit(tmp_path, tiny_llama, byte_tokenizer, packed):
+    model = tiny_llama(0)
+    args = SparseTrainingArguments(str(tmp_path / "run"), max_steps=4, report_to=[], use_cpu=True, disable_tqdm=True)
+    blocks = [{"input_ids": list(range(i, i + 8)), "labels": list(range(i, i + 8))} for i in range(32)]
+    sparsity = SparsityConfig(method="chts", sparsity=0.7, update_interval=2)
+    SparseTrainer(model=model, args=args, sparsity=sparsity, train_dataset=blocks).train()
+    export_sparse(model, tmp_path / "export", tokenizer=byte_tokenizer, packed=packed)
+    live = evaluate_zero_shot(model, "embedded", tokenizer=byte_tokenizer, limit=9)
+    exported = evaluate_zero_shot(tmp_path / "export", "embedded", limit=9)
+    for part in ("tasks", "documents", "trivial", "samples"):
+        assert exported[part] == live[part]
+    assert exported["tasks"]["embedded_bits_per_byte"]["bits_per_byte"] > 0
+
+
+def test_the_network_is_tried_once(tmp_path, monkeypatch):
+    tried = []
+
+    def unreachable(*arguments, **options):
+        tried.append((datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE))
+        raise ConnectionError("no network in this test")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    names = ["rte", "piqa", "boolq"]
+    loaded = load_tasks(task_manager(names, tmp_path), names)
+    assert tried == [(False, False), (True, True), (True, True)]
+    assert datasets.config.HF_HUB_OFFLINE is huggingface_hub.constants.HF_HUB_OFFLINE is False
+    assert loaded.units == {}
+    assert loaded.skipped["piqa"].startswith("its data, baber/piqa, is not cached and could not be downloaded. ")
+    assert "DIR/piqa/validation.jsonl" in loaded.skipped["piqa"]
 
 
 def test_suites_and_lists_of_tasks():
@@ -195,7 +267,7 @@ def test_suites_and_lists_of_tasks():
 
 
 def test_the_harness_has_every_task_of_the_suites_without_a_scan_of_all_its_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_chts.evaluation.harness._all_harness_tasks", lambda: pytest.fail("scanned them all"))
+    monkeypatch.setattr("hf_chts.evaluation.harness_tasks._all_harness_tasks", lambda: pytest.fail("scanned them all"))
     names = suite_tasks(",".join(name for name in SUITES if name != "embedded"))
     index = task_manager(names, tmp_path).task_index
     check_task_names(names, index)
@@ -213,6 +285,8 @@ def test_the_harness_has_every_task_of_the_suites_without_a_scan_of_all_its_file
         ({"dtype": "bfloat16"}, ValueError, "dtype='bfloat16'"),
         ({"max_length": 641}, ValueError, "max_length=641.*640"),
         ({"suite": "embedded,"}, ValueError, "empty name"),
+        ({"device": "gpu"}, ValueError, "device='gpu' is no device"),
+        ({"device": "cuda:99"}, ValueError, "device='cuda:99': this machine shows"),
     ],
 )
 def test_options_out_of_range(tiny_llama, byte_tokenizer, options, error, named):
@@ -245,3 +319,8 @@ def test_a_missing_model_is_an_error_before_anything_is_loaded(tmp_path, tiny_ll
     tiny_llama(0).save_pretrained("runs")
     with pytest.raises(FileNotFoundError, match="runs has a model but no tokenizer"):
         evaluate_zero_shot("runs")
+    with pytest.raises(ValueError, match=r"max_length=641.*640.*of runs"):
+        check_model("runs", tokenizer=False, max_length=641)
+    Path("runs/config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match="runs is a t5, which is no causal language model"):
+        check_model("runs", tokenizer=False)

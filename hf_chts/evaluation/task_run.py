@@ -1,0 +1,100 @@
+"""Running tasks, and what their results come to. Imported late, as it imports the harness."""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_chts.evaluation.harness import RankedHFLM, evaluate
+from hf_chts.evaluation.harness_tasks import LoadedTasks, chance_accuracies, seeded
+from hf_chts.evaluation.sample_scores import score_samples
+
+logger = logging.getLogger(__name__)
+
+_GUESSED = {"acc", "acc_norm", "acc_bytes"}
+_FIRST = ("acc", "acc_norm", "mcc", "balanced_acc")
+
+
+@dataclass
+class TaskResults:
+    """Each {task: …}, with the meaning that they have in what `evaluate_zero_shot` returns."""
+
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    trivial: dict[str, dict[str, float]] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    num_fewshot: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def run_tasks(
+    lm: RankedHFLM, loaded: LoadedTasks, limit: int | None, bootstrap_iters: int, *, progress: bool
+) -> TaskResults:
+    """Run one task after the other. One that fails is named in `loaded.skipped`; the others still run.
+
+    On all ranks but the first the results are empty.
+
+    Raises:
+        Exception: none was run; on several processes also if one failed.
+    """
+    result = TaskResults()
+    failed: Exception | None = None
+    for number, (name, unit) in enumerate(loaded.units.items(), start=1):
+        fewest = min(min(len(task.eval_docs), limit or sys.maxsize) for task in unit["tasks"].values())
+        if fewest < lm.world_size:
+            loaded.skipped[name] = f"it has {fewest} documents for {lm.world_size} processes: start fewer of them"
+            continue
+        if progress and lm.rank == 0:
+            print(f"{name} ({number} of {len(loaded.units)} tasks)", file=sys.stderr, flush=True)
+        seeded()
+        try:
+            raw = evaluate(lm=lm, task_dict=unit, limit=limit, bootstrap_iters=bootstrap_iters)
+        except Exception as error:
+            if lm.world_size > 1:
+                raise  # the other ranks may not have failed, and would wait for this one
+            logger.warning("Task %s failed: %s", name, error, exc_info=True)
+            loaded.skipped[name] = f"it failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            failed = error
+            continue
+        if raw is None:
+            continue
+        chance = chance_accuracies(unit["tasks"], raw["samples"])
+        result.chance |= chance
+        for task, entry in raw["results"].items():
+            reported = _scores(entry)
+            if task in unit["tasks"]:
+                found = score_samples(unit["tasks"][task], raw["samples"][task])
+                reported = {**found.scores, **reported}
+                guessed = {metric: chance[task] for metric in _GUESSED & reported.keys() if task in chance}
+                result.trivial[task] = {**guessed, **found.trivial}
+                if found.labels:
+                    result.labels[task] = found.labels
+                result.documents[task] = {"digest": found.documents, "without_each": found.without_each}
+            if reported:
+                result.tasks[task] = dict(sorted(reported.items(), key=_place))
+        result.samples |= {task: count["effective"] for task, count in raw["n-samples"].items()}
+        result.num_fewshot |= raw["n-shot"]
+        result.versions |= raw["versions"]
+    if not result.tasks and lm.rank == 0:
+        raise failed or ValueError(f"No task was run: {loaded.skipped}")
+    return result
+
+
+def _place(score: tuple[str, float]) -> tuple[int, str]:
+    metric = score[0].removesuffix("_stderr")
+    return (_FIRST.index(metric) if metric in _FIRST else len(_FIRST), score[0])
+
+
+def _scores(entry: dict[str, Any]) -> dict[str, float]:
+    """The harness's {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...} as {"acc": 0.5, "acc_stderr": 0.1}."""
+    scores = {}
+    for key, value in entry.items():
+        metric, comma, filter_name = key.partition(",")
+        if not comma or not isinstance(value, (int, float)):
+            continue  # not a metric, or "N/A" for a standard error that the harness cannot give
+        base = metric.removesuffix("_stderr")
+        at = "" if filter_name == "none" else f"@{filter_name}"
+        scores[f"{base}{at}{'_stderr' if base != metric else ''}"] = float(value)
+    return scores
