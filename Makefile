@@ -4,18 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
+# processes that share the test files, one thread each: two are enough to halve the time, and as many ranks may join each
+WORKERS ?= 2
 
 .PHONY: demo test check format clean
 
 demo: $(INSTALLED)
-	$(BIN)/accelerate launch train_llama.py
+	$(BIN)/accelerate launch --config_file configs/accelerate/single.yaml train_llama.py
 	$(BIN)/python eval_zero_shot.py $(DEMO)/export --suite embedded --output $(DEMO)/zero_shot.json
 	@echo "checkpoint  $(DEMO)/export"
 	@echo "results     $(DEMO)/zero_shot.json"
-	@echo "figure      $(DEMO)/training.png"
+	@echo "report      $(DEMO)/report.html"
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,15 +4,19 @@ import os
 import sys
 from pathlib import Path
 
+import datasets
 import torch
 from transformers import default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse
 from hf_chts.command_line import parse_run
 from hf_chts.data import DataArguments, load_data, token_byte_lengths
 from hf_chts.evaluation import language_modeling_metrics
+from hf_chts.export import push_directory
 from hf_chts.model_arguments import ModelArguments, build_model, load_config
+from hf_chts.report import write_report
 from hf_chts.report.figures import training_figure
 
 ROOT = Path(__file__).parent
@@ -20,15 +24,17 @@ ROOT = Path(__file__).parent
 
 def main() -> None:
     kinds = (ModelArguments, DataArguments, SparsityConfig, SparseTrainingArguments)
+    quiet_console()
     try:
         model_args, data_args, sparsity, args = parse_run(
             kinds, sys.argv[1:], default_config=ROOT / "configs" / "demo.yaml", description=__doc__ or ""
         )
         trainer = build_trainer(model_args, data_args, sparsity, args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"train_llama.py: {' '.join(str(error).split())}") from error  # one line, whoever raised it
 
     use_all_cores(args)
+    trainer.recipe = recipe(model_args, data_args, args, args.max_steps)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
@@ -37,6 +43,7 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     output = Path(args.output_dir)
+    figure = training_figure(trainer.state.log_history, output / "training.png")
     export = export_sparse(
         trainer.accelerator.unwrap_model(trainer.model),
         model_args.export_dir or output / "export",
@@ -44,16 +51,19 @@ def main() -> None:
         tokenizer=trainer.processing_class,
         training=recipe(model_args, data_args, args, trainer.state.max_steps),
         metrics={name: metrics[f"eval_{name}"] for name in ("loss", "perplexity", "bits_per_byte")},
+        figures=[figure],
         packed=model_args.export == "packed",
     )
-    figure = training_figure(trainer.state.log_history, output / "training.png")
+    report = write_report([output])
     print(
         f"\nloss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}, "
         f"bits per byte {metrics['eval_bits_per_byte']:.4f} on the validation split; "
         f"sparsity {trainer.sparse.sparsity():.4%}\n"
         f"checkpoint  {get_last_checkpoint(args.output_dir)}\nexport      {export}\n"
-        f"metrics     {output / 'eval_results.json'}\nfigure      {figure}"
+        f"metrics     {output / 'eval_results.json'}\nfigure      {figure}\nreport      {report}"
     )
+    if args.push_to_hub:
+        push(trainer, export)
 
 
 def build_trainer(
@@ -66,7 +76,7 @@ def build_trainer(
         raise ValueError("export packed: a dense model has nothing to pack, leave export plain")
     config = load_config(model_args, ROOT)
     with args.main_process_first(desc="preparing the data"):
-        data = load_data(data_args, vocab_size=config.vocab_size, seed=args.seed)
+        data = load_data(data_args, vocab_size=config.vocab_size, seed=args.seed, shuffle_seed=args.data_seed)
     config.bos_token_id = data.tokenizer.bos_token_id
     config.eos_token_id = data.tokenizer.eos_token_id
     config.pad_token_id = data.tokenizer.pad_token_id
@@ -85,6 +95,33 @@ def build_trainer(
         preprocess_logits_for_metrics=preprocess_logits,
         compute_metrics=compute_metrics,
     )
+
+
+def push(trainer: SparseTrainer, export: Path) -> None:
+    """The export becomes what the repository holds, beside the checkpoints that were pushed on the way."""
+    args = trainer.args
+    try:
+        commit = push_directory(
+            export,
+            trainer.hub_model_id,
+            token=args.hub_token,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            commit_message="End of training",
+        )
+    except OSError as error:
+        raise SystemExit(f"train_llama.py: {' '.join(str(error).split())}") from error
+    print(f"hub         {commit.repo_url}")
+
+
+def quiet_console() -> None:
+    """Nothing that a reader of the console or of a log file could do without."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, warns if nobody says so
+    if not sys.stderr.isatty():
+        # of weights written and documents read: lines of thousands of columns in a file
+        disable_progress_bar()
+        datasets.disable_progress_bars()
 
 
 def use_all_cores(args: SparseTrainingArguments) -> None:
@@ -111,7 +148,7 @@ def recipe(
         "sequences per step": sequences,
         "tokens per sequence": data_args.block_size,
         "learning rate": args.learning_rate,
-        "schedule": str(args.lr_scheduler_type),
+        "schedule": args.lr_scheduler_type,
         "warm-up steps after each topology update": args.update_warmup_steps,
         "seed": args.seed,
     }

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from hf_chts.command_help import RunHelp, describe
+
 
 def parse_run(
     kinds: Sequence[Any], argv: Sequence[str], *, default_config: str | Path, description: str
@@ -29,21 +31,38 @@ def parse_run(
         ValueError: the file is not a YAML mapping, or a field is unknown or has a value out of range.
         SystemExit: argparse's own, with a message, for a value that does not parse and for --help.
     """
-    parser = HfArgumentParser(list(kinds), description=description, allow_abbrev=False)
+    parser = HfArgumentParser(
+        list(kinds),
+        usage="%(prog)s [--config FILE] [--option value]…",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=RunHelp,
+    )
+    shown = _short(default_config)
     parser.add_argument(
-        "--config", metavar="FILE", default=str(default_config), help="YAML file with any of the fields below."
+        "--config",
+        metavar="FILE",
+        default=str(default_config),
+        help=f"YAML file with any of the options below, which win over it; what it sets stands "
+        f"beside their defaults. Default: {shown}.",
     )
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=str(default_config))
     path = Path(first.parse_known_args(argv)[0].config)
     known = {action.dest for action in parser._actions} - {"help", "config"}
-    parser.set_defaults(**_read(path, known))
+    values = _read(path, known)
+    describe(parser, kinds, _short(path), values)
+    parser.set_defaults(**values)
     *instances, namespace, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
     del namespace  # holds only --config
     if rest:
         name = rest[0].removeprefix("--").split("=")[0]
         raise ValueError(f"unknown option {rest[0]}{_closest(name, known)}: --help lists them all")
     return tuple(instances)
+
+
+def _short(path: str | Path) -> str:
+    return "/".join(Path(path).parts[-2:])
 
 
 def _read(path: Path, known: set[str]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ def _option(default: Any, help: str) -> Any:
 
 
 def _by_method(name: str, help: str) -> Any:
-    return field(default=None, metadata={"help": f"{help} Default: the method's, else {DEFAULTS.get(name)}."})
+    otherwise = f", else {DEFAULTS[name]}" if DEFAULTS.get(name) is not None else ""
+    return field(default=None, metadata={"help": f"{help} Default: the method's{otherwise}."})
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class SparsityConfig:
         ValueError: a value out of range, of the wrong type or not among the choices; the message names it and what
             to do.
     """
+
+    _argument_group_name = "sparsity"  # transformers.HfArgumentParser reads it
 
     method: str = _option("chtss", f"Sparse training method: {', '.join(METHODS)}.")
     sparsity: float = _by_method("sparsity", "Final share of missing links in every sparse layer, in (0, 1).")

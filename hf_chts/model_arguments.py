@@ -13,6 +13,8 @@ from hf_chts.export.packed_loading import forget_packing
 class ModelArguments:
     """Parameters that control the model and where it is exported."""
 
+    _argument_group_name = "the model"  # HfArgumentParser reads it
+
     model: str = field(
         default="configs/models/llama_demo.json",
         metadata={

@@ -45,6 +45,9 @@ def test_train_export_and_resume(tmp_path):
     result = run(LAUNCH, *options)
     assert result.returncode == 0, result.stderr[-4000:]
     assert "sparsity 90.0000%" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if str(tmp_path) not in line]  # the paths of this test
+    assert max(map(len, lines)) <= 100, max(lines, key=len)
+    assert [line.split()[0] for line in lines if " sparse  −" in line] == ["4", "8", "12"]
     export = tmp_path / "run/export"
     loaded = AutoModelForCausalLM.from_pretrained(export)
     assert len(AutoTokenizer.from_pretrained(export)) == 512
@@ -53,6 +56,7 @@ def test_train_export_and_resume(tmp_path):
         assert int(mask.sum()) == round(0.1 * mask.numel())
         assert weight[~mask].eq(0).all()
     assert (tmp_path / "run/training.png").stat().st_size > 10_000
+    assert "<h1" in (tmp_path / "run/report.html").read_text()
     first = json.loads((tmp_path / "run/eval_results.json").read_text())
     assert 0 < first["eval_bits_per_byte"] < 9
 

@@ -13,6 +13,8 @@ class SparseTrainingArguments(TrainingArguments):
         update_warmup_steps: after each update the rate climbs back over this many optimizer steps (paper Table 6: 20).
     """
 
+    _argument_group_name = "training, as in transformers.TrainingArguments"  # HfArgumentParser reads it
+
     lr_scheduler_type: str = field(
         default="cosine", metadata={"help": "Any schedule of transformers. Default: cosine."}
     )

@@ -1,0 +1,187 @@
+"""What a run says on the console: one line a log, one line an update, 100 columns at most."""
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import (
+    ProgressCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+
+COLUMNS = 100
+
+# what the lines say otherwise, or what says nothing on a console
+_LEFT_OUT = ("epoch", "step", "total_flos", "eval_loss_per_token", "num_input_tokens_seen")
+_LOSSES = ("loss_before_update", "loss_after_update")
+
+# log key → what it is called on a line, and its format
+_TRAINING = {
+    "loss": ("loss", ".4f"),
+    "grad_norm": ("gradient norm", ".3g"),
+    "learning_rate": ("learning rate", ".2e"),
+}
+_VALIDATION = {
+    "eval_loss": ("loss", ".4f"),
+    "eval_perplexity": ("perplexity", ".2f"),
+    "eval_bits_per_byte": ("bits per byte", ".4f"),
+    "eval_runtime": ("seconds", ".1f"),
+}
+_END = {
+    "train_loss": ("mean loss", ".4f"),
+    "train_runtime": ("seconds", ".1f"),
+    "train_samples_per_second": ("sequences per second", ".2f"),
+    "train_steps_per_second": ("steps per second", ".3f"),
+    "train_tokens_per_second": ("tokens per second", ".0f"),
+}
+_RATES = ("eval_samples_per_second", "eval_steps_per_second")  # the seconds say the same
+
+
+class ConsoleCallback(ProgressCallback, PrinterCallback):
+    """The Trainer's progress bars and logs, in lines that are read rather than parsed.
+
+    The line of an update waits for the loss of the next step, to tell what the update did to it. Bars are drawn on
+    terminals only: in a file they would be one line of thousands of columns. It replaces `ProgressCallback` and
+    `PrinterCallback`, and is both, so that `remove_callback` of either does what it did.
+
+    Args:
+        bars: whether to draw them; `not args.disable_tqdm`.
+        stream: takes a line without its end; None prints to stdout, past the bars.
+    """
+
+    def __init__(self, *, bars: bool = True, stream: Callable[[str], None] | None = None) -> None:
+        super().__init__()
+        self.bars = bars
+        self.stream = stream
+        self.update: tuple[int, dict[str, Any]] | None = None
+
+    def _bar(self, **settings: Any) -> Any:
+        columns = min(COLUMNS, shutil.get_terminal_size().columns)
+        return tqdm(ncols=columns, disable=not (self.bars and sys.stderr.isatty()), **settings)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.update = None
+        self.current_step = 0
+        if state.is_world_process_zero:
+            self.training_bar: Any = self._bar(total=state.max_steps)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            bar: Any = self.prediction_bar
+            if bar is None:
+                total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
+                bar = self.prediction_bar = self._bar(total=total, leave=False, desc="evaluating")
+            bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        rest = dict(logs)
+        losses = {name: rest.pop(name) for name in _LOSSES if name in rest}
+        if losses:
+            self._say_update(losses)
+        if "links_removed" in rest:
+            self.update = (state.global_step, rest)
+        elif rest.keys() - set(_LEFT_OUT):
+            self._say(log_line(state.global_step, rest))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._say_update({})  # an update in the last step has no loss after it
+        super().on_train_end(args, state, control, **kwargs)
+
+    def _say_update(self, losses: Mapping[str, float]) -> None:
+        if self.update is not None:
+            step, figures = self.update
+            self.update = None
+            self._say(update_line(step, {**figures, **losses}))
+
+    def _say(self, text: str) -> None:
+        (self.stream or tqdm.write)(text)
+
+
+def update_line(step: int, figures: Mapping[str, Any]) -> str:
+    """One update in one line; the links removed and regrown are those of all layers, on all ranks."""
+    parts = [
+        f"{figures['sparsity']:.1%} sparse",
+        f"−{_count(figures['links_removed'])} +{_count(figures['links_regrown'])}",
+        f"overlap {figures['overlap']:.0%}",
+        f"ITOP {figures['itop']:.2f}",
+        f"active {figures['active_neurons']:.1%}".replace("100.0%", "100%"),
+    ]
+    if "softness" in figures:
+        parts.append(f"δ{figures['softness']:.2f}")
+    if all(name in figures for name in _LOSSES):
+        before, after = (figures[name] for name in _LOSSES)
+        parts.append(f"loss {after - before:+.3f}".replace("-", "−"))
+    seconds = figures["topology_seconds"]
+    parts.append(f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s")
+    return f"{step:>6}  {'  '.join(parts)}"
+
+
+def log_line(step: int, logs: Mapping[str, Any]) -> str:
+    """Any log of the Trainer: in one line what it logs itself, further lines for keys that others added."""
+    if "train_runtime" in logs:
+        title, table = "done: ", _END
+    elif any(key.startswith("eval_") for key in logs):
+        title, table = "validation: ", _VALIDATION
+    else:
+        title, table = "", _TRAINING
+    known = [f"{name} {logs[key]:{form}}" for key, (name, form) in table.items() if _is_number(logs.get(key))]
+    shown = {key for key in table if _is_number(logs.get(key))}
+    others = [
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in logs.items()
+        if key not in shown and key not in _LEFT_OUT and key not in _RATES
+    ]
+    lines = [f"{step:>6}  {title}"]
+    for part in [*known, *others]:
+        gap = "" if lines[-1].endswith((" ", ":")) else "  "
+        if len(lines[-1]) + len(gap) + len(part) > COLUMNS and lines[-1].strip():
+            lines.append(" " * 8 + part)
+        else:
+            lines[-1] += gap + part
+    return "\n".join(lines)
+
+
+def use_console(trainer: Any) -> None:
+    """Replace the Trainer's own progress and printing callbacks; those of notebooks and of users stay."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback) in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+            trainer.add_callback(ConsoleCallback(bars=type(callback) is ProgressCallback))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _count(links: int) -> str:
+    """In at most four characters, as 9.9k, 325k, 1.4M: seven numbers have to fit on the line."""
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if links >= 0.9995 * size:
+            value = links / size
+            return f"{value:.0f}{letter}" if value >= 9.95 else f"{value:.1f}{letter}"
+    return str(links)
