@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama_60m", help="a file of configs/models (default: llama_60m)")
     parser.add_argument("--batch", type=int, default=8, help="sequences of 256 tokens (default: 8)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of all cases (default: 5)")
     parser.add_argument("--steps", type=int, default=4, help="training steps in each repeat (default: 4)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each case in each repeat (default: 2)")
     args = parser.parse_args()

@@ -250,9 +250,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each score per network (default: 5)")
     parser.add_argument("--networks", type=int, default=3, help="networks per case (default: 3)")
-    parser.add_argument("--figure", type=Path, help="write a figure here (PNG)")
-    parser.add_argument("--table", type=Path, help="write a page with the figures as a table here (Markdown)")
-    parser.add_argument("--machine", default="not named", help="what the table calls the machine")
+    parser.add_argument("--figure", type=Path, help="write a figure here, PNG (default: none)")
+    parser.add_argument(
+        "--table", type=Path, help="write a page with the figures as a table here, Markdown (default: none)"
+    )
+    parser.add_argument("--machine", default="not named", help="what the table calls the machine (default: not named)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     load = os.getloadavg()[0]

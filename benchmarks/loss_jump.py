@@ -106,14 +106,16 @@ def run(variant: str, seed: int, options: argparse.Namespace, data: Any) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--interval", type=int, default=100, help="optimizer steps between updates")
-    parser.add_argument("--warmup_steps", type=int, default=20, help="steps of the warm-up after an update")
-    parser.add_argument("--drop_fraction", type=float, default=0.3)
-    parser.add_argument("--adam_beta2", type=float, default=0.999)
-    parser.add_argument("--method", default="chts")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: 3)")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of a run (default: 1500)")
+    parser.add_argument("--interval", type=int, default=100, help="optimizer steps between updates (default: 100)")
+    parser.add_argument(
+        "--warmup_steps", type=int, default=20, help="steps of the warm-up after an update (default: 20)"
+    )
+    parser.add_argument("--drop_fraction", type=float, default=0.3, help="share of the links replaced (default: 0.3)")
+    parser.add_argument("--adam_beta2", type=float, default=0.999, help="of AdamW (default: 0.999)")
+    parser.add_argument("--method", default="chts", help="sparse training method (default: chts)")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="(default: all)")
     options = parser.parse_args()
     data = load_data(DataArguments(block_size=64, max_eval_tokens=16384), vocab_size=MODEL["vocab_size"], seed=0)
     runs = []

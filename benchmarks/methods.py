@@ -73,11 +73,13 @@ def table(rows: list[dict[str, Any]], command: str, sparsity: float, max_steps: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--sparsity", type=float, default=0.8)
-    parser.add_argument("--max_steps", type=int, default=180)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "methods")
-    parser.add_argument("--table", type=Path, default=None, help="a Markdown file to write")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="(default: all)")
+    parser.add_argument("--sparsity", type=float, default=0.8, help="final share of missing links (default: 0.8)")
+    parser.add_argument("--max_steps", type=int, default=180, help="optimizer steps of a run (default: 180)")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "methods", help="where the runs go (default: runs/methods)"
+    )
+    parser.add_argument("--table", type=Path, default=None, help="a Markdown file to write (default: none)")
     options = parser.parse_args()
     rows = []
     for method in options.methods:

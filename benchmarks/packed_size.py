@@ -80,7 +80,9 @@ def measure(model: str, sparsity: float, repeats: int, directory: Path) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama_60m", help="a file of configs/models (default: llama_60m)")
-    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.7, 0.8, 0.9, 0.95])
+    parser.add_argument(
+        "--sparsities", nargs="+", type=float, default=[0.7, 0.8, 0.9, 0.95], help="(default: 0.7 0.8 0.9 0.95)"
+    )
     parser.add_argument("--repeats", type=int, default=9, help="loads of each kind (default: 9)")
     parser.add_argument("--threads", type=int, default=1, help="of torch; loading is one thread's work (default: 1)")
     arguments = parser.parse_args()

@@ -89,11 +89,13 @@ def measure(shape: tuple[int, int], method: str, repeats: int) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "configs/models/llama_7b.json"))
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--methods", nargs="+", default=["chtss", "rigl"])
-    parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--model", default=str(ROOT / "configs/models/llama_7b.json"), help="config (default: llama_7b.json)"
+    )
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64], help="numbers of GPUs (default: 8 64)")
+    parser.add_argument("--methods", nargs="+", default=["chtss", "rigl"], help="methods (default: chtss rigl)")
+    parser.add_argument("--measure", action="store_true", help="also time an update of the largest layer (default: no)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed updates (default: 3)")
     options = parser.parse_args()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))

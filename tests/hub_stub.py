@@ -94,6 +94,7 @@ class HubStub:
         clock = SimpleNamespace(**{**vars(time), "sleep": waits.append})
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", self.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere")
         monkeypatch.setattr(huggingface_hub.utils._http, "time", clock)
         monkeypatch.setattr(hub_errors, "time", clock)

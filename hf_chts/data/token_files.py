@@ -6,7 +6,6 @@ The index is written last.
 """
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_chts.data.arguments import Packing
 from hf_chts.data.packing import Block, tensors, tokenizer_digest, truncate_and_pad
+from hf_chts.seal import crc32
 
 INDEX_NAME = "hf_chts_tokens.json"
 FORMAT = "hf_chts tokens, 1"
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -189,11 +188,3 @@ class TokenBlocks(torch.utils.data.Dataset):
     def __getstate__(self) -> dict[str, Any]:
         # a worker that is sent this maps the files itself
         return {name: value for name, value in self.__dict__.items() if name not in ("_tokens", "_ends")}
-
-
-def crc32(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum

@@ -15,12 +15,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.layers.patching import SparseModel, sparsify
+from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal
 from hf_chts.training.callback import TopologyCallback
 from hf_chts.training.console import use_console
 from hf_chts.training.data_state import ResumableDataMixin
 from hf_chts.training.hub import HubPushes
 from hf_chts.training.lr_schedules import add_update_warmup
-from hf_chts.training.seal import SEAL_NAME, last_sealed, seal, verify_seal
 
 # The mixin goes before any Trainer class, and is not one itself
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from launching import ROOT, torchrun
 
 from hf_chts import SparseModel, load_sparse
-from hf_chts.training.seal import verify_seal
+from hf_chts.seal import verify_seal
 
 
 @pytest.mark.distributed

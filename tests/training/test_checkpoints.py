@@ -11,7 +11,7 @@ from cases import losses, same_weights, trainer, weights
 from tiny import tiny_llama
 from transformers import Trainer, TrainerCallback
 
-from hf_chts.training.seal import SEAL_NAME, last_sealed, seal
+from hf_chts.seal import SEAL_NAME, last_sealed, seal
 
 FILES = [
     "masks.safetensors", "topology_history.json", "sparsity_config.json", "model.safetensors", "optimizer.pt",

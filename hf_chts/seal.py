@@ -24,7 +24,7 @@ def seal(directory: str | Path, step: int) -> None:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name != SEAL_NAME:
-            files[name] = [path.stat().st_size, _checksum(path)]
+            files[name] = [path.stat().st_size, crc32(path)]
     text = json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1)
     write_whole(directory / SEAL_NAME, text.encode())
 
@@ -57,7 +57,7 @@ def verify_seal(directory: str | Path) -> None:
             raise ValueError(
                 f"{file} has {found} bytes, and had {size} when it was written. Take an earlier checkpoint"
             )
-        if _checksum(file) != checksum:
+        if crc32(file) != checksum:
             raise ValueError(f"{file} is damaged: its checksum is not that of its seal. Take an earlier checkpoint")
 
 
@@ -81,7 +81,8 @@ def _read(path: Path) -> dict[str, tuple[int, int]]:
     return files
 
 
-def _checksum(path: Path) -> int:
+def crc32(path: Path) -> int:
+    """The CRC-32 of a file of any size."""
     checksum = 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
