@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitInfo
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
@@ -20,6 +21,7 @@ from transformers.utils import PushInProgress
 from hf_chts.checkpoint import write_whole
 from hf_chts.export.checkpoint_card import last_evaluation, progress
 from hf_chts.export.hub import HubRepository, explained, open_repository
+from hf_chts.export.hub_errors import PushFailed
 from hf_chts.export.hub_files import CARD
 from hf_chts.export.model_card import model_card
 from hf_chts.export.model_facts import ModelFacts
@@ -56,6 +58,8 @@ class HubPushes(_AnyTrainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's, before training; asks for the token and the right to write while nothing is lost yet.
 
+        Collective: what rank 0 is refused, all ranks raise.
+
         Raises:
             PushFailed: the Hub refuses, or cannot be reached.
             ValueError: FSDP saves weights in parts, which nobody could load from the Hub.
@@ -67,10 +71,19 @@ class HubPushes(_AnyTrainer):
                     f"fsdp_state_dict_type is {kind}, so what is saved has no whole weights to push: set it to "
                     "FULL_STATE_DICT"
                 )
+        refused: list[str | None] = [None]
+        if self.is_world_process_zero():
+            try:
+                self._repository = self._open(token, private, None)
+            except PushFailed as error:
+                refused = [str(error)]
+        # else the others would train on until they miss rank 0
+        (reason,) = broadcast_object_list(refused)
+        if reason is not None:
+            raise PushFailed(reason)
         if not self.is_world_process_zero():
             return
         output_dir = Path(self.args.output_dir or ".")
-        self._repository = self._open(token, private, None)
         self.hub_model_id = self._repository.repo_id
         self.push_in_progress = None
         for left in output_dir.glob(f"{STAGED}*"):  # by a run that was killed

@@ -1,6 +1,7 @@
 """A run of two ranks that pushes: rank 0 alone does, and the export is what the repository holds at the end."""
 
 import json
+import os
 
 import pytest
 from hub_stub import HubStub
@@ -21,6 +22,8 @@ def test_two_ranks_of_train_llama(tmp_path, monkeypatch):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"document {n} of a small corpus\n" * 3}) + "\n" for n in range(200)))
     with HubStub() as hub:
+        for name in [name for name in os.environ if name.startswith("HF_")]:
+            monkeypatch.delenv(name)
         for name, value in hub.environment(tmp_path / "home").items():
             monkeypatch.setenv(name, value)
         torchrun(

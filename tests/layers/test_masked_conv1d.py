@@ -1,6 +1,7 @@
 """MaskedConv1D, whose weight lies as (in, out): a topology is (out, in) all the same."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,7 +163,13 @@ class Run:
         self.event(self.callback.on_train_begin)
 
     def event(self, hook):
-        hook(None, self.state, TrainerControl(), model=self.callback.sparse.model, optimizer=self.optimizer)
+        hook(
+            SimpleNamespace(output_dir=None),
+            self.state,
+            TrainerControl(),
+            model=self.callback.sparse.model,
+            optimizer=self.optimizer,
+        )
 
     def step(self):
         self.event(self.callback.on_step_begin)
