@@ -34,7 +34,7 @@ def main() -> None:
         raise SystemExit(f"train_llama.py: {' '.join(str(error).split())}") from error  # one line, whoever raised it
 
     use_all_cores(args)
-    trainer.recipe = recipe(model_args, data_args, args, args.max_steps)
+    trainer.recipe = recipe(model_args, data_args, args)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
@@ -49,7 +49,7 @@ def main() -> None:
         model_args.export_dir or output / "export",
         state_dict=weights,
         tokenizer=trainer.processing_class,
-        training=recipe(model_args, data_args, args, trainer.state.max_steps),
+        training={**trainer.recipe, "optimizer steps": trainer.state.max_steps},
         metrics={name: metrics[f"eval_{name}"] for name in ("loss", "perplexity", "bits_per_byte")},
         figures=[figure],
         packed=model_args.export == "packed",
@@ -137,14 +137,12 @@ def checkpoint_to_resume(args: SparseTrainingArguments) -> str | bool | None:
     return given.lower() == "true" if given is not None and given.lower() in ("true", "false") else given
 
 
-def recipe(
-    model_args: ModelArguments, data_args: DataArguments, args: SparseTrainingArguments, steps: int
-) -> dict[str, object]:
+def recipe(model_args: ModelArguments, data_args: DataArguments, args: SparseTrainingArguments) -> dict[str, object]:
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "model": model_args.model,
         "dataset": data_args.dataset,
-        "optimizer steps": steps,
+        "optimizer steps": args.max_steps,
         "sequences per step": sequences,
         "tokens per sequence": data_args.block_size,
         "learning rate": args.learning_rate,

@@ -27,7 +27,6 @@ from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig
 from hf_chts.data import BlockStream, DataArguments, Shuffle, embedded_documents, embedded_tokenizer, load_source
 from hf_chts.data.prepare import split_source
 from hf_chts.data.tokenize import prepare_tokens
-from hf_chts.training.console import ConsoleCallback
 
 MODELS = Path(__file__).parents[1] / "configs/models"
 FILES, LINES = 8, 60
@@ -101,8 +100,7 @@ def train(model: str, dataset, batch: int, workers: int, steps: int) -> tuple[fl
         callbacks=[count],
     )  # fmt: skip
     count.trainer = trainer
-    for callback in (PrinterCallback, ConsoleCallback):  # standard output is for the JSON lines
-        trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)  # standard output is for the JSON lines
     trainer.train()
     seconds = [after - before for before, after in zip(trainer.ended, trainer.ended[1:], strict=False)]
     return statistics.median(seconds), sum(trainer.waited[1:]) / sum(seconds)

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -51,13 +51,11 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
 
     Args:
         bars: whether to draw them; `not args.disable_tqdm`.
-        stream: takes a line without its end; None prints to stdout, past the bars.
     """
 
-    def __init__(self, *, bars: bool = True, stream: Callable[[str], None] | None = None) -> None:
+    def __init__(self, *, bars: bool = True) -> None:
         super().__init__()
         self.bars = bars
-        self.stream = stream
         self.update: tuple[int, dict[str, Any]] | None = None
 
     def _bar(self, **settings: Any) -> Any:
@@ -104,7 +102,7 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         if "links_removed" in rest:
             self.update = (state.global_step, rest)
         elif rest.keys() - set(_LEFT_OUT):
-            self._say(log_line(state.global_step, rest))
+            tqdm.write(log_line(state.global_step, rest))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,10 +114,7 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         if self.update is not None:
             step, figures = self.update
             self.update = None
-            self._say(update_line(step, {**figures, **losses}))
-
-    def _say(self, text: str) -> None:
-        (self.stream or tqdm.write)(text)
+            tqdm.write(update_line(step, {**figures, **losses}))
 
 
 def update_line(step: int, figures: Mapping[str, Any]) -> str:
@@ -149,8 +144,8 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
         title, table = "validation: ", _VALIDATION
     else:
         title, table = "", _TRAINING
-    known = [f"{name} {logs[key]:{form}}" for key, (name, form) in table.items() if _is_number(logs.get(key))]
-    shown = {key for key in table if _is_number(logs.get(key))}
+    shown = [key for key in table if isinstance(logs.get(key), int | float)]
+    known = [f"{table[key][0]} {logs[key]:{table[key][1]}}" for key in shown]
     others = [
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in logs.items()
@@ -158,8 +153,8 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
     ]
     lines = [f"{step:>6}  {title}"]
     for part in [*known, *others]:
-        gap = "" if lines[-1].endswith((" ", ":")) else "  "
-        if len(lines[-1]) + len(gap) + len(part) > COLUMNS and lines[-1].strip():
+        gap = "" if lines[-1].endswith(" ") else "  "
+        if len(lines[-1]) + len(gap) + len(part) > COLUMNS:
             lines.append(" " * 8 + part)
         else:
             lines[-1] += gap + part
@@ -172,10 +167,6 @@ def use_console(trainer: Any) -> None:
         if type(callback) in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
             trainer.add_callback(ConsoleCallback(bars=type(callback) is ProgressCallback))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def _count(links: int) -> str:

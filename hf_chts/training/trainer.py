@@ -121,6 +121,8 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
                 )
         if isinstance(resume_from_checkpoint, str | Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
+            verify_seal(resume_from_checkpoint)
+            self.data_state(resume_from_checkpoint)  # refuses other data before anything is restored
             self._restore_topology(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -134,8 +136,6 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
             raise
 
     def _restore_topology(self, directory: str) -> None:
-        verify_seal(directory)
-        self.data_state(directory)
         if self.topology is None:
             if (Path(directory) / MASKS_NAME).exists():
                 raise ValueError(f"{directory} is a checkpoint of a sparse model, this run is dense: use its config")
@@ -180,6 +180,7 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
+        verify_seal(self.state.best_model_checkpoint)
         self._restore_topology(self.state.best_model_checkpoint)
 
     def whole_state_dict(self) -> dict[str, Tensor] | None:

@@ -2,38 +2,54 @@
 
 import json
 import os
+import subprocess
 
 import pytest
-from hub_stub import HubStub
 from huggingface_hub import ModelCard
-from launching import ROOT, torchrun
+from launching import BIN, ROOT, torchrun
 
 from hf_chts import SparseModel, load_sparse
 from hf_chts.seal import verify_seal
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_two_ranks_of_train_llama(tmp_path, monkeypatch):
+@pytest.fixture
+def options(tmp_path):
+    """Of a run of train_llama.py that is over in seconds."""
     model = tmp_path / "tiny.json"
     settings = json.loads((ROOT / "configs/models/llama_demo.json").read_text())
     settings |= {"hidden_size": 40, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2}
     model.write_text(json.dumps(settings | {"num_key_value_heads": 2, "vocab_size": 300}))
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"document {n} of a small corpus\n" * 3}) + "\n" for n in range(200)))
-    with HubStub() as hub:
-        for name in [name for name in os.environ if name.startswith("HF_")]:
-            monkeypatch.delenv(name)
-        for name, value in hub.environment(tmp_path / "home").items():
-            monkeypatch.setenv(name, value)
-        torchrun(
-            2, str(ROOT / "train_llama.py"),
-            "--model", str(model), "--dataset", str(text), "--validation_fraction", "0.1", "--block_size", "16",
-            "--max_steps", "8", "--update_interval", "2", "--save_steps", "4", "--eval_strategy", "no",
-            "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "run"), "--warmup_steps", "1",
-            "--use_cpu", "true", "--push_to_hub", "true", "--hub_model_id", "me/run", "--hub_strategy", "checkpoint",
-            "--hub_always_push", "true",
-        )  # fmt: skip
+    return [
+        "--model", str(model), "--dataset", str(text), "--validation_fraction", "0.1", "--block_size", "16",
+        "--max_steps", "8", "--update_interval", "2", "--save_steps", "4", "--eval_strategy", "no",
+        "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "run"), "--warmup_steps", "1",
+        "--use_cpu", "true", "--push_to_hub", "true", "--hub_model_id", "me/run", "--hub_strategy", "checkpoint",
+        "--hub_always_push", "true",
+    ]  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_refusal_ends_all_ranks(hub, options, tmp_path):
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", str(ROOT / "train_llama.py"), *options]
+    environment = hub.environment(tmp_path / "home", token="hf_expired")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.count("train_llama.py: me/run cannot be pushed to:") == 2
+    assert "lost the others" not in result.stderr
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_of_train_llama(hub, options, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("HF_")]:
+        monkeypatch.delenv(name)
+    for name, value in hub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    torchrun(2, str(ROOT / "train_llama.py"), *options)
     assert hub.count("POST /api/repos/create") == 2  # before training, and for the export; by one rank
     progress = [f"Training in progress, step {step}" for step in (4, 8)]
     assert hub.messages("me/run") == [*progress, "End of training"]

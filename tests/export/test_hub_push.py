@@ -8,7 +8,7 @@ import sys
 import huggingface_hub
 import pytest
 import torch
-from hub_stub import READER, HubStub
+from hub_stub import READER
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, tiny_llama
@@ -33,17 +33,6 @@ PIXEL = bytes.fromhex(  # a PNG of one pixel
     "89504e470d0a1a0a0000000d494844520000000100000001080000000"
     "03a7e9b550000000a49444154789c63680000008200817736a2ff0000000049454e44ae426082"
 )
-
-
-@pytest.fixture
-def hub():
-    with HubStub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def waits(hub, monkeypatch):
-    return hub.connect(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
 """Pushes of the Trainer to a local stub of the Hub: every strategy, and what failures do to a run."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import same_weights, trainer, weights
-from hub_stub import HubStub
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
@@ -16,17 +16,6 @@ from hf_chts.seal import SEAL_NAME, verify_seal
 
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "masks.safetensors", "sparsity_config.json"}
 MODEL |= {"README.md"}
-
-
-@pytest.fixture
-def hub():
-    with HubStub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def waits(hub, monkeypatch):
-    return hub.connect(monkeypatch)
 
 
 def run(directory, **changes):
@@ -227,6 +216,16 @@ def test_what_is_refused_before_training(hub, waits, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(PushFailed, match="there is no token"):
         run(tmp_path / "a")
+    assert hub.repositories == {}
+
+
+def test_weights_in_parts_are_refused(hub, waits, tmp_path):
+    trained = run(tmp_path / "run", push_to_hub=False)
+    in_parts = SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")
+    trained.is_fsdp_enabled = True
+    trained.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=in_parts))
+    with pytest.raises(ValueError, match="fsdp_state_dict_type is .*SHARDED_STATE_DICT.*set it to FULL_STATE_DICT"):
+        trained.init_hf_repo()
     assert hub.repositories == {}
 
 
