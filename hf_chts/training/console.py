@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -13,11 +13,14 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import has_length
+
+from hf_chts.plain_text import printable
 
 COLUMNS = 100
 
 # what the lines say otherwise, or what says nothing on a console
-_LEFT_OUT = ("epoch", "step", "total_flos", "eval_loss_per_token", "num_input_tokens_seen")
+_LEFT_OUT = ("epoch", "step", "total_flos", "num_input_tokens_seen")
 _LOSSES = ("loss_before_update", "loss_after_update")
 
 # log key → what it is called on a line, and its format
@@ -25,12 +28,7 @@ _TRAINING = {
     "loss": ("loss", ".4f"),
     "grad_norm": ("gradient norm", ".3g"),
     "learning_rate": ("learning rate", ".2e"),
-}
-_VALIDATION = {
-    "eval_loss": ("loss", ".4f"),
-    "eval_perplexity": ("perplexity", ".2f"),
-    "eval_bits_per_byte": ("bits per byte", ".4f"),
-    "eval_runtime": ("seconds", ".1f"),
+    "train_tokens_per_second": ("tokens per second", ".0f"),
 }
 _END = {
     "train_loss": ("mean loss", ".4f"),
@@ -39,7 +37,17 @@ _END = {
     "train_steps_per_second": ("steps per second", ".3f"),
     "train_tokens_per_second": ("tokens per second", ".0f"),
 }
-_RATES = ("eval_samples_per_second", "eval_steps_per_second")  # the seconds say the same
+# the same of keys that begin with the name of what was evaluated, as eval_loss does
+_EVALUATION = {
+    "loss": ("loss", ".4f"),
+    "perplexity": ("perplexity", ".2f"),
+    "bits_per_byte": ("bits per byte", ".4f"),
+    "runtime": ("seconds", ".1f"),
+}
+_EVALUATION_LEFT_OUT = ("loss_per_token", "samples_per_second", "steps_per_second")  # the seconds say the same
+
+# without any of these a line of an update cannot be written, and the log is none of an update
+_UPDATE = {"sparsity", "links_removed", "links_regrown", "overlap", "itop", "active_neurons", "topology_seconds"}
 
 
 class ConsoleCallback(ProgressCallback, PrinterCallback):
@@ -81,7 +89,7 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         if state.is_world_process_zero:
             bar: Any = self.prediction_bar
             if bar is None:
-                total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
+                total = len(eval_dataloader) if has_length(eval_dataloader) else None
                 bar = self.prediction_bar = self._bar(total=total, leave=False, desc="evaluating")
             bar.update(1)
 
@@ -96,25 +104,27 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         if not state.is_world_process_zero or not logs:
             return
         rest = dict(logs)
-        losses = {name: rest.pop(name) for name in _LOSSES if name in rest}
+        losses = {name: rest.pop(name) for name in _LOSSES} if rest.keys() >= set(_LOSSES) else {}
         if losses:
-            self._say_update(losses)
-        if "links_removed" in rest:
+            self._say_update(losses, state.global_step)
+        if rest.keys() >= _UPDATE:
             self.update = (state.global_step, rest)
         elif rest.keys() - set(_LEFT_OUT):
-            tqdm.write(log_line(state.global_step, rest))
+            _write(log_line(state.global_step, rest))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._say_update({})  # an update in the last step has no loss after it
+        self._say_update({}, state.global_step)  # an update in the last step has no loss after it
         super().on_train_end(args, state, control, **kwargs)
 
-    def _say_update(self, losses: Mapping[str, float]) -> None:
+    def _say_update(self, losses: Mapping[str, float], step: int) -> None:
         if self.update is not None:
             step, figures = self.update
             self.update = None
-            tqdm.write(update_line(step, {**figures, **losses}))
+            _write(update_line(step, {**figures, **losses}))
+        elif losses:  # the update was said before the run was stopped
+            _write(f"{step:>6}  the first step after an update: {_difference(losses)}")
 
 
 def update_line(step: int, figures: Mapping[str, Any]) -> str:
@@ -129,8 +139,7 @@ def update_line(step: int, figures: Mapping[str, Any]) -> str:
     if "softness" in figures:
         parts.append(f"δ{figures['softness']:.2f}")
     if all(name in figures for name in _LOSSES):
-        before, after = (figures[name] for name in _LOSSES)
-        parts.append(f"loss {after - before:+.3f}".replace("-", "−"))
+        parts.append(_difference(figures))
     seconds = figures["topology_seconds"]
     parts.append(f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s")
     return f"{step:>6}  {'  '.join(parts)}"
@@ -138,18 +147,13 @@ def update_line(step: int, figures: Mapping[str, Any]) -> str:
 
 def log_line(step: int, logs: Mapping[str, Any]) -> str:
     """Any log of the Trainer: in one line what it logs itself, further lines for keys that others added."""
-    if "train_runtime" in logs:
-        title, table = "done: ", _END
-    elif any(key.startswith("eval_") for key in logs):
-        title, table = "validation: ", _VALIDATION
-    else:
-        title, table = "", _TRAINING
+    title, table, left_out = _kind(logs)
     shown = [key for key in table if isinstance(logs.get(key), int | float)]
     known = [f"{table[key][0]} {logs[key]:{table[key][1]}}" for key in shown]
     others = [
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in logs.items()
-        if key not in shown and key not in _LEFT_OUT and key not in _RATES
+        if key not in shown and key not in left_out
     ]
     lines = [f"{step:>6}  {title}"]
     for part in [*known, *others]:
@@ -161,12 +165,43 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _kind(logs: Mapping[str, Any]) -> tuple[str, Mapping[str, tuple[str, str]], Collection[str]]:
+    """What begins the line of a log, what its keys are called, and which of them are left out.
+
+    A key alone tells little: with `include_num_input_tokens_seen` every log has a `train_runtime`, and users call
+    figures of theirs train_… and eval_…, and what they evaluate as they like.
+    """
+    if "total_flos" in logs and "train_runtime" in logs:  # what the Trainer logs once, when training has ended
+        return "done: ", _END, _LEFT_OUT
+    if "loss" not in logs:  # which every log of training steps has, and no evaluation
+        names = sorted((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), key=len)
+        if not names and all(key.startswith("eval_") for key in logs if key not in _LEFT_OUT):
+            names = ["eval"]
+        if names:
+            name = names[0]  # a figure of the user's may end in _runtime too: eval_model_runtime beside eval_runtime
+            title = f"validation {name[5:]}".rstrip() if f"{name}_".startswith("eval_") else name
+            table = {f"{name}_{key}": called for key, called in _EVALUATION.items()}
+            return f"{title}: ", table, (*_LEFT_OUT, *(f"{name}_{key}" for key in _EVALUATION_LEFT_OUT))
+    # of the steps of a run that counts tokens, the Trainer logs the seconds since its begin
+    counted = ("train_runtime",) if "num_input_tokens_seen" in logs else ()
+    return "", _TRAINING, (*_LEFT_OUT, *counted)
+
+
 def use_console(trainer: Any) -> None:
     """Replace the Trainer's own progress and printing callbacks; those of notebooks and of users stay."""
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback) in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
             trainer.add_callback(ConsoleCallback(bars=type(callback) is ProgressCallback))
+
+
+def _write(line: str) -> None:
+    tqdm.write(printable(line))
+
+
+def _difference(losses: Mapping[str, float]) -> str:
+    before, after = (losses[name] for name in _LOSSES)
+    return f"loss {after - before:+.3f}".replace("-", "−")
 
 
 def _count(links: int) -> str:

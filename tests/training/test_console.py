@@ -4,8 +4,9 @@ import io
 import re
 
 import pytest
-from cases import INTERVAL, STEPS, arguments, case_config
+from cases import INTERVAL, STEPS, arguments, case_config, trainer
 from tiny import random_blocks, tiny_llama
+from torch.utils.data import IterableDataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
@@ -55,6 +56,114 @@ def test_logs_of_the_trainer_and_of_others():
     assert "steps_per_second" not in text
 
 
+RUNTIME = {"runtime": 2.0, "samples_per_second": 4.0, "steps_per_second": 1.0}
+
+
+def timed(name, **figures):
+    """What the Trainer logs of an evaluation under this name."""
+    return {f"{name}_{key}": value for key, value in (figures | RUNTIME).items()} | {"epoch": 0.5}
+
+
+STEP = {"loss": 4.5, "grad_norm": 1.25, "learning_rate": 3e-3, "epoch": 0.1}
+COUNTED = {"num_input_tokens_seen": 640, "train_runtime": 3.5, "train_tokens_per_second": 182.8}
+END = {"train_runtime": 3.5, "train_samples_per_second": 8.0, "train_steps_per_second": 2.0, "total_flos": 1e9}
+END |= {"train_loss": 3.25, "epoch": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("logs", "line"),
+    [
+        (STEP | COUNTED, "loss 4.5000  gradient norm 1.25  learning rate 3.00e-03  tokens per second 183"),
+        # its clock had not moved since the begin: no rate
+        (STEP | {"num_input_tokens_seen": 640, "train_runtime": 0.0}, "loss 4.5000  gradient norm 1.25"),
+        (END, "done: mean loss 3.2500  seconds 3.5  sequences per second 8.00  steps per second 2.000"),
+        (END | COUNTED, "done: mean loss 3.2500  seconds 3.5  sequences per second 8.00"),
+        (timed("eval", loss=2.0, bits_per_byte=1.5), "validation: loss 2.0000  bits per byte 1.5000  seconds 2.0"),
+        (timed("eval", loss=2.0) | {"num_input_tokens_seen": 640}, "validation: loss 2.0000  seconds 2.0"),
+        (timed("eval_books", loss=2.0), "validation books: loss 2.0000  seconds 2.0"),
+        (timed("test", loss=2.0), "test: loss 2.0000  seconds 2.0"),
+        (timed("train", loss=2.0), "train: loss 2.0000  seconds 2.0"),  # evaluated on the training data
+        # a figure of the user's that is called as a time of the Trainer's is
+        (timed("eval", loss=2.0, model_runtime=0.5), "validation: loss 2.0000  seconds 2.0  eval_model_runtime 0.5"),
+        ({"eval_loss": 2.0, "epoch": 1.0}, "validation: loss 2.0000"),
+        # figures of the user's in a log of training steps, or in one of their own
+        (STEP | {"eval_mine": 7.5, "train_mine": 8.5}, "loss 4.5000  gradient norm 1.25  learning rate 3.00e-03"),
+        ({"train_mine": 8.5, "eval_mine": 7.5}, "train_mine 8.5  eval_mine 7.5"),
+        ({"train_loss": 3.25, "epoch": 0.1}, "train_loss 3.25"),
+        ({"note": "begun"}, "note begun"),
+    ],
+)
+def test_a_line_begins_with_what_kind_of_log_it_is(logs, line):
+    first, *others = log_line(20, logs).splitlines()
+    assert first.startswith(f"    20  {line}")
+    assert len(first) <= 100
+    text = " ".join([first, *others])
+    assert ("eval_mine 7.5" in text) == ("eval_mine" in logs)
+    assert ("train_mine 8.5" in text) == ("train_mine" in logs)
+    assert ("done:" in text) == line.startswith("done:")
+    assert "per_second" not in text
+
+
+@pytest.mark.parametrize("counted", ["all", "non_padding"])
+def test_only_the_last_line_of_a_run_that_counts_tokens_says_done(tmp_path, monkeypatch, capsys, counted):
+    run, lines, _ = run_and_read(tmp_path, monkeypatch, capsys, include_num_input_tokens_seen=counted)
+    steps = [line for line in lines if line.split()[1] == "loss"]
+    assert [int(line.split()[0]) for line in steps] == list(range(4, STEPS + 1, 4))
+    assert all("tokens per second" in line for line in steps)
+    assert [line for line in lines if "done:" in line] == [lines[-1]]
+    assert run.state.num_input_tokens_seen == STEPS * 4 * 16
+
+
+class Unsized(IterableDataset):
+    def __iter__(self):
+        return iter(random_blocks(8).with_format("torch"))
+
+
+@pytest.mark.parametrize("method", ["dense", "static", "chtss"])
+@pytest.mark.parametrize("evaluated", [Unsized(), random_blocks(8)])
+def test_data_without_a_length_are_evaluated_and_predicted(tmp_path, method, evaluated):
+    results = []
+    for data in (evaluated, random_blocks(8)):
+        run = trainer(tmp_path, method)
+        metrics = run.evaluate(data)
+        output = run.predict(data)
+        results.append((metrics["eval_loss"], output.metrics["test_loss"], output.predictions, output.label_ids))
+    (loss, test_loss, predictions, labels), known = results
+    assert loss == test_loss == known[0]
+    assert (predictions == known[2]).all()
+    assert (labels == known[3]).all()
+    assert labels.shape == (8, 16)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_lines_reach_any_console(tmp_path, monkeypatch, encoding):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    monkeypatch.setattr("sys.stdout", out)
+    run = trainer(tmp_path, "chtss", save_strategy="no")
+    run.train()
+    lines = out.buffer.getvalue().decode(encoding).splitlines()
+    assert run.state.global_step == STEPS
+    minus = "−" if encoding == "utf-8" else "-"
+    assert sum(f"sparse  {minus}" in line for line in lines) == 18 // INTERVAL
+    assert not any("?" in line for line in lines)
+
+
+def test_the_losses_around_an_update_that_an_earlier_run_made_are_said(capsys):
+    state = TrainerState(max_steps=9, global_step=5, is_world_process_zero=True)
+    callback = ConsoleCallback(bars=False)
+    callback.on_train_begin(None, state, None)
+    callback.on_log(None, state, None, logs={"loss_before_update": 3.0, "loss_after_update": 2.75, "epoch": 0.5})
+    assert "loss −0.250" in capsys.readouterr().out
+
+
+def test_a_figure_of_the_users_that_is_called_as_one_of_an_update_is_an_ordinary_log(capsys):
+    state = TrainerState(max_steps=9, global_step=5, is_world_process_zero=True)
+    callback = ConsoleCallback(bars=False)
+    callback.on_train_begin(None, state, None)
+    callback.on_log(None, state, None, logs={"links_removed": 7, "loss_after_update": 2.5})
+    assert capsys.readouterr().out == "     5  links_removed 7  loss_after_update 2.5\n"
+
+
 def run_and_read(tmp_path, monkeypatch, capsys, **options):
     run = SparseTrainer(
         model=tiny_llama(),
@@ -84,6 +193,16 @@ def test_a_run_says_in_one_line_per_update_what_happened(tmp_path, monkeypatch, 
     assert sum(" done: " in line for line in lines) == 1
     assert "it/s" not in errors  # stderr is no terminal here
     assert not any(line.startswith("{") for line in lines)
+
+
+def test_an_update_in_the_last_step_is_said_too(capsys):
+    state = TrainerState(max_steps=3, global_step=3, is_world_process_zero=True)
+    callback = ConsoleCallback(bars=False)
+    callback.on_train_begin(None, state, None)
+    callback.on_log(None, state, None, logs=dict(FIGURES))
+    assert capsys.readouterr().out == ""  # it waits for the loss of the next step
+    callback.on_train_end(None, state, None)
+    assert capsys.readouterr().out == update_line(3, FIGURES) + "\n"
 
 
 def test_bars_are_drawn_on_a_terminal_only(monkeypatch):
