@@ -4,9 +4,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Words of rows that are compared at a time: they stay in the caches
+_WORDS_AT_A_TIME = 1 << 17
+
 
 def pack_bits(mask: Tensor) -> Tensor:
     """bool tensor of n elements, any shape → uint8 (ceil(n / 8),)."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask.detach().numpy(), bitorder="little"))
     flat = mask.reshape(-1).view(torch.uint8) if mask.is_contiguous() else mask.flatten().to(torch.uint8)
     if flat.numel() % 8:
         flat = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)])
@@ -56,3 +61,51 @@ def link_positions(mask: Tensor) -> Tensor:
         # some three times as fast as torch's own on the CPU
         return torch.from_numpy(np.flatnonzero(flat.numpy()))
     return flat.nonzero().squeeze(1)
+
+
+def pack_rows(mask: Tensor) -> Tensor:
+    """Each row as bits on its own: bool (rows, columns) → int64 (rows, ceil(columns / 64)), zeros after the last."""
+    columns = mask.shape[1]
+    return pack_bits(torch.nn.functional.pad(mask, (0, -columns % 64))).view(torch.int64).view(len(mask), -1)
+
+
+def common_links(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """How many links row first[n] and row second[n] share: `pack_rows`' rows and int64 (n,) twice → int64 (n,)."""
+    step = max(1, _WORDS_AT_A_TIME // rows.shape[1])
+    counts = [
+        _ones(rows[a].bitwise_and_(rows[b])).sum(1, dtype=torch.int64)
+        for a, b in zip(first.split(step), second.split(step), strict=True)
+    ]
+    return torch.cat(counts) if len(counts) != 1 else counts[0]
+
+
+def nth_link(rows: Tensor, share: Tensor) -> Tensor:
+    """The column of link number floor(share·links) of each row, which all have one.
+
+    Args:
+        rows: as `pack_rows` makes them, int64 (n, words).
+        share: float64 (n,), in [0, 1).
+
+    Returns:
+        int64 (n,).
+    """
+    until = _ones(rows).to(torch.int64).cumsum(1)
+    total = until[:, -1]
+    # the product of a share close to 1 may be rounded up to the total
+    number = (share * total).long().minimum(total - 1)[:, None]
+    word = torch.searchsorted(until, number, right=True)
+    before = until.gather(1, (word - 1).clamp_(min=0)).masked_fill_(word == 0, 0)
+    places = (rows.gather(1, word) >> torch.arange(64, device=rows.device)).bitwise_and_(1).cumsum(1)
+    return (word * 64 + torch.searchsorted(places, number - before, right=True))[:, 0]
+
+
+def _ones(words: Tensor) -> Tensor:
+    """How many bits of each word are set: int64 → uint8 or int64, of its shape."""
+    if words.device.type == "cpu" and hasattr(np, "bitwise_count"):  # from NumPy 2 on
+        # of signed numbers it counts the bits of the absolute value
+        return torch.from_numpy(np.bitwise_count(words.numpy().view(np.uint64)))
+    # neighbouring bits are added in pairs, then the pairs, then the halves of each byte, then the bytes
+    pairs = words - ((words >> 1) & 0x5555555555555555)
+    fours = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
+    eights = (fours + (fours >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (eights * 0x0101010101010101) >> 56

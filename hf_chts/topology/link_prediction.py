@@ -7,7 +7,10 @@ node by its links inside the community of common neighbours against those that l
 products instead of an enumeration of paths.
 """
 
+import time
 from collections.abc import Callable, Iterator
+from functools import cache
+from math import inf
 
 import torch
 from torch import Tensor
@@ -83,9 +86,9 @@ def bridges(mask: Tensor, links: Tensor, strength: Strength) -> Iterator[tuple[s
     `links` is `mask` in float32, (nodes, others).
     """
     degree = links.sum(1)
-    # 8-bit integer products are several times as fast on CPUs (AVX512-VNNI), and as exact. They want the nodes as the
-    # fast dimension of both operands, and on CUDA they have restrictions on shapes, where fp32 counts exactly too.
-    integer = links.device.type == "cpu"
+    # Both products count exactly. 8-bit ones want the nodes as the fast dimension of both operands, and on CUDA they
+    # have restrictions on shapes.
+    integer = links.device.type == "cpu" and _integer_products_are_faster()
     by_neighbour = mask.t().contiguous().view(torch.int8) if integer else links.t()
     for start in range(0, links.shape[0], _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
@@ -93,3 +96,21 @@ def bridges(mask: Tensor, links: Tensor, strength: Strength) -> Iterator[tuple[s
         common = torch._int_mm(block, by_neighbour).float() if integer else block @ by_neighbour  # (block, nodes)
         external = (degree - common).clamp_(min=1)
         yield rows, strength(common, external)
+
+
+@cache
+def _integer_products_are_faster() -> bool:
+    """Whether 8-bit products take less time than fp32 ones on this processor: measured once, in a few milliseconds.
+
+    With AVX512-VNNI or AMX they are several times as fast; without, torch has a plain loop for them that is up to a
+    hundred times as slow.
+    """
+    links = torch.ones(_BLOCK_ROWS, 256)
+    numbers = links.to(torch.int8)
+    seconds = {torch._int_mm: inf, torch.mm: inf}
+    for _ in range(3):
+        for product, matrix in ((torch._int_mm, numbers), (torch.mm, links)):
+            start = time.perf_counter()
+            product(matrix, matrix.t())
+            seconds[product] = min(seconds[product], time.perf_counter() - start)
+    return seconds[torch._int_mm] < seconds[torch.mm]

@@ -9,6 +9,24 @@ def magnitude(weight: Tensor, mask: Tensor) -> Tensor:
     return (weight * mask).abs_()
 
 
+def magnitude_by_sign(weight: Tensor, mask: Tensor) -> Tensor:
+    """Where |w| ranks among the links of its sign, in (0, 1), so that the lowest share of all is that of either sign.
+
+    SET removes a fraction of the smallest positive weights and one of the largest negative ones (arXiv 1707.04780).
+    Equal weights rank equally; links of weight 0, which have no sign, and what is no link have 0. float64 (out, in).
+    """
+    size = magnitude(weight, mask)
+    # no rank may hide a weight that is none
+    scores = torch.where(torch.isfinite(size), 0.0, size).to(torch.float64)
+    for side in (weight > 0, weight < 0):
+        chosen = side & mask & torch.isfinite(size)
+        values = size[chosen]
+        ordered = values.sort().values
+        below, until = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+        scores[chosen] = (below + until).to(torch.float64) / max(2 * len(values), 1)
+    return scores
+
+
 def relative_importance(weight: Tensor, mask: Tensor, eps: float = 1e-5) -> Tensor:
     """A link's share of the weight of its output node plus its share of that of its input node.
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_chts.topology.initial import bipartite_receptive_field
 from hf_chts.topology.link_prediction import ch2_l3n, ch3_l3n
 from hf_chts.topology.link_sampling import sample_ch2_l3n, sample_ch3_l3n
 from hf_chts.topology.random_streams import random_stream
@@ -14,6 +16,54 @@ def network(shape, density, key=0):
     mask = torch.rand(shape, generator=random_stream("network", key)) < density
     mask[1], mask[:, 2] = False, False
     return mask
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.5, 0.8])
+@pytest.mark.parametrize("kind", ["random", "local"])
+def test_many_draws_from_one_network_are_in_proportion_to_the_scores(name, density, kind):
+    """Rows of several words, nodes that share nothing and nodes that share all but one link."""
+    score, sample = PAIRS[name]
+    mask = network((70, 150), density)
+    if kind == "local":
+        mask = bipartite_receptive_field(70, 150, 1 - density, r=0.1, generator=random_stream("local"))
+    expected = score(mask).double().flatten()
+    expected /= expected.sum()
+    k = int((~mask).sum()) // 400
+    counts = torch.zeros(expected.numel(), dtype=torch.float64)
+    generator = random_stream("many draws", name)
+    rounds = 400
+    for _ in range(rounds):
+        # so few of all that drawing without replacement hardly shows
+        counts += sample(mask, max(k, 1), generator=generator).flatten()
+    draws = counts.sum()
+    assert counts[expected == 0].eq(0).all()
+    # in thirty bins, from the least likely links to the likeliest
+    order = expected.argsort()
+    order = order[expected[order] > 0]
+    bins = (expected[order].cumsum(0) * 30).ceil().clamp_(max=30).long() - 1
+    seen = torch.zeros(30, dtype=torch.float64).index_add_(0, bins, counts[order])
+    wanted = torch.zeros(30, dtype=torch.float64).index_add_(0, bins, expected[order]) * draws
+    likely = wanted > 5
+    statistic = ((seen - wanted)[likely] ** 2 / wanted[likely]).sum()
+    degrees = int(likely.sum())
+    assert statistic < degrees + 5 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_no_product_is_made(name, density):
+    """The counts of common neighbours are a product of the layer's size; paths need those of the pairs they meet."""
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "mm" not in func.overloadpacket.__name__, func
+            return func(*args, **(kwargs or {}))
+
+    mask = network((200, 90), density)
+    _, sample = PAIRS[name]
+    with Products():
+        assert int(sample(mask, 300, generator=random_stream(0)).sum()) == 300
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -40,7 +90,7 @@ def test_several_draws_are_without_replacement():
 
     mask = network((8, 10), 0.3)
     scores, draws, k = ch2_l3n(mask), 8000, 5
-    assert 8 * k <= int((~mask).sum())  # or the paths are not used
+    assert 4 * k <= int((~mask).sum())  # or the paths are not used
     by_paths, by_scores = torch.zeros(8, 10, dtype=torch.float64), torch.zeros(8, 10, dtype=torch.float64)
     generator = random_stream("paths")
     for _ in range(draws):

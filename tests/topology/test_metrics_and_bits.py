@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from hf_chts.topology.bits import count_bits, link_positions, pack_bits, unpack_bits
+from hf_chts.topology import bits
+from hf_chts.topology.bits import (
+    common_links,
+    count_bits,
+    link_positions,
+    nth_link,
+    pack_bits,
+    pack_rows,
+    unpack_bits,
+)
 from hf_chts.topology.metrics import active_neuron_rate, density, itop_rate, overlap_rate
 from hf_chts.topology.random_streams import random_stream
 
@@ -38,6 +47,38 @@ def test_link_positions():
 
 def test_count_of_every_byte():
     assert count_bits(torch.arange(256, dtype=torch.uint8)) == sum(bin(i).count("1") for i in range(256))
+
+
+@pytest.fixture(params=["with NumPy's count of bits", "without"])
+def either_count(request, monkeypatch):
+    if request.param == "without":
+        monkeypatch.delattr(np, "bitwise_count", raising=False)
+
+
+@pytest.mark.usefixtures("either_count")
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 200])
+def test_common_links_of_rows_as_bits(columns, monkeypatch):
+    monkeypatch.setattr(bits, "_WORDS_AT_A_TIME", 20)  # in several blocks
+    mask = torch.rand(30, columns, generator=random_stream(columns)) < 0.6
+    mask[0], mask[1] = True, False  # the highest bit of every word is the sign of a number
+    first, second = torch.randint(30, (2, 200), generator=random_stream("pairs"))
+    first[:3], second[:3] = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])
+    expected = [int((mask[a] & mask[b]).sum()) for a, b in zip(first, second, strict=True)]
+    assert common_links(pack_rows(mask), first, second).tolist() == expected
+
+
+@pytest.mark.usefixtures("either_count")
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 200])
+def test_every_link_of_a_row_is_found_by_its_number(columns):
+    mask = torch.rand(30, columns, generator=random_stream(columns)) < 0.3
+    mask[0], mask[1, -1] = True, True
+    mask = mask[mask.any(1)]
+    for row in mask:
+        places = row.nonzero()[:, 0]
+        share = (torch.arange(len(places), dtype=torch.float64) + 0.5) / len(places)
+        assert nth_link(pack_rows(row.expand(len(places), -1)), share).equal(places)
+    almost_one = torch.full((len(mask),), 1 - 2**-53, dtype=torch.float64)
+    assert nth_link(pack_rows(mask), almost_one).tolist() == [int(row.nonzero().max()) for row in mask]
 
 
 def test_damaged_bits_are_refused():
