@@ -7,13 +7,14 @@ Not removed, though useless: q and k of a head of which o reads nothing at all. 
 attention apart.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_chts.layers.wrappers import named_originals
 from hf_chts.topology.percolation import Junction, gated_mlp, query_key, value_output
 
 # model_type → its blocks' classes, transformers.models.<this>Attention and <this>MLP. To add one, read its forward:
@@ -46,7 +47,7 @@ def couplings(model: PreTrainedModel, layers: Collection[str]) -> list[Junction]
             or a name that is no layer of the model.
     """
     attention, mlp = _block_classes(model)
-    modules = dict(model.named_modules())
+    modules = named_originals(model)
     for layer in layers:
         if not isinstance(modules.get(layer), nn.Linear):
             raise ValueError(f"{layer} is no linear layer of {type(model).__name__}: give names of named_modules()")
@@ -57,10 +58,10 @@ def couplings(model: PreTrainedModel, layers: Collection[str]) -> list[Junction]
         inside = [layer for layer in layers if layer.rpartition(".")[0] == name]
         if kind == attention:
             _only(inside, name, ("q_proj", "k_proj", "v_proj", "o_proj"))
-            junctions += _attention_junctions(model, block, name)
+            junctions += _attention_junctions(model, modules, name)
         elif kind == mlp:
             _only(inside, name, ("gate_proj", "up_proj", "down_proj"))
-            junctions.append(_mlp_junction(model, block, name))
+            junctions.append(_mlp_junction(model, modules, name))
         elif name:  # the model itself holds heads, which read the residual stream
             raise ValueError(_unknown(f"{inside[0]} in a {type(block).__name__}", "or leave it out of target_modules"))
     return [junction for junction in junctions if _can_remove(junction, layers)]
@@ -89,8 +90,9 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
 
 
-def _attention_junctions(model: PreTrainedModel, block: nn.Module, name: str) -> list[Junction]:
-    config, attention = model.config, _linears(block, name, ("q_proj", "k_proj", "v_proj", "o_proj"))
+def _attention_junctions(model: PreTrainedModel, modules: Mapping[str, Any], name: str) -> list[Junction]:
+    config, block = model.config, modules[name]
+    attention = _linears(modules, name, ("q_proj", "k_proj", "v_proj", "o_proj"))
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     _check_sizes(
@@ -117,8 +119,8 @@ def _attention_junctions(model: PreTrainedModel, block: nn.Module, name: str) ->
     ]
 
 
-def _mlp_junction(model: PreTrainedModel, block: Any, name: str) -> Junction:
-    mlp = _linears(block, name, ("gate_proj", "up_proj", "down_proj"))
+def _mlp_junction(model: PreTrainedModel, modules: Mapping[str, Any], name: str) -> Junction:
+    mlp = _linears(modules, name, ("gate_proj", "up_proj", "down_proj"))
     gate, up, down = mlp.values()
     neurons = model.config.intermediate_size
     _check_sizes(
@@ -131,16 +133,16 @@ def _mlp_junction(model: PreTrainedModel, block: Any, name: str) -> Junction:
     )
     constant = [f"{name}.{projection}" for projection, linear in mlp.items() if linear.bias is not None]
     with torch.no_grad():
-        if block.act_fn(gate.weight.new_zeros(1)).item() != 0:
+        if modules[name].act_fn(gate.weight.new_zeros(1)).item() != 0:
             constant.append(f"{name}.gate_proj")
     names = [f"{name}.{projection}" for projection in mlp]
     return gated_mlp(*names, neurons=neurons, constant=constant)
 
 
-def _linears(block: nn.Module, name: str, projections: tuple[str, ...]) -> dict[str, nn.Linear]:
+def _linears(modules: Mapping[str, Any], name: str, projections: tuple[str, ...]) -> dict[str, nn.Linear]:
     linears = {}
     for projection in projections:
-        linear = getattr(block, projection, None)
+        linear = modules.get(f"{name}.{projection}")
         if not isinstance(linear, nn.Linear):
             kind = type(linear).__name__
             raise ValueError(_unknown(f"{name}, whose {projection} is a {kind}", "or make it a linear layer"))

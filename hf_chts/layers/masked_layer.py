@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_chts.layers.partitions import weight_shape, zero_off_mask
+from hf_chts.layers.plain_weight import check_plain
 
 _Layer = TypeVar("_Layer", bound="MaskedLayer")
 
@@ -45,8 +46,14 @@ class _KeepLinks(torch.autograd.Function):
 def keep_links(weight: Tensor, mask: Tensor, dense_gradient: Accumulator | None = None) -> Tensor:
     """`weight` unchanged, with a gradient that is 0 where `mask` (bool, same shape) is False.
 
-    The gradient that there would be without the mask is added to `dense_gradient`, where one is given, in backward.
+    The gradient that there would be without the mask is added to `dense_gradient`, where one is given, in backward;
+    not inside torch.func's transforms, whose gradients are their results and reach no optimizer.
     """
+    if torch._C._are_functorch_transforms_active():
+        # The same function, since the weight is 0 off the mask, and a pass over it that a training step does without.
+        # Transforms batch it and differentiate it in either mode, any number of times. An autograd function for them
+        # would cost every call four times as much, and torch.compile forgets its backward inside torch.func.grad.
+        return torch.where(mask, weight, 0)
     return _KeepLinks.apply(weight, mask, dense_gradient)
 
 
@@ -71,8 +78,9 @@ class MaskedLayer(nn.Module):
     mask: Tensor
     # where the dense gradient of the current step adds up over its micro-batches; None on steps that do not need it
     dense_gradient: Accumulator | None = None
-    # the hook that masks the gradient instead of the forward, see `mask_by_hook`
+    # the hook that masks the gradient instead of the forward, and the weight it is on, see `mask_by_hook`
     _hook: RemovableHandle | None = None
+    _hooked: Tensor | None = None
 
     @classmethod
     def convert(cls: type[_Layer], layer: nn.Module, mask: Tensor) -> _Layer:
@@ -85,6 +93,7 @@ class MaskedLayer(nn.Module):
             ValueError: the mask is not bool (out, in).
             TypeError: `layer` is not of the class `plain`; the forward of a subclass would be lost.
         """
+        check_plain("the layer", layer)
         if type(layer) is not cls.plain:
             raise TypeError(f"only {cls.plain.__name__} itself can become a {cls.__name__}, got {type(layer).__name__}")
         weight = layer.get_parameter("weight")
@@ -102,7 +111,7 @@ class MaskedLayer(nn.Module):
         self.__dict__.pop("dense_gradient", None)
         if self._hook is not None:
             self._hook.remove()
-            del self._hook
+            del self._hook, self._hooked
         self._non_persistent_buffers_set.discard("mask")
         self.__class__ = self.plain  # type: ignore[assignment]
         return self
@@ -135,17 +144,19 @@ class MaskedLayer(nn.Module):
 
     def masked_weight(self) -> Tensor:
         """The weight, for the forward."""
-        if self._hook is not None:
-            return self.weight
-        return keep_links(self.weight, self.mask, self.dense_gradient)
+        weight = self.weight
+        # functional_call may have put another there, which has no hook
+        return weight if weight is self._hooked else keep_links(weight, self.mask, self.dense_gradient)
 
     def mask_by_hook(self) -> None:
         """Mask the gradient in a hook on the weight, and give the forward the weight itself.
 
         For DeepSpeed's stage 3, which frees gathered weights after the forward by emptying the parameters: the views
-        that `keep_links` makes would keep all of them until the backward. The hook does not fire under FSDP2.
+        that `keep_links` makes would keep all of them until the backward. The hook does not fire under FSDP2. A frozen
+        weight takes no hook, and needs none.
         """
-        if self._hook is None:
+        if self._hook is None and self.weight.requires_grad:
+            object.__setattr__(self, "_hooked", self.weight)  # a Module would take it for one more parameter
             self._hook = self.weight.register_hook(self._mask_gradient)
 
     def _mask_gradient(self, grad: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from hf_chts.layers.initial_masks import check_links, initial_masks
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.layers.partitions import strays, weight_shape, whole_weight
+from hf_chts.layers.plain_weight import check_plain
 from hf_chts.layers.shares import Lazy, head_blocks, matching, overrides, some
+from hf_chts.layers.wrappers import named_originals, original_name, unwrap
 
 _HANDLE = "_hf_chts_sparse_model"
 
@@ -23,9 +25,9 @@ class SparseModel:
     """A handle on a model that `sparsify` has patched.
 
     Attributes:
-        model: the model itself.
+        model: the model itself, without wrappers.
         config: the SparsityConfig it was patched with.
-        layers: its masked layers by module name, in the model's order.
+        layers: its masked layers by their name in the model, in the model's order.
         blocks: into how many blocks of rows, each with a topology of its own, a layer is cut; by name, 1 where absent.
     """
 
@@ -43,8 +45,8 @@ class SparseModel:
 
     @staticmethod
     def of(model: nn.Module) -> "SparseModel | None":
-        """The handle of a patched model, or None."""
-        return getattr(model, _HANDLE, None)
+        """The handle of a patched model, wrapped or not, or None."""
+        return getattr(unwrap(model), _HANDLE, None)
 
     def sparsity(self) -> float:
         """The share of missing links over all masked layers; 0 for a dense model."""
@@ -59,9 +61,26 @@ class SparseModel:
         """The masks by layer name: bool (out_features, in_features), views of the live buffers."""
         return {name: layer.topology for name, layer in self.layers.items()}
 
+    def copies(self) -> dict[str, MaskedLayer]:
+        """Masked layers in the model that are none of `layers`, by name: copies of them, as PEFT's modules_to_save.
+
+        They keep their links, and nobody evolves them.
+        """
+        mine = {id(layer) for layer in self.layers.values()}
+        return {
+            name: module
+            for name, module in named_originals(self.model).items()
+            if isinstance(module, MaskedLayer) and id(module) not in mine
+        }
+
     def check(self) -> None:
-        """Raises RuntimeError, naming the layer, if a weight is not 0 where there is no link."""
-        for name, layer in self.layers.items():
+        """Raises RuntimeError, naming the layer, if a weight is not 0 where there is no link.
+
+        Raises:
+            ValueError: something else has taken hold of a weight.
+        """
+        for name, layer in (self.layers | self.copies()).items():
+            check_plain(name, layer)
             count = strays(layer.weight, layer.mask)
             if count:
                 raise RuntimeError(
@@ -70,22 +89,32 @@ class SparseModel:
                 )
 
     def unsparsify(self) -> nn.Module:
-        """Make every layer a plain dense one again, with the weights as they are, and return the model."""
-        for layer in self.layers.values():
+        """Make every layer a plain dense one again, with the weights as they are, and return the model.
+
+        Raises:
+            ValueError: something else has taken hold of a weight. Nothing is changed then.
+        """
+        layers = self.layers | self.copies()
+        for name, layer in layers.items():
+            check_plain(name, layer)
+        for layer in layers.values():
             layer.revert()
         self.layers = {}
         if hasattr(self.model, _HANDLE):
             delattr(self.model, _HANDLE)
-        self._ignore_masks_in_ddp()
+        self.ignore_masks_in_ddp(self.model)
         return self.model
 
-    def _ignore_masks_in_ddp(self) -> None:
-        # DDP would send every mask from rank 0 at each forward. Ranks agree on masks by construction.
-        mine = {f"{name}.mask" for name in self.layers}
+    def ignore_masks_in_ddp(self, model: nn.Module) -> None:
+        """Tell DDP, which is to wrap `model`, the model or something around it, to leave the masks alone.
+
+        It would send every mask from rank 0 at each forward. Ranks agree on masks by construction.
+        """
+        masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLayer)]
         others = [
-            name for name in getattr(self.model, "_ddp_params_and_buffers_to_ignore", []) if not name.endswith(".mask")
+            name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not name.endswith(".mask")
         ]
-        self.model._ddp_params_and_buffers_to_ignore = [*others, *sorted(mine)]  # type: ignore[assignment]
+        model._ddp_params_and_buffers_to_ignore = [*others, *(f"{name}.mask" for name in sorted(masked))]  # type: ignore[assignment]
 
 
 def sparsify(
@@ -98,7 +127,7 @@ def sparsify(
     """Make the target layers of `model` sparse, in place.
 
     Args:
-        model: any model; by default the linear projections of its decoder blocks are the target.
+        model: any model, wrapped or not; by default the linear projections of its decoder blocks are the target.
         config: what to patch and with which initial topology; with method "dense" nothing is.
         masks: topologies to take over instead of drawing initial ones, bool (out, in) by layer name, for exactly the
             target layers.
@@ -109,9 +138,11 @@ def sparsify(
         The handle; also found again with `SparseModel.of(model)`.
 
     Raises:
-        ValueError: nothing matches, a weight is shared or too small, the blocks have projections that are no layers,
-            the model is sparse already, or `masks` do not fit. Everything is checked before the model is touched.
+        ValueError: nothing matches, a weight is shared, frozen, too small or held by something else, the blocks have
+            projections that are no layers, the model is sparse already, or `masks` do not fit. Everything is checked
+            before the model is touched.
     """
+    model = unwrap(model)
     if SparseModel.of(model) is not None:
         raise ValueError("the model is sparse already: call unsparsify() on its handle, SparseModel.of(model)")
     targets = {} if config.is_dense else find_targets(model, config)
@@ -131,7 +162,7 @@ def sparsify(
     sparse = SparseModel(model, config, layers, blocks)
     # not a submodule: plain attribute, so it is in no state dict
     object.__setattr__(model, _HANDLE, sparse)
-    sparse._ignore_masks_in_ddp()
+    sparse.ignore_masks_in_ddp(model)
     return sparse
 
 
@@ -141,18 +172,20 @@ def find_targets(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Modul
     Raises:
         ValueError: see `sparsify`.
     """
+    modules = named_originals(model)
     linears: dict[str, nn.Module] = {
-        name: module for name, module in model.named_modules() if name and isinstance(module, PLAIN_LAYERS)
+        name: module for name, module in modules.items() if name and isinstance(module, PLAIN_LAYERS)
     }
     targets = (
-        _block_projections(model, linears)
+        _block_projections(model, modules, linears)
         if config.target_modules is None
         else _matching(linears, config.target_modules)
     )
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
+        users.setdefault(id(parameter), []).append(original_name(name))
     for name, linear in targets.items():
+        check_plain(name, linear)
         if type(linear) not in PLAIN_LAYERS:
             raise ValueError(
                 f"{name} is a {type(linear).__name__}, not a plain nn.Linear or Conv1D: leave it out of target_modules"
@@ -179,7 +212,9 @@ def _matrix_shape(layer: nn.Module) -> tuple[int, int]:
     return (columns, rows) if masked_class(layer).transposed else (rows, columns)
 
 
-def _block_projections(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _block_projections(
+    model: nn.Module, modules: dict[str, nn.Module], linears: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
     """Linear layers inside the repeated blocks of the model, which transformers keeps in `nn.ModuleList`s.
 
     Raises:
@@ -187,7 +222,7 @@ def _block_projections(model: nn.Module, linears: dict[str, nn.Module]) -> dict[
     """
     blocks = tuple(
         f"{name}."
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, nn.ModuleList) and len(module) and not isinstance(module[0], PLAIN_LAYERS)
     )
     found = {name: linear for name, linear in linears.items() if name.startswith(blocks)} if blocks else {}
@@ -196,7 +231,7 @@ def _block_projections(model: nn.Module, linears: dict[str, nn.Module]) -> dict[
             f"{type(model).__name__} has no linear layers inside a list of blocks: name the layers in target_modules. "
             f"Its linear layers: {some(linears)}"
         )
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         for parameter, value in module.named_parameters(recurse=False) if name.startswith(blocks) else ():
             if _holds_matrices(module, value):
                 kinds = list(dict.fromkeys(linear.rpartition(".")[2] for linear in found))

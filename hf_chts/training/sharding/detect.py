@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.layers.plain_weight import check_plain
 from hf_chts.training.sharding.interface import Engine
 from hf_chts.training.sharding.replicated import ReplicatedWeights
 from hf_chts.training.sharding.zero import ZeroStage3Weights, ZeroStage12Weights
@@ -33,9 +34,11 @@ def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: An
         optimizer: torch's, Accelerate's or DeepSpeed's, as prepared for the run.
 
     Raises:
-        ValueError: the engine, or the optimizer, is one with which topologies cannot be evolved rightly; the message
-            names it.
+        ValueError: the engine, the optimizer, or what holds a layer's weight, is one with which topologies cannot be
+            evolved rightly; the message names it.
     """
+    for name, layer in layers.items():
+        check_plain(name, layer)
     scaler = getattr(optimizer, "scaler", None)
     while type(optimizer).__module__.startswith("accelerate."):
         optimizer = optimizer.optimizer

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.partitions import held_part
-from hf_chts.training.sharding.interface import ShardedEngine, moments
+from hf_chts.training.sharding.interface import ShardedEngine, in_groups, moments
 
 
 class Fsdp2Weights(ShardedEngine):
@@ -28,6 +28,9 @@ class Fsdp2Weights(ShardedEngine):
         self.optimizer = optimizer
         self.loss_scale = loss_scale
         super().__init__(layers)
+
+    def optimizes(self, layer: MaskedLayer) -> bool:
+        return in_groups(layer.weight, self.optimizer)
 
     def find_extent(self, layer: MaskedLayer) -> tuple[int, int]:
         part, start = held_part(_sharded(layer))

@@ -5,7 +5,7 @@ them, some rows, or any stretch. Engines say which run that is and which tensors
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.layers.partitions import whole_weight
 from hf_chts.topology.bits import link_positions
 from hf_chts.training.sharding.gradients import DenseGradient, ReducedGradient
 from hf_chts.training.sharding.ranks import rank_and_world
@@ -36,11 +37,28 @@ class Engine(ABC):
         """(start, stop) of the elements of the layer's weight that each rank holds, by rank; (n, n) for none."""
 
     @abstractmethod
+    def optimizes(self, layer: MaskedLayer) -> bool:
+        """Whether the optimizer has the layer's weight: it has not what was frozen when it was made."""
+
+    def trained(self, layers: Mapping[str, MaskedLayer]) -> list[str]:
+        """The names of the layers whose weights train at this moment, on every rank. Collective.
+
+        The others were frozen, or never given to the optimizer.
+        """
+        trains = [layer.weight.requires_grad and self.optimizes(layer) for layer in layers.values()]
+        if layers and rank_and_world()[1] > 1:
+            agreed = torch.tensor(trains, dtype=torch.int32, device=next(iter(layers.values())).mask.device)
+            dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+            trains = agreed.bool().tolist()
+        return [name for name, train in zip(layers, trains, strict=True) if train]
+
+    @abstractmethod
     def held(self, layer: MaskedLayer) -> dict[str, Tensor]:
         """The live tensors that cover this rank's extent, by name: flat, or whole and of the weight's shape.
 
         "weight" comes first and is what the optimizer steps on: the fp32 master weight where the engine has one. Others
         may be "working" (the weight of the forward), "gradient", and the optimizer's moments by the optimizer's names.
+        Of a weight that the optimizer does not have, what there is.
         """
 
     def copies(self, layer: MaskedLayer) -> dict[str, Tensor]:
@@ -98,6 +116,8 @@ class Engine(ABC):
 
     def whole(self, layer: MaskedLayer, piece: Tensor | None = None) -> Tensor:
         """The whole weight, or what `piece` is this rank's extent of, on every rank, to read. Collective."""
+        if piece is None and not self.optimizes(layer):
+            return whole_weight(layer.weight)
         (tensor,) = self.gather([(layer, 0)], None if piece is None else [piece])
         if tensor is None:
             like = self.held(layer)["weight"] if piece is None else piece
@@ -210,6 +230,8 @@ class ShardedEngine(Engine):
             dist.all_gather_object(everyone, mine)
         self._extents = {layer: [of_rank[i] for of_rank in everyone] for i, layer in enumerate(layers)}
         for layer, extents in self._extents.items():
+            if not self.optimizes(layer):
+                continue
             end = 0
             for start, stop in sorted(extent for extent in extents if extent[0] < extent[1]):
                 if start != end:
@@ -227,6 +249,11 @@ class ShardedEngine(Engine):
 
     def extents(self, layer: MaskedLayer) -> Sequence[tuple[int, int]]:
         return self._extents[layer]
+
+
+def in_groups(weight: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a weight is in one of the parameter groups of torch's optimizer."""
+    return any(parameter is weight for group in optimizer.param_groups for parameter in group["params"])
 
 
 def moments(state: dict[str, object], like: Tensor, *, elementwise: bool = True) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.training.sharding.gradients import DenseGradient, LocalGradient
-from hf_chts.training.sharding.interface import Engine, moments
+from hf_chts.training.sharding.interface import Engine, in_groups, moments
 from hf_chts.training.sharding.ranks import rank_and_world
 
 
@@ -41,6 +41,9 @@ class ReplicatedWeights(Engine):
     def _moments(self, layer: MaskedLayer) -> dict[str, Tensor]:
         state = self.optimizer.state.get(layer.weight, {})
         return moments(state, layer.weight, elementwise=not self.mixing)
+
+    def optimizes(self, layer: MaskedLayer) -> bool:
+        return in_groups(layer.weight, self.optimizer)
 
     def extents(self, layer: MaskedLayer) -> Sequence[tuple[int, int]]:
         return [(0, layer.mask.numel())] * rank_and_world()[1]

@@ -28,14 +28,19 @@ class ZeroStage12Weights(ShardedEngine):
         self.loss_scale = lambda: float(getattr(optimizer, "loss_scale", 1.0))
         super().__init__(layers)
 
+    def optimizes(self, layer: MaskedLayer) -> bool:
+        return hasattr(layer.weight, "_hp_mapping")  # None on a rank that holds nothing of it
+
     def find_extent(self, layer: MaskedLayer) -> tuple[int, int]:
-        mapping = layer.weight._hp_mapping  # type: ignore[attr-defined]
+        mapping = getattr(layer.weight, "_hp_mapping", None)
         if mapping is None:
             return 0, 0
         address = mapping.lp_fragment_address
         return address.start, address.start + address.numel
 
     def held(self, layer: MaskedLayer) -> dict[str, Tensor]:
+        if not self.optimizes(layer):
+            return {}
         mapping = layer.weight._hp_mapping  # type: ignore[attr-defined]
         # nothing of any partition where this rank holds nothing of the weight: empty tensors with the usual names
         group, start, size = 0, 0, 0
@@ -71,12 +76,17 @@ class ZeroStage3Weights(ShardedEngine):
         for layer in layers:
             layer.mask_by_hook()
 
+    def optimizes(self, layer: MaskedLayer) -> bool:
+        return self.optimizer.get_param_id(layer.weight) in self.optimizer.grad_position
+
     def find_extent(self, layer: MaskedLayer) -> tuple[int, int]:
         part, start = held_part(layer.weight)
         return start, start + part.numel()
 
     def held(self, layer: MaskedLayer) -> dict[str, Tensor]:
         weight: Any = layer.weight
+        if not self.optimizes(layer):
+            return {"working": held_part(weight)[0]}
         start, stop = self.extent(layer)
         group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(weight)]
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
