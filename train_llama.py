@@ -34,7 +34,9 @@ def main() -> None:
         raise SystemExit(f"train_llama.py: {' '.join(str(error).split())}") from error  # one line, whoever raised it
 
     use_all_cores(args)
-    trainer.recipe = recipe(model_args, data_args, args)
+    trainer.recipe = recipe(model_args, data_args, args) | {
+        "warm-up steps after each topology update": trainer.update_warmup_steps,
+    }
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
@@ -147,7 +149,6 @@ def recipe(model_args: ModelArguments, data_args: DataArguments, args: SparseTra
         "tokens per sequence": data_args.block_size,
         "learning rate": args.learning_rate,
         "schedule": args.lr_scheduler_type,
-        "warm-up steps after each topology update": args.update_warmup_steps,
         "seed": args.seed,
     }
 

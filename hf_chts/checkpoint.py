@@ -38,6 +38,7 @@ class TopologyState:
         softness: δ of each layer's next removal, by name; empty where it does not adapt.
         step: finished optimizer steps.
         history: one dict of figures for each update so far.
+        loss_before_update: of the step just finished, where an update followed it.
     """
 
     masks: dict[str, Tensor]
@@ -47,6 +48,7 @@ class TopologyState:
     history: list[dict[str, Any]] = field(default_factory=list)
     born: dict[str, Tensor] = field(default_factory=dict)
     softness: dict[str, float] = field(default_factory=dict)
+    loss_before_update: float | None = None
 
 
 def save_masks(directory: str | Path, state: TopologyState) -> None:
@@ -74,8 +76,13 @@ def mask_metadata(
 def save_topology(directory: str | Path, state: TopologyState) -> None:
     """Write masks, explored links and history into a checkpoint directory."""
     save_masks(directory, state)
-    text = json.dumps({"step": state.step, "history": state.history, "softness": state.softness}, indent=1)
-    write_whole(Path(directory) / HISTORY_NAME, text.encode())
+    contents = {
+        "step": state.step,
+        "history": state.history,
+        "softness": state.softness,
+        "loss_before_update": state.loss_before_update,
+    }
+    write_whole(Path(directory) / HISTORY_NAME, json.dumps(contents, indent=1).encode())
 
 
 def load_masks(directory: str | Path) -> TopologyState:
@@ -187,6 +194,8 @@ def load_topology(directory: str | Path) -> TopologyState:
             raise ValueError(f"it is of step {saved['step']}, the masks beside it are of step {state.step}")
         state.history = list(saved["history"])
         state.softness = {name: float(value) for name, value in saved["softness"].items()}
+        loss = saved.get("loss_before_update")  # checkpoints of older versions have none
+        state.loss_before_update = None if loss is None else float(loss)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be used: {error}. Restore it from a backup, or take an earlier checkpoint"

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from hf_chts.methods import CHOICES, DEFAULTS, METHODS
+from hf_chts.methods import CHOICES, DEFAULTS, METHODS, ORIGINAL
 from hf_chts.schedule_plan import SchedulePlan
 
 CONFIG_NAME = "sparsity_config.json"
@@ -30,8 +30,9 @@ def _by_method(name: str, help: str) -> Any:
 class SparsityConfig:
     """How a model is made sparse and how its topology evolves.
 
-    Every field has a default that comes from `method` (see `METHODS`); any of them can be set to make a variant. Fields
-    are checked when the config is made. Fractions of the run are fractions of the optimizer steps.
+    Every field has a default that comes from `method` and `recipe` (see `METHODS` and `ORIGINAL`); any of them can be
+    set to make a variant. Fields are checked when the config is made. Fractions of the run are fractions of the
+    optimizer steps.
 
     Raises:
         ValueError: a value out of range, of the wrong type or not among the choices; the message names it and what
@@ -41,6 +42,12 @@ class SparsityConfig:
     _argument_group_name = "sparsity"  # transformers.HfArgumentParser reads it
 
     method: str = _option("chtss", f"Sparse training method: {', '.join(METHODS)}.")
+    recipe: str = _option(
+        "comparison",
+        "Where defaults come from: comparison, the settings that arXiv 2501.19107 compares all methods with; original, "
+        f"those of the method's own paper ({', '.join(name for name, row in ORIGINAL.items() if row)}). Fields that "
+        "are set win over either.",
+    )
     sparsity: float = _by_method("sparsity", "Final share of missing links in every sparse layer, in (0, 1).")
     initial_sparsity: float = _by_method(
         "initial_sparsity", "Sparsity at step 0 where the sparsity has a schedule; else it is `sparsity`."
@@ -50,8 +57,8 @@ class SparsityConfig:
         "Linear layers to make sparse: suffixes of module names (q_proj) or regular expressions that match whole "
         "names. None: all linear projections of the blocks; embeddings and lm_head stay dense.",
     )
-    allocation: str = _option(
-        "uniform",
+    allocation: str = _by_method(
+        "allocation",
         "How the links are shared out among layers: uniform, the same sparsity in each; erdos_renyi, density in "
         "proportion to (out + in)/(out·in); global, by the largest weights of all layers, anew at each update.",
     )
@@ -104,7 +111,7 @@ class SparsityConfig:
     drop_fraction: float = _by_method(
         "drop_fraction", "Share of the links replaced at the first updates (ζ), in [0, 1]."
     )
-    drop_schedule: str = _option("cosine", "How ζ falls to 0 at `update_until`: constant, linear or cosine.")
+    drop_schedule: str = _by_method("drop_schedule", "How ζ falls to 0 at `update_until`: constant, linear or cosine.")
     percolation: bool = _option(
         False,
         "Before regrowth, remove the links of neurons that coupled layers leave without input or output. Known for "
@@ -127,10 +134,15 @@ class SparsityConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(_unknown("method", self.method, METHODS))
+        if self.recipe == "original" and self.method not in ORIGINAL:
+            raise ValueError(
+                f"recipe is 'original', but of the methods' own papers those of {', '.join(ORIGINAL)} are known, and "
+                f"method is {self.method!r}: leave recipe out, and set the fields that are to differ"
+            )
+        defaults = DEFAULTS | METHODS[self.method] | (ORIGINAL[self.method] if self.recipe == "original" else {})
         for item in dataclasses.fields(self):
             if getattr(self, item.name) is None:
-                value = METHODS[self.method].get(item.name, DEFAULTS.get(item.name))
-                object.__setattr__(self, item.name, value)
+                object.__setattr__(self, item.name, defaults.get(item.name))
         if self.is_dense:
             # so that a recipe's sparsity can stay in the file when only the method is changed to dense
             object.__setattr__(self, "sparsity", 0.0)
@@ -182,13 +194,16 @@ class SparsityConfig:
         """Whether the topology changes during training."""
         return self.update_until > 0
 
-    def plan(self, max_steps: int) -> SchedulePlan:
+    def plan(self, max_steps: int, **known: Any) -> SchedulePlan:
         """The schedules in steps, for a run of `max_steps` optimizer steps.
+
+        Args:
+            known: what is known of the model, as `SchedulePlan.of` takes it.
 
         Raises:
             ValueError: the schedules do not fit into the run.
         """
-        return SchedulePlan.of(self, max_steps)
+        return SchedulePlan.of(self, max_steps, **known)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

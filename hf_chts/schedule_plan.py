@@ -1,7 +1,9 @@
 """When a run updates its topology, and what holds at each update: the config's fractions turned into steps."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from hf_chts.topology import schedules
@@ -13,28 +15,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SchedulePlan:
-    """The schedules of one run. Steps count finished optimizer steps: an update at step 100 follows the 100th."""
+    """The schedules of one run. Steps count finished optimizer steps: an update at step 100 follows the 100th.
+
+    Attributes:
+        window_end: the last multiple of update_interval in the window of updates; 0 where nothing evolves.
+        decay_end: the update at which the final sparsity is reached; 0 if sparsity is constant.
+        floor: what sparsity does not fall below: that of a model which is ahead of the schedule.
+        idle: multiples of update_interval in the window at which an update could change nothing, so that there is none.
+    """
 
     config: "SparsityConfig"
     max_steps: int
-    last_update: int  # the last step with an update; 0 if there is none
-    decay_end: int  # the update at which the final sparsity is reached; 0 if sparsity is constant
+    window_end: int
+    decay_end: int
+    floor: float = 0.0
+    idle: frozenset[int] = field(default=frozenset(), repr=False)
 
     @classmethod
-    def of(cls, config: "SparsityConfig", max_steps: int) -> "SchedulePlan":
-        """Raises ValueError where the config's intervals do not fit into `max_steps`."""
+    def of(
+        cls,
+        config: "SparsityConfig",
+        max_steps: int,
+        *,
+        floor: float = 0.0,
+        links: Callable[[float], Sequence[int]] | None = None,
+    ) -> "SchedulePlan":
+        """The plan of a run of `max_steps` optimizer steps.
+
+        Args:
+            floor: see above.
+            links: the links of each layer, or block of rows, that evolves on its own, at a sparsity: where it is known,
+                ζ is too small to change anything as soon as it rounds to no link.
+
+        Raises:
+            ValueError: the config's intervals do not fit into `max_steps`.
+        """
         if not config.evolves:
             return cls(config, max_steps, 0, 0)
         interval = config.update_interval
-        last_update = _whole_intervals(config.update_until * max_steps, interval)
-        if not last_update:
-            raise ValueError(
-                f"update_interval is {interval} steps, but the topology is updated only in the first "
-                f"{config.update_until:g} of {max_steps} steps, so it never would be: lower update_interval to "
-                f"at most {int(config.update_until * max_steps)}, or train longer"
-            )
+        window_end = _whole_intervals(config.update_until * max_steps, interval)
         decay_end = 0
-        if config.sparsity_schedule != "constant":
+        if window_end and config.sparsity_schedule != "constant":
             # A decay ends *at* an update, since between updates nothing can reach its target
             decay_end = _whole_intervals(config.sparsity_schedule_until * max_steps, interval)
             if not decay_end:
@@ -43,16 +64,59 @@ class SchedulePlan:
                     f"steps, before the first topology update at step {interval}: lower update_interval, train longer, "
                     "or raise sparsity_schedule_until"
                 )
-        return cls(config, max_steps, last_update, decay_end)
+        plan = cls(config, max_steps, window_end, decay_end)
+        # a drop fraction of 0 is somebody's wish, and a layer may be too small for any
+        if not window_end or (config.drop_fraction and window_end == interval and plan._idle_steps(None)):
+            end = config.update_until * max_steps
+            raise ValueError(
+                f"update_interval is {interval} steps, but the topology is updated only in the first "
+                f"{config.update_until:g} of {max_steps} steps, so it never would be: lower update_interval to "
+                f"at most {math.ceil(end - 1e-9) - 1}, or train longer"
+            )
+        plan = replace(plan, floor=floor)
+        return replace(plan, idle=plan._idle_steps(links))
+
+    def _idle_steps(self, links: Callable[[float], Sequence[int]] | None) -> frozenset[int]:
+        config, interval = self.config, self.config.update_interval
+        if config.regrowth == "stored":  # weights grow past each other, and ζ has no part in it
+            return frozenset()
+        # these move links between layers, or away from dead neurons, without ζ
+        moves = config.percolation or config.allocation == "global"
+        most = lru_cache(lambda sparsity: max(links(sparsity)) if links else 10**9)
+
+        def idle(step: int) -> bool:
+            sparsity = self.sparsity(step)
+            if sparsity != self.sparsity(step - interval):
+                return False
+            # what is regrown at the very end is never trained
+            return step == self.max_steps or (not moves and round(self.drop_fraction(step) * most(sparsity)) == 0)
+
+        return frozenset(step for step in range(interval, self.window_end + 1, interval) if idle(step))
+
+    @property
+    def last_update(self) -> int:
+        """The last step with an update; 0 if there is none."""
+        return self.latest_update(self.max_steps)
 
     def is_update(self, step: int) -> bool:
-        return 0 < step <= self.last_update and step % self.config.update_interval == 0
+        return 0 < step <= self.window_end and step % self.config.update_interval == 0 and step not in self.idle
+
+    def latest_update(self, step: int) -> int:
+        """The step of the last update that has taken place once `step` is finished; 0 if there was none."""
+        step = self.number_of_updates(step) * self.config.update_interval
+        while step in self.idle:
+            step -= self.config.update_interval
+        return step
 
     def number_of_updates(self, step: int) -> int:
-        """How many updates have taken place once `step` is finished."""
-        return min(step, self.last_update) // self.config.update_interval
+        """The number of the last update once `step` is finished, from 1; those that were left out are counted."""
+        return min(step, self.window_end) // self.config.update_interval
 
     def sparsity(self, step: int) -> float:
+        return max(self.scheduled_sparsity(step), self.floor)
+
+    def scheduled_sparsity(self, step: int) -> float:
+        """What sparsity would be at `step` if there were no floor."""
         config = self.config
         if not self.decay_end:
             return config.sparsity
@@ -76,8 +140,8 @@ class SchedulePlan:
     def temperature(self, step: int) -> float:
         """T = δ/(1−δ) of a soft removal; δ goes linearly from the first update to the last (paper App. H)."""
         config, first = self.config, self.config.update_interval
-        if self.last_update > first:
-            softness = schedules.linear(step, first, self.last_update, config.softness_start, config.softness_end)
+        if self.window_end > first:
+            softness = schedules.linear(step, first, self.window_end, config.softness_start, config.softness_end)
         else:
             softness = config.softness_start
         return temperature(softness)

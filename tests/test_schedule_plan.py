@@ -9,10 +9,11 @@ from hf_chts.methods import METHODS
 def test_updates_of_the_papers_60m_run():
     plan = SparsityConfig().plan(10_000)
     updates = [step for step in range(10_001) if plan.is_update(step)]
-    assert updates == list(range(100, 7501, 100))
+    assert updates == list(range(100, 7500, 100))  # t < T_end, for at T_end ζ is 0
     assert plan.number_of_updates(99) == 0
     assert plan.number_of_updates(250) == 2
     assert plan.number_of_updates(10_000) == 75
+    assert (plan.latest_update(99), plan.latest_update(250), plan.latest_update(10_000)) == (0, 200, 7400)
     assert plan.decay_end == 3700  # half of 7500, at an update
 
 
@@ -44,7 +45,47 @@ def test_drop_fraction_and_softness():
 
 
 def test_three_quarters_of_400_are_300():
-    assert SparsityConfig(update_interval=100).plan(400).last_update == 300
+    assert SparsityConfig(update_interval=100).plan(400).window_end == 300
+
+
+def updates(plan):
+    return [step for step in range(plan.max_steps + 1) if plan.is_update(step)]
+
+
+def last(method="set", steps=400, **values):
+    plan = SparsityConfig(method=method, update_interval=100, **values).plan(steps)
+    assert plan.last_update == updates(plan)[-1]
+    return plan.last_update
+
+
+def test_an_update_that_could_change_nothing_is_none():
+    assert last("set") == last("rigl") == last("chts", drop_schedule="linear") == 200
+    assert last(drop_schedule="constant") == 300
+    assert last("gmp") == 300  # ζ has no part in it: weights grow past each other
+    assert last("granet") == last("mest") == 300  # sparsity ends there
+    assert last("granet", sparsity_schedule_until=0.5) == 200
+    assert last(allocation="global") == last(percolation=True) == 300  # links move without ζ
+    # what is regrown after the last step is never trained
+    assert last(drop_schedule="constant", update_until=1.0) == 300
+    assert last("granet", update_until=1.0) == 400
+    assert updates(SparsityConfig(method="set", drop_fraction=0.0).plan(1000)) == []
+    # without ζ only the steps of MEST's sparsity are left: 0.05 below it, 0.025 below it, and itself
+    mest = SparsityConfig(method="mest", drop_fraction=0.0, update_interval=10).plan(400)
+    assert updates(mest) == [180, 300]
+
+
+def test_a_drop_fraction_that_rounds_to_no_link_is_0():
+    # at step 700 of 1,000, T_end being 750, ζ is 0.05·(1 + cos(π·700/750)) = 0.00109: 0.5 of 458 links
+    few, many = (SparsityConfig(method="set").plan(1000, links=lambda sparsity, n=n: [100, n]) for n in (450, 470))
+    assert (few.last_update, many.last_update) == (600, 700)
+
+
+def test_what_is_left_out_changes_no_other_update():
+    plan = SparsityConfig(method="chts", update_interval=100).plan(1200)
+    assert plan.last_update == 800
+    assert plan.window_end == 900
+    assert plan.temperature(500) == pytest.approx(0.7 / 0.3)  # δ is halfway from step 100 to 900
+    assert [plan.number_of_updates(step) for step in (800, 899, 900, 1200)] == [8, 8, 9, 9]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,7 +97,8 @@ def test_every_method_has_a_plan(method):
 @pytest.mark.parametrize(
     ("values", "steps", "message"),
     [
-        ({"update_interval": 800}, 1000, "800 steps, but .* first 0.75 of 1000 steps.* at most 750"),
+        ({"update_interval": 800}, 1000, "800 steps, but .* first 0.75 of 1000 steps.* at most 749"),
+        ({"method": "set", "update_interval": 750}, 1000, "750 steps, but .* it never would be: .* at most 749"),
         ({"update_interval": 400}, 1000, "ends after 375 of 1000 steps, before the first topology update at step 400"),
     ],
 )

@@ -1,5 +1,6 @@
 """How many links each layer has, and how the layers of attention heads are cut into blocks with their own."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -57,6 +58,29 @@ def layer_links(
         shared = allocate(rest, sparsity, config.allocation, scores)
         links |= {name: links_at(shape[0] * shape[1], shared[name]) for name, shape in rest.items()}
     return {name: links[name] for name in shapes}
+
+
+def sparsity_ahead(
+    links: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], config: SparsityConfig, scheduled: float
+) -> float | None:
+    """The sparsity of a run at which its layers have these links, where that is above the `scheduled` one; else None.
+
+    Where there is no such sparsity, the one at which no layer, or what layers share, has more.
+    """
+    own = overrides(shapes, config)
+    counted = [(links[name], math.prod(shapes[name]), final) for name, final in own.items()]
+    rest = [(links[name], math.prod(shape), config.sparsity) for name, shape in shapes.items() if name not in own]
+    if config.allocation == "uniform":
+        counted += rest
+    elif rest:
+        counted.append((sum(n for n, _, _ in rest), sum(numel for _, numel, _ in rest), config.sparsity))
+    # links are rounded, so that a number of them stands for all sparsities between two
+    low, most, high = (
+        [(1 - (n + half) / numel) * config.sparsity / final for n, numel, final in counted] for half in (0.5, 0, -0.5)
+    )
+    if scheduled > max(low) - 1e-12:
+        return None
+    return (max(low) + min(high)) / 2 if max(low) < min(high) else max(most)
 
 
 def overrides(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:

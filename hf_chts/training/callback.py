@@ -1,7 +1,8 @@
 """TopologyCallback: when the topology evolves, and what is told about it."""
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from statistics import fmean
 from typing import Any, cast
@@ -14,11 +15,14 @@ from hf_chts.checkpoint import TopologyState
 from hf_chts.config import SparsityConfig
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.patching import SparseModel
-from hf_chts.layers.shares import Lazy, layer_links
+from hf_chts.layers.plain_weight import check_plain
+from hf_chts.layers.shares import Lazy, layer_links, some, sparsity_ahead
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.topology.bits import pack_bits
 from hf_chts.topology.percolation import Junction, anp_rate, coupled_groups
 from hf_chts.topology.softness import adapted, chance_overlap
+from hf_chts.training.begin_lines import changed_lines, learning_rates, plan_line
+from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.losses import UpdateLosses
 from hf_chts.training.regrown_adam import RegrownAdam
 from hf_chts.training.run_record import RunRecord
@@ -26,40 +30,71 @@ from hf_chts.training.sharding import DenseGradient, Engine, engine_of, exchange
 from hf_chts.training.update import TopologyUpdate, in_threads, update_cost
 from hf_chts.training.update_figures import LayerUpdate, overall_figures
 
+_log = logging.getLogger(__name__)
+
 
 class TopologyCallback(TrainerCallback):
     """Evolves a sparse model after the optimizer steps that the config's plan names.
 
     The update happens in `on_step_end`: after the optimizer step, and before the same step's evaluation and checkpoint.
 
+    A training begins with the masks and weights that the model has, and with nothing else of an earlier one, unless
+    `restore` was called. Its schedules begin at step 0 then, but sparsity never falls back: where the model is ahead
+    of them, it stays until they have caught up.
+
     Args:
         sparse: the patched model.
         log: called with a dict of figures after each update, for example `Trainer.log`.
+        say: called on rank 0 with a line about the plan in force, at the begin of training; None: logged as an info.
 
     Attributes:
         history: the figures of each update so far, in order.
+        warmup: the steps over which the learning rate climbs back after each update; None: its schedule is not made.
+        learning_rate: what the plan's line says about that.
         engine: what holds weights and moments; from the begin of training.
         record: what writes down each layer's updates in the run's output_dir; on rank 0, from the begin of training.
     """
 
-    def __init__(self, sparse: SparseModel, log: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(
+        self,
+        sparse: SparseModel,
+        log: Callable[[dict[str, Any]], None] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         self.sparse = sparse
         self.log = log
-        self.history: list[dict[str, Any]] = []
+        self.say = say or _log.info
         self.plan: SchedulePlan | None = None
         self.engine: Engine | None = None
         self.record: RunRecord | None = None
         self.junctions: list[Junction] = []
         self.groups: list[list[str]] = []
         self.owner: dict[str, int] = {}
-        self.losses = UpdateLosses()
+        self.warmup: int | None = None
+        self.learning_rate = "the learning rate has no warm-up after them"
+        self._restored: TopologyState | None = None
+        self._earlier_steps = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """All that a run keeps, as a checkpoint has it, or anew: nothing is left of an earlier run."""
+        state, layers = self._restored, self.sparse.layers
+        for name, layer in layers.items():
+            layer.dense_gradient = None
+            if state:
+                layer.topology.copy_(state.masks[name])
+        self.history: list[dict[str, Any]] = list(state.history) if state else []
+        self.losses = UpdateLosses(state.loss_before_update if state else None)
+        self.softness = dict.fromkeys(layers, self.config.softness_start) | (state.softness if state else {})
         # links that were ever active, as bits: a bool would cost as much memory again as the masks
-        self.explored = {name: pack_bits(mask) for name, mask in sparse.masks().items()}
+        self.explored = {
+            name: state.explored[name].to(layer.mask.device) if state else pack_bits(layer.topology)
+            for name, layer in layers.items()
+        }
         # weights of what is no link, where they are kept: those that links had when they left, 0 if there never was one
         self.stored: dict[str, Tensor] = {}
-        self.softness = dict.fromkeys(sparse.layers, sparse.config.softness_start)
         self.adam: RegrownAdam | None = None
-        self._restored: TopologyState | None = None
+        self._said: set[str] = set()  # the layers of which it was said that they do not train
 
     @property
     def config(self) -> SparsityConfig:
@@ -75,6 +110,7 @@ class TopologyCallback(TrainerCallback):
             history=self.history,
             born=self._gathered(self.adam.born if self.adam else {}),
             softness=self.softness if self.config.adapts_softness else {},
+            loss_before_update=self.losses.before,
         )
 
     def _gathered(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,26 +122,58 @@ class TopologyCallback(TrainerCallback):
             (tensor,) = self.engine.gather([(layer, 0)], [piece])
             if tensor is not None:
                 whole[name] = layer.matrix(tensor.cpu() if self.engine.sharded else tensor)
+        like = next(iter(whole.values()), None)
+        if like is not None:  # the file has them of all layers, and those that the optimizer has not have no pieces
+            whole |= {n: like.new_zeros(m.shape) for n, m in self.sparse.masks().items() if n not in pieces}
         return whole
 
-    def restore(self, state: TopologyState) -> None:
-        """Take over the state of a checkpoint; the weights are loaded by others."""
-        for name, layer in self.sparse.layers.items():
-            layer.topology.copy_(state.masks[name])
-            self.explored[name] = state.explored[name].to(layer.mask.device)
-        self.softness |= state.softness
-        self.history = list(state.history)
-        self._restored = state
-        if self.engine is not None:
-            self._take_pieces()
+    def restore(self, state: TopologyState | None, *, max_steps: int = 0) -> None:
+        """Have the next training go on with the state of a checkpoint; the weights are loaded by others.
 
-    def prepare(self, max_steps: int, engine: Engine) -> None:
-        """Make the plan of a run of `max_steps` optimizer steps on what holds weights and moments.
+        Args:
+            state: the masks are set at once; None: take back an earlier call whose training did not end.
+            max_steps: the length of the run that wrote it, where that is known.
+        """
+        self._restored, self._earlier_steps = state, max_steps
+        if state is not None:
+            self._begin()
+
+    def plan_from(self, step: int, max_steps: int) -> SchedulePlan:
+        """The plan of a run of `max_steps` optimizer steps that begins, or goes on, after `step` of them.
+
+        Where the model is sparser than its schedule has it by then, because it comes from a run with another one,
+        sparsity stays until the schedule has caught up.
+        """
+        config = self.config
+        shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in self.sparse.masks().items()}
+
+        def largest_piece(sparsity: float) -> list[int]:
+            # global allocation, which would read the weights, does not ask
+            links = layer_links(shapes, sparsity, config, {})
+            return [-(-number // self.sparse.blocks.get(name, 1)) for name, number in links.items()]
+
+        plan = config.plan(max_steps, links=largest_piece)
+        if not plan.decay_end or config.initial_sparsity > config.sparsity:
+            return plan
+        update = plan.number_of_updates(step) * config.update_interval
+        links = {name: layer.links for name, layer in self.sparse.layers.items()}
+        ahead = sparsity_ahead(links, shapes, config, plan.sparsity(update))
+        if ahead is None:
+            return plan
+        return config.plan(max_steps, floor=min(ahead, config.sparsity), links=largest_piece)
+
+    def prepare(self, max_steps: int, engine: Engine, step: int = 0) -> None:
+        """Make the plan of a run of `max_steps` optimizer steps on what holds weights and moments, after `step` steps.
 
         Raises:
-            ValueError: the schedules do not fit into the run, or percolation is not known for the model.
+            ValueError: the schedules do not fit into the run, percolation is not known for the model, or the optimizer
+                steps on weights of half precision.
         """
-        self.plan, self.engine = self.config.plan(max_steps), engine
+        refuse_half_precision(
+            {name: engine.held(layer)["weight"] for name, layer in self.sparse.layers.items() if engine.optimizes(layer)}
+        )
+        self._begin()
+        self.plan, self.engine = self.plan_from(step, max_steps), engine
         names = list(self.sparse.layers)
         self.junctions = couplings(cast(PreTrainedModel, self.sparse.model), names) if self.config.percolation else []
         self.groups = coupled_groups(self.junctions, names)
@@ -115,18 +183,22 @@ class TopologyCallback(TrainerCallback):
             rank_and_world()[1],
         )
         self.owner = {name: dealt[group[0]] for group in self.groups for name in group}
-        if self.config.ages_links:
-            self.adam = RegrownAdam(self.sparse.layers, engine, self.config.update_interval)
-            self.adam.check_updates(self.plan.number_of_updates(max_steps))
-        self._take_pieces()
+        self.take_pieces()
 
-    def _take_pieces(self) -> None:
-        """This rank's pieces of what a checkpoint had, or new ones."""
+    def take_pieces(self) -> None:
+        """This rank's pieces of what a checkpoint had, or new ones; for one that is restored in the midst of training.
+
+        Raises:
+            ValueError: the run has more updates than can be told apart.
+        """
         assert self.engine is not None
+        assert self.plan is not None
         state, layers = self._restored, self.sparse.layers
-        self._restored = None
+        if self.config.ages_links:
+            self.adam = RegrownAdam(layers, self.engine, self.config.update_interval)
+            self.adam.check_updates(self.plan.number_of_updates(self.plan.max_steps))
         for name, layer in layers.items():
-            if self.config.stores_weights:
+            if self.config.stores_weights and self.engine.optimizes(layer):
                 saved = state.stored.get(name) if state else None
                 piece = self.engine.store(layer) if saved is None else self.engine.cut(layer, layer.matrix(saved))
                 self.stored[name] = piece
@@ -139,25 +211,37 @@ class TopologyCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         optimizer: Any = None,
+        lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
         engine = engine_of(self.sparse.model, self.sparse.layers, optimizer)
+        self._refuse_copies()
         if self.config.ages_links:
             RegrownAdam.check(optimizer)
-        self.prepare(state.max_steps, engine)
+        self.prepare(state.max_steps, engine, state.global_step)
         engine.check(self.sparse.layers)
+        assert self.plan is not None, "prepare makes the plan"
+        if state.is_world_process_zero and self.config.evolves:
+            self._say_plan(self.plan, state.global_step, learning_rates(optimizer, lr_scheduler))
+        self.record = None
         if state.is_world_process_zero and args.output_dir:
             masks = self.sparse.masks()
             shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in masks.items()}
-            assert self.plan is not None, "prepare makes the plan"
             self.record = RunRecord(args.output_dir, shapes, self.plan)
             self.record.begin(state.global_step, masks)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._restored = None
         if self.record is not None:
             self.record.end(state.global_step)
+
+    def _say_plan(self, plan: SchedulePlan, step: int, rates: tuple[float, float] | None) -> None:
+        self.say(plan_line(plan, self.learning_rate))
+        earlier = self.config.plan(self._earlier_steps) if self._restored and self._earlier_steps else None
+        for line in changed_lines(plan, step, self.sparse.sparsity(), earlier, rates):
+            _log.warning(line)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -195,12 +279,19 @@ class TopologyCallback(TrainerCallback):
 
     @torch.no_grad()
     def update(self, step: int) -> dict[str, Any]:
-        """Evolve every layer once, as of `step`, and return the figures of the update. Collective."""
+        """Evolve every layer that trains once, as of `step`, and return the figures of the update. Collective.
+
+        Returns:
+            The figures of all layers together; nothing where none trains.
+        """
         assert self.plan is not None
         start = time.perf_counter()
+        names = self._trained()
+        if not names:
+            return {}
         links = self._links(step)
-        evolved: dict[str, list[float]] = {}
-        for groups in self._rounds():
+        evolved: dict[str, list[float]] = {name: [0.0] * 4 for name in self.sparse.layers}
+        for groups in self._rounds(names):
             for name, (mask, done) in self._evolve(groups, step, links):
                 _, removed, regrown, overlap = done
                 self._take_over(name, mask, self.plan.number_of_updates(step))
@@ -210,7 +301,7 @@ class TopologyCallback(TrainerCallback):
                 evolved[name] = done
         masks = self.sparse.masks()
         layers = {name: LayerUpdate.of(masks[name], self.explored[name], done) for name, done in evolved.items()}
-        figures = self._figures(layers, masks)
+        figures = self._figures(layers, masks, names)
         seconds = time.perf_counter() - start
         figures["topology_seconds"] = round(seconds, 4)
         self.history.append({"step": step, **figures})
@@ -218,19 +309,56 @@ class TopologyCallback(TrainerCallback):
             self.record.update(step, layers, masks, seconds, self.softness if self.config.adapts_softness else {})
         return figures
 
-    def _rounds(self) -> list[list[list[str]]]:
-        """The groups of layers that are evolved at a time.
+    def _trained(self) -> Collection[str]:
+        """The layers that train at this moment, the same on all ranks. Collective.
+
+        The others do not evolve: links that come would stay 0. Of each of them that is said once.
+        """
+        assert self.engine is not None
+        layers = self.sparse.layers
+        for name, layer in layers.items():
+            check_plain(name, layer)
+        names = self.engine.trained(layers)
+        still = [name for name in layers if name not in names]
+        for name in still:
+            layers[name].dense_gradient = None
+        if not self._said.issuperset(still) and rank_and_world()[0] == 0:
+            new = [name for name in still if name not in self._said]
+            follows = (
+                "so their topology does not evolve: their sparsity stays as it is, and that of all layers together may "
+                "differ from the schedule's"
+                if names
+                else "so nothing evolves until one of them trains"
+            )
+            _log.warning("These sparse layers are frozen or not in the optimizer, %s: %s", follows, some(new))
+        self._said.update(still)
+        return names
+
+    def _refuse_copies(self) -> None:
+        """Raises ValueError, naming them, for copies of sparse layers that would train and not evolve."""
+        copies = [name for name, layer in self.sparse.copies().items() if layer.weight.requires_grad]
+        if copies and self.config.evolves:
+            raise ValueError(
+                f"copies of sparse layers would train instead of the layers themselves, and their topology would not "
+                f"evolve: {some(copies)}. Leave them out of PEFT's modules_to_save and call requires_grad_(True) on "
+                "the layers, or use method static"
+            )
+
+    def _rounds(self, names: Collection[str]) -> list[list[list[str]]]:
+        """The groups of layers, of those of `names`, that are evolved at a time.
 
         Where weights have to be gathered, each rank takes one group in a round, so that none holds more.
         """
         assert self.engine is not None
+        groups = [[name for name in group if name in names] for group in self.groups]
+        groups = [group for group in groups if group]
         if not self.engine.sharded:
-            return [self.groups]
+            return [groups]
         by_rank: dict[int, list[list[str]]] = {}
-        for group in self.groups:
+        for group in groups:
             by_rank.setdefault(self.owner[group[0]], []).append(group)
         rounds = zip_longest(*(by_rank[rank] for rank in sorted(by_rank)))
-        return [[group for group in groups if group is not None] for groups in rounds]
+        return [[group for group in together if group is not None] for together in rounds]
 
     def _evolve(
         self, groups: Sequence[list[str]], step: int, links: Mapping[str, int]
@@ -288,7 +416,10 @@ class TopologyCallback(TrainerCallback):
         return gradient.mean()
 
     def _links(self, step: int) -> dict[str, int]:
-        """The number of links of each layer after an update at `step`."""
+        """The number of links of each layer after an update at `step`, were all of them to evolve.
+
+        So a layer has as many whichever others are frozen, and what those keep is not shared out.
+        """
         assert self.plan is not None
         layers, masks = self.sparse.layers, self.sparse.masks()
         shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in masks.items()}
@@ -297,7 +428,7 @@ class TopologyCallback(TrainerCallback):
             assert self.engine is not None
             layer = layers[name]
             weight = self.engine.whole(layer)
-            if self.config.regrowth == "stored":
+            if name in self.stored and self.config.regrowth == "stored":
                 weight = torch.where(layer.mask, weight, self.engine.whole(layer, self.stored[name]))
             return layer.matrix(weight)
 
@@ -311,9 +442,11 @@ class TopologyCallback(TrainerCallback):
         self.engine.set_topology(layer, layer.matrix(mask), self.stored.get(name))
         self.explored[name] |= pack_bits(mask)
 
-    def _figures(self, layers: Mapping[str, LayerUpdate], masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _figures(
+        self, layers: Mapping[str, LayerUpdate], masks: Mapping[str, Tensor], names: Collection[str]
+    ) -> dict[str, Any]:
         return {
             **overall_figures(layers, {name: mask.shape for name, mask in masks.items()}),
             **({"active_neurons_percolated": anp_rate(masks, self.junctions)} if self.config.percolation else {}),
-            **({"softness": fmean(self.softness.values())} if self.config.adapts_softness else {}),
+            **({"softness": fmean(self.softness[name] for name in names)} if self.config.adapts_softness else {}),
         }

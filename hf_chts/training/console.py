@@ -1,5 +1,6 @@
 """What a run says on the console: one line a log, one line an update, 100 columns at most."""
 
+import logging
 import shutil
 import sys
 from collections.abc import Collection, Mapping
@@ -18,6 +19,8 @@ from transformers.trainer_utils import has_length
 from hf_chts.plain_text import printable
 
 COLUMNS = 100
+
+_log = logging.getLogger(__name__)
 
 # what the lines say otherwise, or what says nothing on a console
 _LEFT_OUT = ("epoch", "step", "total_flos", "num_input_tokens_seen")
@@ -104,6 +107,12 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         if not state.is_world_process_zero or not logs:
             return
         rest = dict(logs)
+        if not self.bars:
+            # as PrinterCallback does, in whose place it stands: what train() returns then has no total_flos
+            logs.pop("total_flos", None)
+        last = state.log_history[-1] if state.log_history else {}
+        if "total_flos" in last:  # where a printer has been before
+            rest["total_flos"] = last["total_flos"]
         losses = {name: rest.pop(name) for name in _LOSSES} if rest.keys() >= set(_LOSSES) else {}
         if losses:
             self._say_update(losses, state.global_step)
@@ -193,6 +202,14 @@ def use_console(trainer: Any) -> None:
         if type(callback) in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
             trainer.add_callback(ConsoleCallback(bars=type(callback) is ProgressCallback))
+
+
+def say(trainer: Any, line: str) -> None:
+    """A line among those of a trainer's console; logged as an info where it has none, as in notebooks."""
+    if any(isinstance(callback, ConsoleCallback) for callback in trainer.callback_handler.callbacks):
+        _write(line)
+    else:
+        _log.info(line)
 
 
 def _write(line: str) -> None:

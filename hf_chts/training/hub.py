@@ -257,7 +257,7 @@ class HubPushes(_AnyTrainer):
             "learning rate": args.learning_rate,
             "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             "warm-up steps": args.get_warmup_steps(self.state.max_steps or args.max_steps),
-            "warm-up steps after each topology update": getattr(args, "update_warmup_steps", 0),
+            "warm-up steps after each topology update": getattr(self, "update_warmup_steps", 0),
             "weight decay": args.weight_decay,
             "seed": args.seed,
         }

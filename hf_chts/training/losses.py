@@ -11,16 +11,19 @@ class UpdateLosses:
     """Keeps the loss of the step that an update follows, and that of the next step.
 
     They are of different batches, so one pair says little; their mean over many updates tells whether updates cost.
+
+    Attributes:
+        before: the loss of the step that the last update followed, until the next step has ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: float | None = None) -> None:
         self._adding = False
         self._sum: Tensor | None = None
-        self._before: float | None = None
+        self.before = before
 
     def begin(self, finished: int, plan: SchedulePlan) -> None:
         """A step begins after `finished` steps."""
-        self._adding = plan.is_update(finished + 1) or (self._before is not None and plan.is_update(finished))
+        self._adding = plan.is_update(finished + 1) or (self.before is not None and plan.is_update(finished))
         self._sum = None
 
     def add(self, loss: Tensor) -> None:
@@ -35,7 +38,7 @@ class UpdateLosses:
             return {}
         loss = float(mean_over_ranks(self._sum.clone()))
         figures = {}
-        if plan.is_update(finished - 1) and self._before is not None:
-            figures = {"loss_before_update": self._before, "loss_after_update": loss}
-        self._before = loss if plan.is_update(finished) else None
+        if plan.is_update(finished - 1) and self.before is not None:
+            figures = {"loss_before_update": self.before, "loss_after_update": loss}
+        self.before = loss if plan.is_update(finished) else None
         return figures

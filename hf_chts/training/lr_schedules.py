@@ -6,19 +6,41 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hf_chts.schedule_plan import SchedulePlan
 
+# arXiv 2501.19107, Table 6, where updates are 100 steps apart
+PAPER_WARMUP = 20
+
+
+def warmup_steps(asked: int | None, update_interval: int) -> int:
+    """How many optimizer steps the warm-up after an update takes.
+
+    Args:
+        asked: None: the paper's 20, or a fifth of the interval where that is less, as it is in the paper.
+
+    Raises:
+        ValueError: so many are asked for that the rate would never be the full one for long.
+    """
+    if asked is None:
+        return min(PAPER_WARMUP, update_interval // 5)
+    if asked > 1 and asked >= update_interval:
+        raise ValueError(
+            f"update_warmup_steps is {asked}, but the topology is updated every {update_interval} steps "
+            "(update_interval), so that the learning rate would hardly ever be the full one: lower update_warmup_steps "
+            f"to some {update_interval // 5}, or leave it out"
+        )
+    return asked
+
 
 def update_warmup(step: int, plan: SchedulePlan, warmup_steps: int) -> float:
     """The factor on the learning rate of optimizer step `step`, counted from 0: 1/n, 2/n, … n/n in the n steps that
-    follow an update, 1 elsewhere (arXiv 2501.19107, Table 6: n = 20).
+    follow an update, 1 elsewhere.
 
     Regrown links start at 0 among trained ones, and with fresh moments: small steps at first.
     """
     # the step with index u is the first after an update at u finished steps
-    updates = plan.number_of_updates(step)
-    if not updates or not warmup_steps:
+    update = plan.latest_update(step)
+    if not update or not warmup_steps:
         return 1.0
-    since = step - updates * plan.config.update_interval
-    return min(1.0, (since + 1) / warmup_steps)
+    return min(1.0, (step - update + 1) / warmup_steps)
 
 
 def add_update_warmup(scheduler: LambdaLR, plan: SchedulePlan, warmup_steps: int) -> None:

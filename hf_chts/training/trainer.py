@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits
@@ -17,10 +19,11 @@ from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.layers.patching import SparseModel, sparsify
 from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal
 from hf_chts.training.callback import TopologyCallback
-from hf_chts.training.console import use_console
+from hf_chts.training.console import say, use_console
 from hf_chts.training.data_state import ResumableDataMixin
+from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.hub import HubPushes
-from hf_chts.training.lr_schedules import add_update_warmup
+from hf_chts.training.lr_schedules import PAPER_WARMUP, add_update_warmup, warmup_steps
 
 # The mixin goes before any Trainer class, and is not one itself
 if TYPE_CHECKING:
@@ -40,13 +43,18 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
         sparsity: the config to sparsify the model with, or the handle that `sparsify` returned for it; None takes the
             handle of a model that is sparse already, and the defaults of SparsityConfig for one that is not.
 
+    `train()` a second time goes on with the weights, the masks and, as the Trainer's, the optimizer of the first, and
+    begins the schedules anew; sparsity does not fall back, but stays until they have caught up.
+
     Raises:
-        ValueError: the config does not fit the model, or its schedules do not fit `args.max_steps`.
+        ValueError: the config does not fit the model, its schedules do not fit `args.max_steps`, or
+            `args.update_warmup_steps` does not fit them.
     """
 
     sparse: SparseModel
     topology: TopologyCallback | None
     _finite: Tensor | None = None  # whether all losses since the last look were
+    _loops: int = 0  # how often the training of this `train()` has begun
 
     def __init__(
         self,
@@ -58,9 +66,12 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
     ) -> None:
         self._sparsity = sparsity
         if model is not None:
-            config = sparsity.config if isinstance(sparsity, SparseModel) else sparsity
-            if config is not None and args is not None and args.max_steps > 0:
-                config.plan(args.max_steps)  # refuses what cannot work before the model is touched
+            existing = SparseModel.of(model)
+            config = existing.config if existing is not None else sparsity
+            if isinstance(config, SparsityConfig) and args is not None:  # refuses before the model is touched
+                if args.max_steps > 0:
+                    config.plan(args.max_steps)
+                _update_warmup(args, config)
             self.sparse = self._sparsify(model)
         super().__init__(model, args, *positional, **kwargs)
         if model is None:  # it came from model_init
@@ -90,7 +101,7 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
     def _follow_topology(self) -> None:
         self.topology = None
         if self.sparse.layers:
-            self.topology = TopologyCallback(self.sparse, log=self.log)
+            self.topology = TopologyCallback(self.sparse, log=self.log, say=partial(say, self))
             self.add_callback(self.topology)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -107,11 +118,17 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
         """As `Trainer.train`; True resumes from the last checkpoint that was written whole.
 
         Raises:
-            FileNotFoundError, ValueError: the checkpoint is not whole, damaged, or of another model or config. Nothing
-                has been loaded then.
+            FileNotFoundError, ValueError: the checkpoint is not whole, damaged, or of another model or config, or the
+                weights are of half precision. Nothing has been loaded then.
             FloatingPointError: the loss became NaN or infinite.
             RuntimeError: another rank died or hangs.
         """
+        self._finite, self._loops = None, 0
+        if self.topology is not None:
+            if not self.is_deepspeed_enabled:  # which makes fp32 master weights of any
+                refuse_half_precision({name: layer.weight for name, layer in self.sparse.layers.items()})
+            self.topology.restore(None)
+            self.topology.warmup = None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_sealed(self.args.output_dir or ".")
             if resume_from_checkpoint is None:
@@ -144,7 +161,17 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
         state = load_topology(directory)
         verify_fits(state, self.sparse.layers, directory)
         _verify_same_run(saved_config, self.sparse.config, directory)
-        self.topology.restore(state)
+        earlier = TrainerState.load_from_json(str(Path(directory) / TRAINER_STATE_NAME))
+        self.topology.restore(state, max_steps=earlier.max_steps)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._loops += 1
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        loaded_later = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self._loops > 1 and checkpoint is not None and self.topology is not None and not loaded_later:
+            # auto_find_batch_size tries a smaller one: masks and moments are the checkpoint's, and weights must be too
+            self._load_from_checkpoint(checkpoint)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # the Trainer looks for the end after a step: resumed from its last checkpoint, a run would train one too many
@@ -182,6 +209,15 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
         assert self.state.best_model_checkpoint is not None
         verify_seal(self.state.best_model_checkpoint)
         self._restore_topology(self.state.best_model_checkpoint)
+        if self.topology is not None:
+            self.topology.take_pieces()
+
+    @property
+    def update_warmup_steps(self) -> int:
+        """Optimizer steps over which the learning rate climbs back after each topology update; 0: none."""
+        if self.topology is not None and self.topology.warmup is not None:
+            return self.topology.warmup
+        return _update_warmup(self.args, self.sparse.config)
 
     def whole_state_dict(self) -> dict[str, Tensor] | None:
         """The whole weights on rank 0, for `export_sparse`, where ranks hold parts; None where the model has them.
@@ -235,26 +271,55 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         fresh = self.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        warmup_steps = getattr(self.args, "update_warmup_steps", 0)
-        if fresh and warmup_steps and self.topology is not None and self.sparse.config.evolves:
-            if not isinstance(scheduler, LambdaLR):
-                raise ValueError(
-                    f"update_warmup_steps is {warmup_steps}, but the schedule {self.args.lr_scheduler_type!r} is no "
-                    "function of the step: set update_warmup_steps to 0, or choose another lr_scheduler_type"
-                )
-            add_update_warmup(scheduler, self.sparse.config.plan(num_training_steps), warmup_steps)
+        if self.topology is not None and self.sparse.config.evolves:
+            self._warm_up_after_updates(scheduler, fresh, num_training_steps)
         return scheduler
+
+    def _warm_up_after_updates(self, scheduler: Any, fresh: bool, num_training_steps: int) -> None:
+        topology, interval = self.topology, self.sparse.config.update_interval
+        assert topology is not None
+        if not fresh and topology.warmup is not None:  # DeepSpeed had it made by a copy of this trainer
+            return
+        asked, steps = getattr(self.args, "update_warmup_steps", 0), _update_warmup(self.args, self.sparse.config)
+        obstacle = None
+        if not fresh:
+            obstacle = "the learning-rate schedule is not the Trainer's own"
+        elif not isinstance(scheduler, LambdaLR):
+            obstacle = f"the schedule {self.args.lr_scheduler_type!r} is no function of the step"
+        if obstacle and asked:
+            raise ValueError(
+                f"update_warmup_steps is {asked}, but {obstacle}: set update_warmup_steps to 0, or choose another "
+                "lr_scheduler_type"
+            )
+        why = ""
+        if not hasattr(self.args, "update_warmup_steps"):
+            why = ", which SparseTrainingArguments have"
+        elif obstacle and asked is None:
+            steps, why = 0, f": {obstacle}"
+        elif asked is None and steps < PAPER_WARMUP:
+            why = f", a fifth of update_interval ({interval}), where the paper's {PAPER_WARMUP} would be too many"
+        topology.warmup = steps
+        topology.learning_rate = f"the learning rate has no warm-up after them{why}"
+        if steps:
+            add_update_warmup(scheduler, topology.plan_from(self.state.global_step, num_training_steps), steps)
+            topology.learning_rate = f"the learning rate climbs back over {steps} steps after each{why}"
 
 
 class SparseTrainer(SparseTrainerMixin, Trainer):
     """`transformers.Trainer` with sparse training; see `SparseTrainerMixin`.
 
-    With method "dense" it does what `transformers.Trainer` does, bit for bit.
+    With method "dense" it does what `transformers.Trainer` does, bit for bit, but for a loss that is NaN or infinite:
+    that ends the run, where the Trainer's `logging_nan_inf_filter` would leave it out of the log and train on.
     """
 
 
 def _last_whole(checkpoint: str | None) -> str:
     return f"The last whole checkpoint is {checkpoint}" if checkpoint else "There is no earlier checkpoint"
+
+
+def _update_warmup(args: Any, config: SparsityConfig) -> int:
+    """The warm-up after updates that a run asks for, in steps. Raises ValueError where it does not fit the updates."""
+    return warmup_steps(getattr(args, "update_warmup_steps", 0), config.update_interval) if config.evolves else 0
 
 
 def _verify_same_run(saved: SparsityConfig, current: SparsityConfig, directory: str) -> None:

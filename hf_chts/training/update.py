@@ -21,6 +21,7 @@ from hf_chts.topology.softness import temperature
 # The parts that a config names
 SCORES: dict[str, Callable[..., Tensor]] = {
     "magnitude": scores.magnitude,
+    "magnitude_by_sign": scores.magnitude_by_sign,
     "relative_importance": scores.relative_importance,
     "mest": scores.mest,
     "random": scores.random,
@@ -78,7 +79,10 @@ class TopologyUpdate:
             stay[name], kept[name] = (_cat(parts) for parts in zip(*halves, strict=True))
         junctions = [junction for junction in self.junctions if set(junction.layers) & set(group)]
         if junctions:
-            kept = percolate(kept, junctions)
+            # layers that do not train keep their links, useless or not; the others are looked at beside them
+            met = [name for junction in junctions for name in junction.layers if name in self.masks]
+            fixed = {name: self.masks[name] for name in met if name not in kept}
+            kept = percolate(kept | fixed, junctions, fixed)
         return {name: joined([self._regrow(piece, stay[name], kept[name]) for piece in pieces[name]]) for name in group}
 
     def _pieces(self, name: str) -> "list[_Piece]":
