@@ -1,6 +1,6 @@
 """The seal of a checkpoint: written last, it lists every file with its size and checksum.
 
-A checkpoint without it was not written whole, and is never resumed from. CRC-32 tells damage, not forgery.
+A checkpoint of ours without it was not written whole, and is never resumed from. CRC-32 tells damage, not forgery.
 """
 
 import json
@@ -8,9 +8,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from hf_chts.checkpoint import write_whole
+from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME, write_whole
 
 SEAL_NAME = "checkpoint_seal.json"
 _FORMAT = "hf_chts checkpoint, 1"
@@ -41,9 +42,7 @@ def verify_seal(directory: str | Path) -> None:
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no checkpoint at {directory}: give the directory of one")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: {directory} was not written whole, or not copied whole. Take an earlier checkpoint"
-        )
+        raise FileNotFoundError(f"{path} is missing: {directory} {what_is_unsealed(directory)}")
     try:
         files = _read(path)
     except (ValueError, KeyError, TypeError) as error:
@@ -59,6 +58,24 @@ def verify_seal(directory: str | Path) -> None:
             )
         if crc32(file) != checksum:
             raise ValueError(f"{file} is damaged: its checksum is not that of its seal. Take an earlier checkpoint")
+
+
+def what_is_unsealed(directory: str | Path) -> str:
+    """What a directory without a seal is, for the end of a sentence, and what to do about it."""
+    state, masks, history = (
+        (Path(directory) / name).is_file() for name in (TRAINER_STATE_NAME, MASKS_NAME, HISTORY_NAME)
+    )
+    if state and not masks:  # which the Trainer writes last
+        return (
+            "is a checkpoint of a plain Trainer, which has no masks and no seal. To go on from its weights, make the "
+            "model of them with from_pretrained, and train without resume_from_checkpoint; only a Trainer can resume it"
+        )
+    if masks and not history:
+        return (
+            "is no checkpoint of a training: it has masks, but no state of a run, as exports do. To go on from its "
+            "weights and masks, load it with load_sparse, and train without resume_from_checkpoint"
+        )
+    return "was not written whole, or not copied whole. Take an earlier checkpoint"
 
 
 def last_sealed(output_dir: str | Path) -> str | None:

@@ -1,6 +1,8 @@
 """What a run writes down about its topology, beside its checkpoints: `OUTPUT_DIR/topology/`.
 
 `layers.jsonl`: a header with the shapes, then a line an update with counts of each layer (update_figures.py).
+`plans.jsonl`: a line where training begins, and where it goes on by another plan: from which step on it holds, how many
+steps the run has, its last update, and the sparsity below which it does not fall (0: its schedule alone says).
 `seconds.jsonl`: a line an update, and one at the end: wall-clock seconds since the last line, and those of the update.
 `snapshot-STEP.safetensors`: some layers before the first, after the middle and after the last update (snapshots.py).
 
@@ -25,7 +27,7 @@ from hf_chts.training.snapshots import save_snapshot, snapshot_layers, snapshot_
 from hf_chts.training.update_figures import LayerUpdate
 
 RECORD_DIR = "topology"
-LAYERS_NAME, SECONDS_NAME = "layers.jsonl", "seconds.jsonl"
+LAYERS_NAME, PLANS_NAME, SECONDS_NAME = "layers.jsonl", "plans.jsonl", "seconds.jsonl"
 FORMAT = "hf_chts topology records, 1"
 
 _log = logging.getLogger(__name__)
@@ -45,6 +47,11 @@ class RunRecord:
         self.pictured = snapshot_layers(list(shapes))
         self.steps = snapshot_steps(plan)
         self.header = {"format": FORMAT, "layers": {name: list(shape) for name, shape in shapes.items()}}
+        self.plan = {
+            "max_steps": plan.max_steps,
+            "last_update": plan.last_update,
+            "sparsity_floor": round(plan.floor, 9),
+        }
         self._mark = (0, 0.0)  # the step and the time of the last line of seconds
         self._writes = True
 
@@ -91,6 +98,14 @@ class RunRecord:
         _rewrite(self.directory / LAYERS_NAME, [self.header, *kept])
         seconds = read_lines(self.directory / SECONDS_NAME) if same_run else []
         _rewrite(self.directory / SECONDS_NAME, [line for line in seconds if line["step"] <= step])
+        plans = read_lines(self.directory / PLANS_NAME) if same_run else []
+        plans = [line for line in plans if line["step"] <= step]
+        last = plans[-1] if plans else {}
+        # a schedule that has caught up with what was its floor needs none, and is the same plan
+        same_plan = last.get("max_steps") == self.plan["max_steps"]
+        if not (same_plan and self.plan["sparsity_floor"] in (0, last.get("sparsity_floor"))):
+            plans.append({"step": step, **self.plan})
+        _rewrite(self.directory / PLANS_NAME, plans)
         for found, path in snapshot_paths(self.directory).items():
             if not same_run or found > step:
                 path.unlink()

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.layers.patching import SparseModel, sparsify
-from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal
+from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal, what_is_unsealed
 from hf_chts.training.callback import TopologyCallback
 from hf_chts.training.console import say, use_console
 from hf_chts.training.data_state import ResumableDataMixin
@@ -126,15 +126,19 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
         self._finite, self._loops = None, 0
         if self.topology is not None:
             if not self.is_deepspeed_enabled:  # which makes fp32 master weights of any
-                refuse_half_precision({name: layer.weight for name, layer in self.sparse.layers.items()})
+                trained = {name: x.weight for name, x in self.sparse.layers.items() if x.weight.requires_grad}
+                refuse_half_precision(trained)
             self.topology.restore(None)
             self.topology.warmup = None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_sealed(self.args.output_dir or ".")
+            output_dir = self.args.output_dir or "."
+            resume_from_checkpoint = last_sealed(output_dir)
             if resume_from_checkpoint is None:
+                unsealed = sort_checkpoints(output_dir) if Path(output_dir).is_dir() else []
+                last = f" The last one, {unsealed[-1]}, {what_is_unsealed(unsealed[-1])}." if unsealed else ""
                 raise ValueError(
-                    f"there is no whole checkpoint in {self.args.output_dir} to resume from: start without "
-                    "resume_from_checkpoint, or name a checkpoint"
+                    f"there is no whole checkpoint in {output_dir} to resume from: start without "
+                    f"resume_from_checkpoint, or name a checkpoint.{last}"
                 )
         if isinstance(resume_from_checkpoint, str | Path):
             resume_from_checkpoint = str(resume_from_checkpoint)

@@ -101,7 +101,8 @@ def test_a_stopped_run_ends_with_the_records_of_one_that_was_not(tmp_path, case,
     )
     names = {path.name for path in (whole / "topology").iterdir()}
     assert names == {
-        "layers.jsonl", "seconds.jsonl", "snapshot-0.safetensors", "snapshot-8.safetensors", "snapshot-16.safetensors"
+        "layers.jsonl", "plans.jsonl", "seconds.jsonl",
+        "snapshot-0.safetensors", "snapshot-8.safetensors", "snapshot-16.safetensors",
     }  # fmt: skip
     assert {path.name for path in (stopped / "topology").iterdir()} == names
     for name in names - {"seconds.jsonl"}:
