@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_chts.topology import receptive_field
 from hf_chts.topology.initial import bipartite_receptive_field, erdos_renyi
 from hf_chts.topology.random_streams import random_stream
+from hf_chts.topology.receptive_field import _log_time_of as log_time_of
 
 SHAPES = [(64, 64), (40, 200), (200, 40), (7, 3)]
 
@@ -95,6 +98,66 @@ def test_links_fall_off_with_distance_as_the_formula_says():
     probability = (1 + distance) ** (-(1 - 0.4) / 0.4)
     expected = counts.sum() * probability / probability.sum()
     assert float(((counts - expected) ** 2 / expected).sum()) < 30 + 5 * math.sqrt(60)
+
+
+def inclusion(shape, sparsity, r, key, draws, draw):
+    """How often each input is taken, (out, in), in `draws` networks."""
+    counts = torch.zeros(shape, dtype=torch.float64)
+    generator = random_stream("inclusion", key)
+    for _ in range(draws):
+        counts += draw(*shape, sparsity, r=r, generator=generator)
+    return counts
+
+
+def by_keys(out_features, in_features, sparsity, *, r, generator):
+    """The definition, at its plainest: successive sampling of every row by a Gumbel key of every input."""
+    centres = torch.arange(out_features, dtype=torch.float64) * in_features / out_features
+    away = (torch.arange(in_features) - centres[:, None]).abs()
+    distance = torch.minimum(away, in_features - away)
+    uniform = torch.rand(distance.shape, dtype=torch.float64, generator=generator)
+    keys = -torch.log(-torch.log(uniform)) - (1 - r) / r * torch.log1p(distance)
+    degree = round(in_features * (1 - sparsity))
+    mask = torch.zeros(out_features, in_features, dtype=torch.bool)
+    return mask.scatter_(1, keys.topk(degree, dim=1).indices, True)
+
+
+@pytest.mark.parametrize(
+    ("r", "horizon"),
+    [(r, "far enough") for r in (0.05, 0.1, 0.3, 0.6, 1)] + [(r, "too near") for r in (0.3, 0.6, 1)],
+)
+@pytest.mark.parametrize(("shape", "degree"), [((6, 40), 4), ((25, 60), 6), ((4, 16), 14)])
+def test_inputs_are_taken_as_often_as_in_successive_sampling(shape, degree, r, horizon, monkeypatch):
+    if horizon == "too near":
+        # for most rows the time must be extended
+        monkeypatch.setattr(
+            receptive_field, "_log_time_of", lambda weights, expected: log_time_of(weights, 0.7 * expected)
+        )
+    draws, sparsity = 400, 1 - degree / shape[1]
+    ours = inclusion(shape, sparsity, r, 0, draws, bipartite_receptive_field)
+    plain = inclusion(shape, sparsity, r, 1, draws, by_keys)
+    assert ours.sum() == plain.sum() == draws * degree * shape[0]
+    share = (ours + plain) / (2 * draws)
+    some = (share > 5 / draws) & (share < 1 - 5 / draws)
+    statistic = ((ours - plain)[some] ** 2 / (2 * draws * (share * (1 - share))[some])).sum()
+    degrees = int(some.sum())
+    assert statistic < degrees + 5 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("r", [0, 0.1, 0.5, 1])
+def test_a_receptive_field_takes_work_in_proportion_to_its_links(r):
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.bool:
+                    self.elements = max(self.elements, tensor.numel())
+            return result
+
+    with Largest() as largest:
+        mask = brf((400, 10_000), 0.99, r=r)
+    assert largest.elements < 8 * int(mask.sum())
 
 
 def test_deterministic_and_different_by_key():
