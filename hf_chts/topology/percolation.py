@@ -161,12 +161,15 @@ def query_key(
     )
 
 
-def percolate(masks: Mapping[str, Tensor], junctions: Iterable[Junction]) -> dict[str, Tensor]:
+def percolate(
+    masks: Mapping[str, Tensor], junctions: Iterable[Junction], fixed: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Remove every link of every inactive neuron, until nothing changes.
 
     Args:
         masks: bool (out, in) by layer name, those of a junction on one device; read only.
         junctions: where the layers meet. A layer without a mask counts as full: dense layers are always active.
+        fixed: layers that keep all their links, and without a link at a node make it inactive all the same.
 
     Returns:
         New masks under the same names; never a link more. Regrowing the difference is the caller's.
@@ -184,6 +187,8 @@ def percolate(masks: Mapping[str, Tensor], junctions: Iterable[Junction]) -> dic
         changed = False
         linked = {(layer, side): _linked(masks[layer], side) for layer, side in sides}
         for (layer, side), active in _active(linked, wiring).items():
+            if layer in fixed:
+                continue
             useless = (linked[layer, side] & ~active).nonzero().squeeze(1)
             if useless.numel():
                 masks[layer].index_fill_(_DIMENSION[side], useless, False)

@@ -96,7 +96,7 @@ class RegrownAdam:
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
             state, group = optimizer.state.get(layer.weight, {}), groups.get(id(layer.weight))
-            if not state or group is None:
+            if not state or group is None or layer.weight.grad is None:  # the optimizer took no step on it
                 continue
             positions, updates = self._young_links(name, step, group["betas"][1])
             if not len(positions):

@@ -1,6 +1,6 @@
 """Run by the ranks of `accelerate launch`: methods on the launcher's engine, checked after every step, and resumed.
 
-    accelerate launch --config_file … methods_worker.py DIRECTORY ENGINE CASE[ bf16]…
+    accelerate launch --config_file … methods_worker.py DIRECTORY ENGINE CASE[ bf16|, frozen]…
 
 Writes, from rank 0, what the first update of each case started from and what came of it, to compare with one process.
 """
@@ -30,27 +30,32 @@ STEPS = 12
 MODEL = {
     "hidden_size": 35, "intermediate_size": 53, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6,
 }  # fmt: skip
+# one of which ranks hold unequal parts, and one of a junction
+FROZEN = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
 
 
 class Checks(TrainerCallback):
     """Everything that must hold on every rank after every step; the masks of all ranks are the same."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer, frozen):
         self.trainer = trainer
         self.updates = 0
+        self.frozen = {name: trainer.sparse.masks()[name].clone() for name in frozen}
 
     def on_step_end(self, args, state, control, **kwargs):
         topology, sparse = self.trainer.topology, self.trainer.sparse
         topology.engine.check(sparse.layers)
         plan = sparse.config.plan(STEPS)
-        check_links(sparse, plan.sparsity(state.global_step - state.global_step % INTERVAL))
+        if not self.frozen:
+            check_links(sparse, plan.sparsity(state.global_step - state.global_step % INTERVAL))
+        assert all(sparse.masks()[name].equal(mask) for name, mask in self.frozen.items()), "a frozen layer evolved"
         everyone = [None] * args.world_size
         dist.all_gather_object(everyone, digests(sparse.masks()))
         assert all(one == everyone[0] for one in everyone), "ranks hold different masks"
         self.updates += plan.is_update(state.global_step)
 
 
-def trainer_of(case, directory, seed, bf16):
+def trainer_of(case, directory, seed, bf16, frozen):
     AcceleratorState._reset_state()  # it remembers the DeepSpeed config of the Trainer before
     args = arguments(
         directory, max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=6,
@@ -59,13 +64,28 @@ def trainer_of(case, directory, seed, bf16):
     allow_fsdp()
     model = tiny_llama(seed=seed, **MODEL)
     set_seed(100 + args.process_index)  # topologies must not come from the global seed
-    return SparseTrainer(model=model, args=args, sparsity=case_config(case), train_dataset=random_blocks())
+    trainer = SparseTrainer(model=model, args=args, sparsity=case_config(case), train_dataset=random_blocks())
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    return trainer
+
+
+def check_that_ranks_agree(topology):
+    """One rank alone freezes a layer: no rank evolves it."""
+    layers = topology.sparse.layers
+    weight = layers["model.layers.1.mlp.down_proj"].weight
+    before = topology.engine.trained(layers)
+    assert before == [name for name in layers if name not in FROZEN]
+    weight.requires_grad_(dist.get_rank() != 1)
+    assert topology.engine.trained(layers) == [name for name in before if name != "model.layers.1.mlp.down_proj"]
+    weight.requires_grad_(True)
 
 
 def train(case, directory, engine):
-    name, bf16 = case.removesuffix(" bf16"), case.endswith(" bf16")
-    trainer = trainer_of(name, directory, 0, bf16)
-    checks = Checks(trainer)
+    name, bf16 = case.removesuffix(" bf16").removesuffix(", frozen"), case.endswith(" bf16")
+    frozen = FROZEN if case.endswith(", frozen") else []
+    trainer = trainer_of(name, directory, 0, bf16, frozen)
+    checks = Checks(trainer, frozen)
     trainer.add_callback(checks)
     first = {}
     inner, make_update = trainer.topology.update, callback.TopologyUpdate
@@ -91,6 +111,8 @@ def train(case, directory, engine):
         trainer.train()
     assert type(trainer.topology.engine).__name__ == engine
     assert checks.updates == 2
+    if frozen:
+        check_that_ranks_agree(trainer.topology)
     weights = trainer.whole_state_dict()
     if dist.get_rank() == 0:
         export_sparse(trainer.accelerator.unwrap_model(trainer.model), f"{directory}/export", state_dict=weights)
@@ -98,7 +120,7 @@ def train(case, directory, engine):
     dist.all_gather_object(parts, first.pop("gradients"))
     first["gradients"] = {name: gradient for part in parts for name, gradient in part.items()}
 
-    again = trainer_of(name, directory, 9, bf16)
+    again = trainer_of(name, directory, 9, bf16, frozen)
     again.train(resume_from_checkpoint=f"{directory}/checkpoint-6")
     assert losses(again) == losses(trainer)
     assert digests(again.sparse.masks()) == digests(trainer.sparse.masks())

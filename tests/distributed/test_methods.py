@@ -13,12 +13,19 @@ from hf_chts import SparseModel, SparseTrainer, TopologyCallback, load_sparse, s
 from hf_chts.training.sharding import ReplicatedWeights
 
 from launching import accelerate  # isort: skip - beside this file
-from methods_worker import MODEL, STEPS  # isort: skip
+from methods_worker import FROZEN, MODEL, STEPS  # isort: skip
 
 pytestmark = pytest.mark.distributed
 
-CASES = ["chtss", "rigl", "chtss bf16", "rigl bf16"]
-MORE = ["mest, layers with their own sparsity", "gmp, global allocation", "rigl, historical weights", "granet", "cht"]
+CASES = ["chtss", "rigl", "chtss bf16", "rigl bf16", "rigl, historical weights, frozen"]
+MORE = [
+    "gmp, global allocation, frozen",
+    "mest, layers with their own sparsity",
+    "gmp, global allocation",
+    "rigl, historical weights",
+    "granet",
+    "cht",
+]
 ENGINES = {
     "cpu_ddp": "ReplicatedWeights",
     "cpu_fsdp2": "Fsdp2Weights",
@@ -30,7 +37,9 @@ ENGINES = {
 
 def update_in_one_process(case, first):
     model = tiny_llama(**MODEL)
-    sparse = sparsify(model, case_config(case), masks=first["masks"])
+    sparse = sparsify(model, case_config(case.removesuffix(", frozen")), masks=first["masks"])
+    for name in FROZEN if case.endswith(", frozen") else ():
+        model.get_submodule(name).requires_grad_(False)
     for name, layer in sparse.layers.items():
         layer.weight.data = first["weights"][name].clone()
     engine = ReplicatedWeights(torch.optim.AdamW(model.parameters()))

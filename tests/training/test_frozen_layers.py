@@ -1,0 +1,202 @@
+"""A layer that does not train does not evolve, whichever method, and whenever and however it was frozen."""
+
+import json
+import logging
+
+import pytest
+import torch
+from cases import CASES, arguments, case_config, trainer
+from tiny import random_blocks, tiny_llama
+from transformers import TrainerCallback
+
+from hf_chts import SparseTrainer
+from hf_chts.layers.shares import layer_links
+from hf_chts.topology.allocation import allocate_links
+from hf_chts.topology.percolation import gated_mlp, percolate
+
+FROZEN = [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkvo"]
+WARNING = "frozen or not in the optimizer"
+
+
+def freeze(model, names=FROZEN, trains=False):
+    for name in names:
+        model.get_submodule(name).requires_grad_(trains)
+
+
+def snapshot(sparse, names=FROZEN):
+    return {name: (sparse.layers[name].mask.clone(), sparse.layers[name].weight.detach().clone()) for name in names}
+
+
+def unchanged(sparse, before):
+    return all(
+        sparse.layers[name].mask.equal(mask) and sparse.layers[name].weight.equal(weight)
+        for name, (mask, weight) in before.items()
+    )
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if WARNING in record.getMessage()]
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_frozen_after_the_trainer_is_made(tmp_path, case, caplog):
+    run = trainer(tmp_path, case, save_strategy="no")
+    freeze(run.model)
+    before, others = snapshot(run.sparse), snapshot(run.sparse, run.sparse.layers.keys() - FROZEN)
+    with caplog.at_level(logging.WARNING):
+        run.train()
+    assert unchanged(run.sparse, before)
+    run.topology.engine.check(run.sparse.layers)
+    # the others evolve as they would beside layers that train
+    config = run.sparse.config
+    assert all(not run.sparse.layers[name].mask.equal(mask) for name, (mask, _) in others.items())
+    if config.allocation != "global":
+        shapes = {name: tuple(mask.shape) for name, mask in run.sparse.masks().items()}
+        expected = layer_links(shapes, config.sparsity, config, {})
+        for name in others:
+            assert run.sparse.layers[name].links == expected[name], name
+    (warning,) = said(caplog)
+    assert all(name in warning for name in FROZEN)
+    assert "layers.1" not in warning
+    # what is told of each update counts the links that there are
+    possible = sum(mask.numel() for mask in run.sparse.masks().values())
+    assert run.topology.history[-1]["sparsity"] == pytest.approx(1 - run.sparse.links() / possible)
+    lines = [json.loads(line) for line in (tmp_path / "topology/layers.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        for index, name in enumerate(lines[0]["layers"]):
+            if name in FROZEN:
+                assert line["removed"][index] == line["regrown"][index] == 0
+                assert line["links"][index] == line["explored"][index] == int(before[name][0].sum())
+
+
+def test_weights_that_the_optimizer_does_not_have(tmp_path, caplog):
+    run = trainer(tmp_path, "set", save_strategy="no")
+    left_out = {id(run.sparse.layers[name].weight) for name in FROZEN}
+    run.optimizer = torch.optim.AdamW([p for p in run.model.parameters() if id(p) not in left_out], lr=1e-2)
+    before = snapshot(run.sparse)
+    run.train()
+    assert unchanged(run.sparse, before)
+    assert len(said(caplog)) == 1
+
+
+class Thaw(TrainerCallback):
+    """Freezes some layers after one step and thaws them after another."""
+
+    def __init__(self, frozen_after, thawed_after):
+        self.steps = {frozen_after: False, thawed_after: True}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.steps:
+            freeze(model, trains=self.steps[state.global_step])
+
+
+@pytest.mark.parametrize("case", ["chtss", "rigl", "gmp", "rigl, historical weights", "chtss, per-weight Adam steps"])
+def test_frozen_for_a_while_in_the_middle(tmp_path, case):
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen[state.global_step] = snapshot(run.sparse)
+
+    # frozen for the updates after steps 4 and 8
+    run = trainer(tmp_path, case, save_strategy="no", callbacks=[Thaw(2, 9)])
+    run.add_callback(Look())
+    run.train()
+
+    def moved(step, other):
+        return [not seen[step][name][0].equal(seen[other][name][0]) for name in FROZEN]
+
+    for step in range(3, 12):
+        assert not any(moved(step, 2))
+    for step in range(3, 10):
+        assert all(seen[step][name][1].equal(seen[2][name][1]) for name in FROZEN), step
+    assert all(moved(12, 11))
+    shapes = {name: tuple(mask.shape) for name, mask in run.sparse.masks().items()}
+    for name, links in layer_links(shapes, 0.9, run.sparse.config, {}).items():
+        assert run.sparse.layers[name].links == links
+    run.topology.engine.check(run.sparse.layers)
+
+
+def test_nothing_evolves_where_no_layer_trains(tmp_path, caplog):
+    run = trainer(tmp_path, "rigl", save_strategy="no")
+    freeze(run.model, run.sparse.layers)
+    before = snapshot(run.sparse, run.sparse.layers)
+    run.train()
+    assert unchanged(run.sparse, before)
+    assert run.topology.history == []
+    assert len(said(caplog)) == 1
+    assert not [entry for entry in run.state.log_history if "itop" in entry]
+    assert all(layer.dense_gradient is None for layer in run.sparse.layers.values())
+
+
+@pytest.mark.parametrize("case", ["rigl", "gmp", "rigl, historical weights", "chtss, per-weight Adam steps"])
+def test_resumed_bit_for_bit(tmp_path, case):
+    def run(model, directory, resume=None):
+        one = trainer(directory, case, model=model)
+        freeze(one.model)
+        one.train(resume_from_checkpoint=resume)
+        return one
+
+    whole = run(tiny_llama(), tmp_path / "whole")
+    resumed = run(tiny_llama(seed=5), tmp_path / "resumed", str(tmp_path / "whole/checkpoint-10"))
+    for name, value in whole.model.state_dict().items():
+        assert value.equal(resumed.model.state_dict()[name]), name
+    for name, mask in whole.sparse.masks().items():
+        assert mask.equal(resumed.sparse.masks()[name])
+
+
+def test_global_allocation_does_not_share_out_what_frozen_layers_keep(tmp_path):
+    run = trainer(tmp_path, "granet, global allocation", save_strategy="no")
+    freeze(run.model)
+    kept = {name: run.sparse.layers[name].links for name in FROZEN}
+    weights = {}
+
+    class Look(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step + 1 == run.topology.plan.last_update:
+                weights.update({name: layer.weight.detach().clone() for name, layer in run.sparse.layers.items()})
+
+    run.add_callback(Look())
+    run.train()
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    scores = {name: weight.abs() for name, weight in weights.items()}
+    expected = allocate_links(shapes, 0.9, "global", scores)
+    for name, layer in run.sparse.layers.items():
+        assert layer.links == kept.get(name, expected[name]), name
+
+
+def test_a_frozen_layer_of_a_junction_keeps_its_links_and_tells_the_others(tmp_path, monkeypatch):
+    up, down = (f"model.layers.0.mlp.{kind}_proj" for kind in ("up", "down"))
+    percolated = []
+
+    def spy(masks, *args):
+        percolated.append(percolate(masks, *args))
+        return percolated[-1]
+
+    monkeypatch.setattr("hf_chts.training.update.percolate", spy)
+    run = SparseTrainer(
+        model=tiny_llama(),
+        args=arguments(tmp_path, save_strategy="no", max_steps=8),
+        sparsity=case_config("set", percolation=True, drop_fraction=0.3),
+        train_dataset=random_blocks(),
+    )
+    freeze(run.model, [up])
+    dead = torch.arange(60) % 7 == 0
+    mask = run.sparse.layers[up].topology & ~dead[:, None]
+    run.sparse.layers[up].set_mask(mask)
+    run.train()
+    assert run.sparse.layers[up].mask.equal(mask)
+    kept = next(masks for masks in percolated if down in masks)
+    assert kept[up].equal(mask)
+    assert not kept[down][:, dead].any()
+    assert kept[down].any()
+
+
+def test_percolation_around_a_fixed_layer():
+    masks = {name: torch.ones(3, 3, dtype=torch.bool) for name in ("gate", "up", "down")}
+    masks["up"][0] = False  # neuron 0 is inactive
+    masks["down"][:, 1] = False  # neuron 1 too
+    junctions = [gated_mlp("gate", "up", "down", neurons=3)]
+    kept = percolate(masks, junctions, ["up"])
+    assert kept["up"].equal(masks["up"])
+    assert kept["gate"].sum(1).tolist() == kept["down"].sum(0).tolist() == [0, 0, 3]
