@@ -20,6 +20,7 @@ CASES = {name: {"method": name} for name in METHODS if name not in ("dense", "st
     "set, Erdos-Renyi allocation": {"method": "set", "allocation": "erdos_renyi"},
     "mest, layers with their own sparsity": {"method": "mest", "layer_sparsity": {"down_proj": 0.8, "q_proj": 0.95}},
     "set, percolation": {"method": "set", "percolation": True, "sparsity": 0.97, "drop_fraction": 0.3},
+    "set, as in its own paper": {"method": "set", "recipe": "original"},
     "chts, regrowth by gradient": {"method": "chts", "regrowth": "gradient", "removal": "relative_importance"},
 }
 
@@ -69,6 +70,32 @@ def weights(run):
 
 def same_weights(first, second):
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def all_of(run):
+    """Everything that a run has come to: what it logged but for times and means over one session, and all its state."""
+    topology, times = run.topology, ("topology_seconds",)
+    log = [{k: v for k, v in entry.items() if k not in times} for entry in run.state.log_history]
+    found = {
+        "log": [entry for entry in log if "train_runtime" not in entry],
+        "history": [{k: v for k, v in entry.items() if k not in times} for entry in topology.history],
+        "softness": dict(topology.softness),
+    }
+    tensors = {"weights": weights(run), "masks": run.sparse.masks(), "explored": topology.explored}
+    tensors |= {"stored": topology.stored, "born": topology.adam.born if topology.adam else {}}
+    for kind, named in tensors.items():
+        found |= {f"{kind} {name}": tensor.clone() for name, tensor in named.items()}
+    return found
+
+
+def differences(first, second):
+    """The names of what is not the same in two results of `all_of`."""
+    assert first.keys() == second.keys()
+    return [
+        name
+        for name, one in first.items()
+        if not (one.equal(second[name]) if hasattr(one, "equal") else one == second[name])
+    ]
 
 
 def check_links(sparse, sparsity):

@@ -10,8 +10,10 @@ from cases import (
     INTERVAL,
     STEPS,
     Invariants,
+    all_of,
     arguments,
     case_config,
+    differences,
     losses,
     same_weights,
     trainer,
@@ -32,7 +34,7 @@ def test_invariants_at_every_step(tmp_path, case, bf16):
     run = trainer(tmp_path, case, bf16=bf16, gradient_accumulation_steps=2, save_strategy="no")
     invariants = Invariants.watch(run)
     run.train()
-    assert invariants.updates == (0 if case == "static" else 18 // INTERVAL)
+    assert invariants.updates == {"static": 0, "set, as in its own paper": 5}.get(case, 18 // INTERVAL)
     assert all(layer.dense_gradient is None for layer in run.sparse.layers.values())
 
 
@@ -183,28 +185,18 @@ def dense_norm(directory):
 
 
 @pytest.mark.parametrize("case", ["static", *CASES])
-@pytest.mark.parametrize("checkpoint", [10, 20])
-def test_resume_bit_for_bit(tmp_path, case, checkpoint):
-    whole = trainer(tmp_path / "whole", case)
+@pytest.mark.parametrize(
+    ("checkpoint", "new_process"),
+    [(10, True), (20, True), (12, False)],  # the topology is updated at 12 too
+)
+def test_resume_bit_for_bit(tmp_path, case, checkpoint, new_process):
+    whole = trainer(tmp_path / "whole", case, save_steps=checkpoint)
     whole.train()
-    resumed = trainer(tmp_path / "resumed", case, model=tiny_llama(seed=5))
+    expected = all_of(whole)
+    # nothing may be left of a run that has ended
+    resumed = trainer(tmp_path / "resumed", case, model=tiny_llama(seed=5)) if new_process else whole
     resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{checkpoint}"))
-    assert losses(resumed) == losses(whole)
-    assert same_weights(weights(resumed), weights(whole))
-    assert whole.topology.stored.keys() == resumed.topology.stored.keys()
-    for name, stored in whole.topology.stored.items():
-        assert stored.equal(resumed.topology.stored[name])
-    for name, mask in whole.sparse.masks().items():
-        assert mask.equal(resumed.sparse.masks()[name])
-        assert whole.topology.explored[name].equal(resumed.topology.explored[name])
-    assert resumed.topology.softness == whole.topology.softness
-    if whole.topology.adam:
-        assert all(born.equal(resumed.topology.adam.born[name]) for name, born in whole.topology.adam.born.items())
-    assert figures(resumed.topology.history) == figures(whole.topology.history)
-
-
-def figures(history):
-    return [{k: v for k, v in entry.items() if k != "topology_seconds"} for entry in history]
+    assert differences(all_of(resumed), expected) == []
 
 
 def test_resume_true_takes_the_last_checkpoint(tmp_path):
