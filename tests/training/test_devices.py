@@ -1,0 +1,86 @@
+"""Whatever an update uses lives where its layer's links live, wherever the model was when it was made sparse."""
+
+import pytest
+import torch
+from cases import CASES, INTERVAL, STEPS, case_config
+from played_device import MixedDevices, Played, PlayedDevice, move
+from tiny import random_blocks, tiny_llama
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_chts import TopologyCallback, sparsify
+from hf_chts.checkpoint import load_topology, save_topology
+from hf_chts.topology import random_streams
+from hf_chts.training import update as update_module
+from hf_chts.training.sharding import ReplicatedWeights
+
+
+@pytest.fixture
+def played(monkeypatch):
+    # torch has no generator for the device; a GPU's numbers are others too
+    monkeypatch.setattr(update_module, "random_stream", lambda *key, device: random_streams.random_stream(*key))
+    with PlayedDevice() as device:
+        yield device
+
+
+def test_the_played_device_refuses_to_mix(played):
+    here, there = torch.ones(3), Played(torch.ones(3))
+    with pytest.raises(MixedDevices):
+        here + there
+    with pytest.raises(MixedDevices):
+        there[here.bool()]
+    with pytest.raises(MixedDevices):
+        there.mul_(here)
+    with pytest.raises((TypeError, RuntimeError)):
+        there.numpy()
+    assert (there + torch.tensor(1.0)).cpu().tolist() == [2, 2, 2]
+    assert here.copy_(2 * there).tolist() == [2, 2, 2]
+    assert torch.zeros(2, device=there.device).add_(1).tolist() == [1, 1]
+
+
+def train(directory, case, place, *, resume=False):
+    """Masks, stored weights and figures after 12 steps with 3 updates, on the CPU. Saves the topology after step 8, or
+    goes on from there; with weights and moments of its own, which is enough to see where things are."""
+    model = tiny_llama(use_cache=False, num_hidden_layers=1)
+    sparse = sparsify(model, case_config(case))
+    callback = TopologyCallback(sparse)
+    first = 0
+    if resume:
+        state = load_topology(directory)
+        callback.restore(state)
+        first = state.step
+        for name, layer in sparse.layers.items():
+            layer.set_mask(state.masks[name])
+    place(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+    callback.prepare(STEPS, ReplicatedWeights(optimizer))
+    args, control, at = TrainingArguments("unused", use_cpu=True), TrainerControl(), TrainerState(max_steps=STEPS)
+    ids = torch.tensor(random_blocks(4)["input_ids"]).to(model.lm_head.weight.device)
+    for step in range(first, 12):
+        at.global_step = step
+        callback.on_step_begin(args, at, control)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        callback.losses.add(loss)
+        optimizer.step()
+        callback.on_optimizer_step(args, at, control, optimizer=optimizer)
+        optimizer.zero_grad()
+        at.global_step = step + 1
+        callback.on_step_end(args, at, control)
+        callback.engine.check(sparse.layers)
+        if step + 1 == 8 and not resume:
+            save_topology(directory, callback.state(8))
+    state = callback.state(12)
+    figures = [{k: v for k, v in entry.items() if k != "topology_seconds"} for entry in state.history]
+    return {name: mask.cpu() for name, mask in state.masks.items()}, figures
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_topologies_evolve_where_the_layers_are(case, played, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    masks, figures = train(there, case, move)
+    expected, expected_figures = train(here, case, lambda model: model)
+    assert len(figures) == 12 // INTERVAL
+    assert figures == expected_figures
+    assert all(mask.equal(expected[name]) for name, mask in masks.items())
+    _, resumed = train(there, case, move, resume=True)
+    assert [entry["step"] for entry in resumed] == [4, 8, 12]
