@@ -40,6 +40,48 @@ def test_defaults_come_from_the_method():
     assert SparsityConfig(method="chts", regrowth="random").regrowth == "random"
 
 
+# what the methods' own papers say that the comparison paper does not
+PAPERS = {
+    "set": {
+        "allocation": "erdos_renyi", "removal": "magnitude_by_sign", "drop_fraction": 0.3, "drop_schedule": "constant",
+        "update_until": 1.0, "sparsity_schedule_until": 1.0,
+    },
+    "rigl": {"allocation": "erdos_renyi", "drop_fraction": 0.3},
+    "gmp": {"initial_sparsity": 0.0},
+    "dense": {}, "static": {}, "chts": {}, "chtss": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes(tmp_path, method):
+    comparison = SparsityConfig(method=method)
+    assert (comparison.recipe, comparison.allocation) == ("comparison", "uniform")
+    if method not in PAPERS:
+        with pytest.raises(ValueError, match=f"recipe is 'original'.* method is '{method}'"):
+            SparsityConfig(method=method, recipe="original")
+        return
+    original = SparsityConfig(method=method, recipe="original")
+    before, after = comparison.to_dict(), original.to_dict()
+    assert {name: after[name] for name in after if after[name] != before[name]} == PAPERS[method] | {
+        "recipe": "original"
+    }
+    original.save(tmp_path)
+    assert SparsityConfig.load(tmp_path) == original
+
+
+def test_what_is_set_wins_over_the_recipe():
+    config = SparsityConfig(method="set", recipe="original", drop_fraction=0.1, allocation="uniform")
+    assert (config.drop_fraction, config.allocation, config.removal) == (0.1, "uniform", "magnitude_by_sign")
+    assert SparsityConfig(method="rigl", recipe="original", update_until=0.5).update_until == 0.5
+
+
+def test_a_config_that_was_saved_before_there_were_recipes(tmp_path):
+    values = SparsityConfig(method="set", sparsity=0.7).to_dict()
+    del values["recipe"]
+    (tmp_path / "sparsity_config.json").write_text(json.dumps(values))
+    assert SparsityConfig.load(tmp_path) == SparsityConfig(method="set", sparsity=0.7)
+
+
 def test_a_sparsity_may_stay_where_the_method_is_changed_to_dense():
     assert SparsityConfig(method="dense", sparsity=0.9) == SparsityConfig(method="dense")
 
@@ -69,6 +111,7 @@ def test_a_sparsity_may_stay_where_the_method_is_changed_to_dense():
         ({"target_modules": []}, "must be a list of module names"),
         ({"brf_r": 2}, "brf_r is 2.0"),
         ({"method": "mest", "initial_sparsity": 0.5}, "elastic schedule starts 0.05 below a sparsity of 0.9"),
+        ({"recipe": "orginal"}, "unknown recipe 'orginal'; did you mean 'original'?"),
         ({"allocation": "even"}, "unknown allocation 'even'"),
         ({"percolation": "yes"}, "percolation is 'yes'; it must be true or false"),
         ({"method": "gmp", "percolation": True}, "percolation is true, but with regrowth 'stored'"),

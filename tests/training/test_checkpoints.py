@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import losses, same_weights, trainer, weights
-from tiny import tiny_llama
-from transformers import Trainer, TrainerCallback
+from cases import arguments, losses, same_weights, trainer, weights
+from tiny import random_blocks, tiny_llama
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_chts import export_sparse
 from hf_chts.seal import SEAL_NAME, last_sealed, seal
 
 FILES = [
@@ -115,6 +116,41 @@ def test_weights_of_another_topology_are_refused(tmp_path, checkpoint):
         trainer(tmp_path / "run").train(resume_from_checkpoint=str(copy_of))
 
 
+def test_checkpoints_of_an_older_version_have_no_loss_before_an_update(tmp_path, checkpoint):
+    older = shutil.copytree(checkpoint, tmp_path / "checkpoint-8")
+    contents = json.loads((older / "topology_history.json").read_text())
+    assert contents.pop("loss_before_update") > 0
+    (older / "topology_history.json").write_text(json.dumps(contents))
+    seal(older, 8)
+    runs = {}
+    for name, directory in (("now", checkpoint), ("older", older)):
+        runs[name] = trainer(tmp_path / name, model=tiny_llama(seed=5), max_steps=16, save_strategy="no")
+        runs[name].train(resume_from_checkpoint=str(directory))
+    assert losses(runs["older"]) == losses(runs["now"])
+    told = {n: [e["step"] for e in run.state.log_history if "loss_after_update" in e] for n, run in runs.items()}
+    assert told == {"now": [5, 9], "older": [5]}
+
+
+@pytest.mark.parametrize("case", ["chtss", "dense"])
+def test_a_checkpoint_of_a_plain_trainer_is_called_one(tmp_path, case):
+    plain = arguments(tmp_path / "plain", TrainingArguments, max_steps=2, save_steps=2)
+    Trainer(tiny_llama(), plain, train_dataset=random_blocks()).train()
+    for resume in (str(tmp_path / "plain/checkpoint-2"), True):
+        run = trainer(tmp_path / "plain", case)
+        before = weights(run)
+        with pytest.raises((FileNotFoundError, ValueError), match="checkpoint of a plain Trainer.*no seal") as error:
+            run.train(resume_from_checkpoint=resume)
+        assert "checkpoint-2" in str(error.value)
+        assert "not written whole" not in str(error.value)
+        assert same_weights(before, weights(run))
+
+
+def test_an_export_is_no_checkpoint(tmp_path):
+    run = trainer(tmp_path / "run", save_strategy="no")
+    exported = export_sparse(run.model, tmp_path / "export")
+    refused(run, exported, "is no checkpoint of a training: it has masks, .* load_sparse")
+
+
 def test_history_is_readable(checkpoint):
     saved = json.loads((checkpoint / "topology_history.json").read_text())
     assert saved["step"] == 8
@@ -157,6 +193,22 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, monkeypatch):
     again.train(resume_from_checkpoint=True)
     assert losses(again) == losses(whole)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-24"]
+
+
+def test_a_best_checkpoint_that_was_damaged_meanwhile_is_refused(tmp_path):
+    class Damage(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == state.max_steps:
+                # nothing but the seal tells: the optimizer is not read again at the end
+                flip(Path(state.best_model_checkpoint) / "optimizer.pt")
+
+    run = trainer(
+        tmp_path, save_steps=4, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True,
+        save_total_limit=None,
+    )  # fmt: skip
+    run.add_callback(Damage())
+    with pytest.raises(ValueError, match="optimizer.pt"):
+        run.train()
 
 
 def test_a_limit_keeps_the_last_and_the_best(tmp_path):
