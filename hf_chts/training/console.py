@@ -79,6 +79,9 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         self.update = None
         self.current_step = 0
         if state.is_world_process_zero:
+            # the update that a checkpoint ends with waits still
+            logged = [x for x in state.log_history if x.get("step") == state.global_step and x.keys() >= _UPDATE]
+            self.update = (state.global_step, logged[-1]) if logged else None
             self.training_bar: Any = self._bar(total=state.max_steps)
 
     def on_prediction_step(

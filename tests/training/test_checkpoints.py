@@ -131,6 +131,19 @@ def test_checkpoints_of_an_older_version_have_no_loss_before_an_update(tmp_path,
     assert told == {"now": [5, 9], "older": [5]}
 
 
+def test_the_console_of_a_resumed_run_goes_on_with_the_update_that_the_checkpoint_ends_with(tmp_path, capsys):
+    def lines():
+        # of two columns and more, without the seconds at their ends
+        return [x.rpartition("  ")[0] for x in capsys.readouterr().out.splitlines() if x[:6].strip().isdigit()]
+
+    trainer(tmp_path, max_steps=16, save_steps=8).train()
+    whole = lines()
+    trainer(tmp_path / "run", model=tiny_llama(seed=5), max_steps=16).train(str(tmp_path / "checkpoint-8"))
+    update = next(x for x in whole if x.startswith("     8") and "sparse" in x)
+    assert "loss" in update
+    assert lines()[:-1] == whole[whole.index(update) : -1]  # the last is of the whole session
+
+
 @pytest.mark.parametrize("case", ["chtss", "dense"])
 def test_a_checkpoint_of_a_plain_trainer_is_called_one(tmp_path, case):
     plain = arguments(tmp_path / "plain", TrainingArguments, max_steps=2, save_steps=2)
