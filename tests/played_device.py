@@ -1,8 +1,9 @@
 """A second device, played on the CPU: its tensors do not mix with those of the CPU, as those of a GPU do not.
 
-It calls itself "meta", which autograd knows and which needs no hardware; unlike real meta tensors, each holds its numbers
-in a CPU tensor that only this file sees. What torch would refuse for a tensor on a GPU is refused here: to compute with
-tensors of both devices (numbers, tensors without a dimension and plain copies apart), and to see one as a NumPy array.
+It calls itself "meta", which autograd knows and which needs no hardware; unlike real meta tensors, each holds its
+numbers in a CPU tensor that only this file sees. What torch would refuse for a tensor on a GPU is refused here: to
+compute with tensors of both devices (numbers, tensors without a dimension and plain copies apart), and to see one as a
+NumPy array.
 """
 
 from collections import Counter
