@@ -3,12 +3,15 @@
     python benchmarks/topology_update.py [--method chtss] [--sparsity 0.9] [--repeats 5]
 
 Prints one JSON line for the time and one for the memory of each kind of layer. Update and forward-backward alternate
-in one process; the ratio is that of the medians. With `--ranks 2`, instead: the update shared out over that many
+in one process; the ratio is that of the medians. ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 before the command make
+a processor with AVX-512 play one without. With `--ranks 2`, instead: the update shared out over that many
 processes beside the whole of it in one of them, with as many threads for each process, in turns.
 """
 
 import argparse
 import json
+import os
+import platform
 import socket
 import statistics
 import time
@@ -129,7 +132,17 @@ def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
         "ratio": round(update / one_pass, 3),
         "repeats": repeats,
         "threads": torch.get_num_threads(),
+        "processor": processor(),
     }
+
+
+def processor() -> str:
+    """What torch and oneDNN take this processor for, and its name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}" + (f", oneDNN up to {limit}" if limit else "")
 
 
 def peak_copies(out_features: int, in_features: int, method: str, sparsity: float) -> dict:
