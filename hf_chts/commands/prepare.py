@@ -59,12 +59,16 @@ def _prepare(args: argparse.Namespace) -> None:
         tokenizer,
         args.out,
         tokenizer_name=data_args.tokenizer,
+        on_bad_document=data_args.on_bad_document or "error",
         workers=args.workers,
         progress=lambda line: print(line, flush=True),
     )
     for split, shards in index.splits.items():
-        tokens, documents = (sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents"))
-        print(f"{split}: {tokens:,} tokens of {documents:,} documents")
+        tokens, documents, skipped = (
+            sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents", "skipped")
+        )
+        left_out = f"; {skipped:,} that could not be read are left out" if skipped else ""
+        print(f"{split}: {tokens:,} tokens of {documents:,} documents{left_out}")
     print(f"prepared  {args.out}  (train on it with --dataset {args.out})")
 
 

@@ -1,7 +1,7 @@
 """Corpora, tokenizers and blocks of tokens."""
 
 from hf_chts.data.arguments import DataArguments
-from hf_chts.data.corpora import load_documents, load_source
+from hf_chts.data.corpora import load_source
 from hf_chts.data.embedded import SPLITS, Document, embedded_dataset, embedded_documents, embedded_tokenizer
 from hf_chts.data.packing import pack_blocks
 from hf_chts.data.prepare import PreparedData, load_data, load_tokenizer
@@ -24,7 +24,6 @@ __all__ = [
     "embedded_documents",
     "embedded_tokenizer",
     "load_data",
-    "load_documents",
     "load_source",
     "load_tokenizer",
     "pack_blocks",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Packing = Literal["packed", "truncate_and_pad"]
+OnBadDocument = Literal["error", "skip"]
 
 
 @dataclass
@@ -22,9 +23,10 @@ class DataArguments:
         metadata={
             "help": "What to train on. 'embedded' (default): the Python standard library's own source files, "
             "no network needed. Otherwise the id of a dataset on the Hub, or a local file or folder "
-            "(.txt, .json, .jsonl, .parquet, also .gz; in a folder, files or sub-folders called train, validation and "
-            "test are splits, and so are files named as on the Hub, train-00000-of-00080.parquet), or a directory that "
-            "`python -m hf_chts prepare` wrote."
+            "(.txt, .json, .jsonl, .csv, .tsv, .parquet, .arrow, WebDataset's .tar, also .gz, .bz2, .xz and .zst; in a "
+            "folder, files or sub-folders called train, validation and test are splits, and so are files named as on "
+            "the Hub, train-00000-of-00080.parquet; also a clone of a Hub dataset, and what save_to_disk wrote), or a "
+            "directory that `python -m hf_chts prepare` wrote."
         },
     )
     dataset_config: str | None = field(
@@ -49,6 +51,17 @@ class DataArguments:
             "help": "When streaming, shuffle the order of the files, and documents within windows of this many (or of "
             "32 Mi characters) of each rank's each dataloader worker; 0: the corpus's own order. Default: 10,000 "
             "documents."
+        },
+    )
+
+    on_bad_document: OnBadDocument | None = field(
+        default=None,
+        metadata={
+            "help": "What becomes of a document that is damaged (bytes that are no UTF-8, lone surrogates, lines that "
+            "are no JSON), holds no text in text_column, or has no such column: 'error' or 'skip'; rows of null or "
+            "empty text are left out in any case. Default: 'error' for what is read whole before training starts; what "
+            "a stream meets is skipped, told of and counted in the log, and is an error once it is more than ten "
+            "documents and more than one in a hundred that a reader has read."
         },
     )
 
@@ -80,8 +93,8 @@ class DataArguments:
     validation_fraction: float = field(
         default=0.05,
         metadata={
-            "help": "Share of the documents held out, chosen by the seed, without validation_split. When streaming, "
-            "by each text, so that equal ones stay together. Default: 0.05, the paper's."
+            "help": "Share of the documents held out, without validation_split: by a hash of each text and the seed, "
+            "so that equal ones stay together. Default: 0.05, the paper's."
         },
     )
     max_eval_tokens: int | None = field(
@@ -95,9 +108,10 @@ class DataArguments:
             self.validation_fraction = float(self.validation_fraction)
         except (TypeError, ValueError):
             raise ValueError(f"validation_fraction={self.validation_fraction!r} is not a number.") from None
-        if not 0 < self.validation_fraction < 1:
+        if not 0 < self.validation_fraction < 1 and not (self.validation_fraction == 0 and self.validation_split):
             raise ValueError(
-                f"validation_fraction={self.validation_fraction} has to lie between 0 and 1, both excluded."
+                f"validation_fraction={self.validation_fraction} has to lie between 0 and 1, both excluded; to train "
+                "on all documents name a validation_split."
             )
         self._check_whole("block_size", 2)
         self._check_whole("shuffle_buffer", 0)
@@ -105,6 +119,8 @@ class DataArguments:
             self._check_whole("max_eval_tokens", self.block_size)
         if self.packing not in get_args(Packing):
             raise ValueError(f"packing={self.packing!r} has to be one of {', '.join(get_args(Packing))}.")
+        if self.on_bad_document not in (None, *get_args(OnBadDocument)):
+            raise ValueError(f"on_bad_document={self.on_bad_document!r} has to be error or skip, or null.")
 
     def _check_whole(self, name: str, smallest: int) -> None:
         value = getattr(self, name)

@@ -1,21 +1,30 @@
 """Documents from the embedded corpus, local files and folders, and the Hub."""
 
+import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
+from datasets.fingerprint import Hasher
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, metadata_load
+from yaml import YAMLError
 
+from hf_chts.checkpoint import write_whole
+from hf_chts.data.arguments import OnBadDocument
+from hf_chts.data.bad_documents import Sieve
 from hf_chts.data.embedded import embedded_dataset
-from hf_chts.data.files import DataFile
-from hf_chts.data.packing import Documents
-from hf_chts.data.sources import DatasetSource, FileSource, Source, texts_of_source
+from hf_chts.data.files import COMPRESSIONS, DataFile
+from hf_chts.data.sources import DatasetSource, FileSource, Source
 
-# file ending → the builder of `datasets` that reads it
+logger = logging.getLogger(__name__)
+
+# file ending → its format, as `DataFile` calls it
 FORMATS = {
     ".txt": "text",
     ".text": "text",
@@ -23,84 +32,111 @@ FORMATS = {
     ".jsonl": "json",
     ".ndjson": "json",
     ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".arrow": "arrow",
+    ".tar": "tar",
 }
+
+# of `datasets`, beside the data
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+# people's own, beside data of another format than text
+_ABOUT_TEXT = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|authors|changelog|requirements)[^.]*\.te?xt", re.I
+)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 # as datasets on the Hub name their files: train-00000-of-00080.parquet, c4-validation.00003-of-00008.json.gz
 _NAMED_SPLIT = re.compile(r"(?:^|[-._])(train|validation|valid|val|dev|test)(?:[-._]\d+-of-\d+)\.")
 
 
-def load_documents(
+def load_source(
     dataset: str,
     split: str = "train",
     *,
     config: str | None = None,
     text_column: str = "text",
-    streaming: bool = False,
-) -> Documents:
-    """The documents of one split: a row each, the text in `text_column`.
+    on_bad_document: OnBadDocument = "error",
+    download: bool = False,
+) -> Source:
+    """The documents of one split, read in the same way whatever becomes of them.
+
+    Local files, and Parquet and JSON on the Hub, are read by `DataFile`, which takes up any file where it was left.
+    Other formats on the Hub go through `datasets`.
 
     Args:
         dataset: "embedded", a local file or folder, or a Hub id. A plain text file is one document.
-        config: configuration of a Hub dataset; of a local folder, a sub-folder.
-        streaming: an `IterableDataset` that reads while it is iterated over, instead of a `Dataset`.
+        config: configuration of a Hub dataset, or of its clone; of another local folder, a sub-folder.
+        text_column: the column that holds a document's text.
+        on_bad_document: what becomes of bad documents before the first good one, which is looked for here.
+        download: copy files of the Hub first, and take the copy where the Hub cannot be reached.
 
     Raises:
         FileNotFoundError: a local path that does not exist, or a folder without files to read.
-        ValueError: no such split or column, a column that holds no text, files of several formats, no
-            documents, files that cannot be read, or a Hub dataset that cannot be loaded.
-    """
-    path = Path(dataset).expanduser()
-    if dataset == "embedded":
-        embedded = embedded_dataset(split)
-        documents = embedded.to_iterable_dataset() if streaming else embedded
-    elif path.exists() or _looks_like_path(dataset):
-        documents = _load_local(path, split, config, streaming)
-    else:
-        documents = _load_from_hub(dataset, config, split, streaming)
-    _check_text_column(documents, dataset, split, text_column)
-    return documents if streaming else documents.select_columns([text_column])
-
-
-def load_source(dataset: str, split: str = "train", *, config: str | None = None, text_column: str = "text") -> Source:
-    """The documents of one split, to be streamed; the arguments are those of `load_documents`.
-
-    Parquet and JSON lines are read by `DataFile`, on the Hub too, which takes up any file where it was left. Other
-    formats go through `datasets`.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_documents`.
+        ValueError: no such split or column, no document that can be read, files of several formats or that cannot be
+            read, or a Hub dataset that cannot be loaded.
     """
     path = Path(dataset).expanduser()
     source: Source
     if dataset == "embedded":
         source = DatasetSource(embedded_dataset(split), text_column)
     elif path.exists() or _looks_like_path(dataset):
-        files, builder = _one_format(path, split, config)
-        source = FileSource([_local_file(file, path, builder) for file in files], text_column)
+        files, form = _one_format(path, split, config)
+        source = FileSource([_local_file(file, path, form) for file in files], text_column)
     else:
-        source = _hub_source(dataset, config, split, text_column)
-    if next(texts_of_source(source), None) is None:
-        raise ValueError(f"Split {split!r} of dataset {dataset!r} holds no documents: use another.")
+        source = _hub_source(dataset, config, split, text_column, download)
+    sieve = Sieve(on_bad_document)
+    if not any(sieve(document) for shard in range(source.num_shards) for document, _ in source.read(shard)):
+        reason = f", and {sieve.skipped} that cannot be read; the first is {sieve.first}" if sieve.first else ""
+        raise ValueError(f"Split {split!r} of dataset {dataset!r} holds no documents{reason}: use another.")
     return source
 
 
-def _local_file(file: Path, root: Path, builder: str) -> DataFile:
+def _local_file(file: Path, root: Path, form: str) -> DataFile:
     status = file.stat()
+    if status.st_size < 1024 and file.read_bytes().startswith(_LFS_POINTER):
+        raise ValueError(f"{file} is a pointer of Git LFS and not the file itself: run `git lfs pull` where it is.")
     name = file.name if file == root else file.relative_to(root).as_posix()
-    return DataFile(str(file.absolute()), name, status.st_size, builder, status.st_mtime_ns)
+    return DataFile(str(file.absolute()), name, status.st_size, form, status.st_mtime_ns)
 
 
-def _hub_source(dataset: str, config: str | None, split: str, text_column: str) -> Source:
-    with _naming_hub_errors(dataset, config, split):
-        builder = datasets.load_dataset_builder(full_hub_id(dataset), config)
-        files = (builder.config.data_files or {}).get(split, [])
-        kind = "parquet" if isinstance(builder, Parquet) else "json" if isinstance(builder, Json) else ""
-        plain = kind == "parquet" or (kind == "json" and not builder.config.field)
-        # archives and the like are chained in the URL
-        if files and plain and not any("::" in file for file in files):
-            # a path on the Hub has the revision in it, which stands for the size
-            return FileSource([DataFile(file, file, None, kind) for file in files], text_column)
-    return DatasetSource(_load_from_hub(dataset, config, split, streaming=True), text_column)
+def _hub_source(dataset: str, config: str | None, split: str, text_column: str, download: bool) -> Source:
+    copied = Path(datasets.config.HF_DATASETS_CACHE) / f"hf_chts-{Hasher.hash([dataset, config, split])}.json"
+    try:
+        with _naming_hub_errors(dataset, config, split):
+            builder = datasets.load_dataset_builder(full_hub_id(dataset), config)
+            paths = list((builder.config.data_files or {}).get(split, []))
+            form = "parquet" if isinstance(builder, Parquet) else "json" if isinstance(builder, Json) else ""
+            plain = form == "parquet" or (form == "json" and not builder.config.field)
+            # archives and the like are chained in the URL
+            if not paths or not plain or any("::" in path for path in paths):
+                documents = datasets.load_dataset(full_hub_id(dataset), config, split=split, streaming=not download)
+                return DatasetSource(documents, text_column)
+            if not download:
+                # a path on the Hub has the revision in it, which stands for the size
+                return FileSource([DataFile(path, path, None, form) for path in paths], text_column)
+            local = [Path(path) for path in datasets.DownloadManager().download(paths)]
+    except ValueError as error:
+        files = _copied_files(copied) if download else None
+        if files is None:
+            raise
+        logger.warning("%s Going on with the files that were downloaded before.", error)
+        return FileSource(files, text_column)
+    files = [
+        DataFile(str(file), path, file.stat().st_size, form, file.stat().st_mtime_ns)
+        for file, path in zip(local, paths, strict=True)
+    ]
+    copied.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(copied, json.dumps([asdict(file) for file in files]).encode())
+    return FileSource(files, text_column)
+
+
+def _copied_files(listing: Path) -> list[DataFile] | None:
+    """What was downloaded before, if all of it is there still."""
+    if not listing.is_file():
+        return None
+    files = [DataFile(**file) for file in json.loads(listing.read_text(encoding="utf-8"))]
+    return files if all(Path(file.path).is_file() for file in files) else None
 
 
 def local_files(path: Path, split: str, config: str | None = None) -> list[Path]:
@@ -108,20 +144,20 @@ def local_files(path: Path, split: str, config: str | None = None) -> list[Path]
 
     A folder with a file or sub-folder called `train` (`train.jsonl`, `train/…`) is one of splits, each called
     as its file or sub-folder. So is one whose files are named as datasets on the Hub name them, wherever they lie:
-    `train-00000-of-00080.parquet`, `c4-validation.00003-of-00008.json.gz`. Any other folder is one split, called
-    "train", and so is a file. Hidden files, and files in a folder that end in something else than `FORMATS`, are left
-    out.
+    `train-00000-of-00080.parquet`, `c4-validation.00003-of-00008.json.gz`. What `DatasetDict.save_to_disk` wrote has
+    the splits that it had, and a folder whose README.md lists `configs` as on the Hub has theirs. Any other folder is
+    one split, called "train", and so is a file. Left out are hidden files, files in a folder that end in something else
+    than `FORMATS`, and those that tell of the data: dataset_infos.json, what `save_to_disk` wrote beside it, a licence
+    beside files of another format than text.
 
     Args:
-        config: only its sub-folder of that name, where the folder has one.
+        config: one of README.md's `configs`, or only the sub-folder of that name, where the folder has one.
 
     Raises:
         FileNotFoundError: nothing is there, or nothing that can be read.
         ValueError: there is no such split, or the file has an unknown ending.
     """
-    if config and (path / config).is_dir():
-        path = path / config
-    endings = f"{', '.join(FORMATS)}, each also with .gz after it"
+    endings = f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSIONS)} after it"
     if not path.exists():
         raise FileNotFoundError(
             f"dataset {str(path)!r} does not exist: give a file or folder that does, the id of a Hub "
@@ -136,17 +172,14 @@ def local_files(path: Path, split: str, config: str | None = None) -> list[Path]
                 "into a folder and set dataset to the folder."
             )
         return [path]
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-        and _format_of(file)
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    if not files:
+    by_split = _splits_of_card(path, config)
+    if by_split is None:
+        if config and (path / config).is_dir():
+            path = path / config
+        by_split = _by_split(path, _data_files(path))
+    if not any(by_split.values()):
         raise FileNotFoundError(f"Folder {path} holds no files to read: they end in {endings}.")
-    by_split = _by_split(path, files)
-    if split not in by_split:
+    if not by_split.get(split):
         raise ValueError(
             f"Folder {path} has no split {split!r}, only {', '.join(sorted(by_split))}: a split is a file or "
             "sub-folder of its name, next to one called train."
@@ -154,8 +187,52 @@ def local_files(path: Path, split: str, config: str | None = None) -> list[Path]
     return by_split[split]
 
 
+def _splits_of_card(path: Path, config: str | None) -> dict[str, list[Path]] | None:
+    """The files of the splits that a README.md names as on the Hub; None if it names none."""
+    card = path / "README.md"
+    try:
+        configs = (metadata_load(card) or {}).get("configs") if card.is_file() else None
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"The head of {card} could not be read: {_reason(error)} Mend or remove it.") from error
+    if not configs:
+        return None
+    try:
+        found = datasets.load_dataset_builder(str(path), config).config.data_files or {}
+    except Exception as error:
+        raise ValueError(
+            f"The splits that {card} names could not be found: {_reason(error)} Set dataset_config to one of its "
+            "configurations, or remove the file to have folders and files named as splits taken for them."
+        ) from error
+    return {str(split): [Path(file) for file in files if _format_of(Path(file))] for split, files in found.items()}
+
+
+def _data_files(path: Path) -> list[Path]:
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+        and _format_of(file)
+        and file.name not in _ABOUT_DATA
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    for folder in {file.parent for file in files if file.name == "state.json"}:
+        if (folder / "dataset_info.json").is_file():
+            # `save_to_disk` wrote it; other files in its folder are caches
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            listed = {folder / file["filename"] for file in state["_data_files"]}
+            files = [file for file in files if file.parent != folder or file in listed]
+    if len({_format_of(file) for file in files}) > 1:
+        files = [file for file in files if not (file.parent == path and _ABOUT_TEXT.fullmatch(file.name))]
+    return files
+
+
 def _by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
     top = [file.relative_to(path).parts[0].split(".")[0] for file in files]
+    if (path / "dataset_dict.json").is_file():
+        return {
+            name: [file for file in files if file.relative_to(path).parts[0] == name]
+            for name in json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        }
     named = [found.group(1) if (found := _NAMED_SPLIT.search(file.name)) else None for file in files]
     if "train" in top:
         splits = top
@@ -179,35 +256,19 @@ def _looks_like_path(dataset: str) -> bool:
 
 
 def _format_of(path: Path) -> str | None:
-    return FORMATS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
+    name = Path(path.name.lower())
+    return FORMATS.get((name.with_suffix("") if name.suffix in COMPRESSIONS else name).suffix)
 
 
 def _one_format(path: Path, split: str, config: str | None) -> tuple[list[Path], str]:
     files = local_files(path, split, config)
-    builder, *others = sorted({_format_of(file) or "" for file in files})
-    if others:
+    examples = {_format_of(file) or "": file.name for file in files}
+    if len(examples) > 1:
         raise ValueError(
-            f"{path} holds files of several formats ({', '.join([builder, *others])}): keep one of them, or "
-            "set dataset to one file."
+            f"{path} holds files of several formats ({', '.join(sorted(examples))}; such as "
+            f"{', '.join(sorted(examples.values()))}): keep one of them, or set dataset to one file."
         )
-    return files, builder
-
-
-def _load_local(path: Path, split: str, config: str | None, streaming: bool) -> Documents:
-    files, builder = _one_format(path, split, config)
-    # the text builder's default would make every line a document
-    options = {"sample_by": "document"} if builder == "text" else {}
-    try:
-        return datasets.load_dataset(
-            builder, data_files=[str(file) for file in files], split="train", streaming=streaming, **options
-        )
-    except Exception as error:
-        raise ValueError(f"{path} could not be read as {builder}: {_reason(error)}") from error
-
-
-def _load_from_hub(dataset: str, config: str | None, split: str, streaming: bool) -> Documents:
-    with _naming_hub_errors(dataset, config, split):
-        return datasets.load_dataset(full_hub_id(dataset), config, split=split, streaming=streaming)
+    return files, next(iter(examples))
 
 
 @contextmanager
@@ -226,25 +287,6 @@ def _naming_hub_errors(dataset: str, config: str | None, split: str) -> Iterator
 def full_hub_id(dataset: str) -> str:
     """`Skylion007/openwebtext` for `openwebtext`: the Hub redirects such old names, datasets refuses them."""
     return dataset if "/" in dataset else HfApi().dataset_info(dataset).id
-
-
-def _check_text_column(documents: Documents, dataset: str, split: str, text_column: str) -> None:
-    # the first row, because a stream may not know its columns before it is read
-    try:
-        first = next(iter(documents), None)
-    except Exception as error:
-        raise ValueError(f"Split {split!r} of dataset {dataset!r} could not be read: {_reason(error)}") from error
-    if first is None:
-        raise ValueError(f"Split {split!r} of dataset {dataset!r} holds no documents: use another.")
-    if text_column not in first:
-        raise ValueError(
-            f"Dataset {dataset!r} has no column {text_column!r}: set text_column to one of {', '.join(first)}."
-        )
-    if not isinstance(first[text_column], str | None):
-        raise ValueError(
-            f"Column {text_column!r} of dataset {dataset!r} holds {type(first[text_column]).__name__}, not "
-            f"text: set text_column to another of {', '.join(first)}."
-        )
 
 
 def _reason(error: BaseException) -> str:

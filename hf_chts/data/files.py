@@ -1,34 +1,47 @@
-"""The files of a corpus, read from any document on: Parquet, JSON lines and plain text, local or remote.
+"""The files of a corpus, read from any document on, local or remote.
 
 A position in a file is a whole number, and counts what the format can jump to: rows of a Parquet file (row groups
-before it are not read), bytes of uncompressed JSON lines, lines of compressed ones (decompressed from the file's
-beginning), 0 or 1 for a text file, which is one document.
+before it are not read), bytes of uncompressed JSON lines, rows of a JSON array, 0 or 1 for a text file, which is one
+document. Nobody can jump into other formats: a position counts the lines of compressed JSON lines, the rows of CSV, TSV
+and Arrow files and the samples of a tar, and what comes before it is read again.
 """
 
 import bisect
+import csv
+import io
 import json
 import lzma
+import tarfile
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, groupby
+from pathlib import PurePosixPath
 from typing import IO, Any, TypeAlias
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.utils import infer_compression
 
-# a document's text, None where the row has none, and the position after it
-Row: TypeAlias = tuple[str | None, int]
+from hf_chts.data.bad_documents import BadDocument, Document, Unreadable, text_or_reason
+
+# a document and the position after it
+Row: TypeAlias = tuple[Document, int]
+# what a format's reader finds: a value that should be text, where it is in words, and the position after it
+Found: TypeAlias = tuple[Any, str, int]
+
+# file ending → fsspec's name of the compression
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
 _BATCH_ROWS = 256
+_BUFFER = 2**17
 # of a remote file that cannot be read, and the seconds before the second, doubled each time
 _ATTEMPTS, _WAIT = 6, 1.0
 # what a damaged file makes its reader raise
-_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, ValueError)
+_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, tarfile.TarError, csv.Error, ValueError)
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,8 @@ class DataFile:
         path: a local path or a URL that fsspec opens.
         name: what a checkpoint knows it by: relative to the corpus's folder.
         size: bytes; None where it is not known, and a remote path then names its revision.
-        format: "parquet", "json" or "text".
+        format: "parquet", "json", "text", "csv", "tsv", "arrow" or "tar"; any of them may be compressed, as the name's
+            ending says.
         changed: when a local file was last written, in nanoseconds.
     """
 
@@ -53,22 +67,30 @@ class DataFile:
     def remote(self) -> bool:
         return "://" in self.path
 
+    @property
+    def compression(self) -> str | None:
+        return COMPRESSIONS.get(PurePosixPath(self.name.lower()).suffix)
+
     def read(self, text_column: str, part: int = 0, parts: int = 1, start: int | None = None) -> Iterator[Row]:
         """The documents of part `part` of `parts`, each in exactly one of them, from position `start` on.
 
+        A document that cannot be trained on is a `BadDocument`, and those after it are read all the same.
+
         Raises:
             FileNotFoundError: the file is not there any more.
-            ValueError: it is damaged, cannot be reached after several attempts, or holds no column `text_column` of
-                text; the message names it.
+            ValueError: it is damaged, cannot be reached after several attempts, or has no column `text_column`; the
+                message names it.
         """
-        after, failures = start, 0
+        after, failures, where = start, 0, ""
         while True:
             try:
-                for text, position in _READERS[self.format](self, text_column, part, parts, after):
-                    if not isinstance(text, str | None):
-                        raise TypeError(f"column {text_column!r} holds {type(text).__name__}, not text")
-                    yield text, position
-                    after, failures = position, 0
+                for value, place, position in _READERS[self.format](self, text_column, part, parts, after):
+                    text = text_or_reason(value, text_column)
+                    if isinstance(text, Unreadable):
+                        yield BadDocument(f"{self.path}, {place}" if place else self.path, text.reason), position
+                    else:
+                        yield text, position
+                    after, failures, where = position, 0, f" after {place}" if place else ""
                 return
             except FileNotFoundError as error:
                 raise FileNotFoundError(
@@ -76,12 +98,8 @@ class DataFile:
                 ) from error
             except KeyError as error:
                 raise ValueError(
-                    f"{self.path} has no column {text_column!r} {self._where(after)}: remove the file, or set "
-                    f"text_column to one that all files have. It has {error.args[0]}"
-                ) from error
-            except TypeError as error:
-                raise ValueError(
-                    f"{self.path}: {error} {self._where(after)}: remove the file, or set text_column to another"
+                    f"{self.path} has no column {text_column!r}: remove the file, or set text_column to one that all "
+                    f"files have. It has {error.args[0]}"
                 ) from error
             except Exception as error:
                 failures += 1
@@ -92,7 +110,7 @@ class DataFile:
                     time.sleep(_WAIT * 2**failures)
                     continue
                 raise ValueError(
-                    f"{self.path} could not be read {self._where(after)} ({type(error).__name__}: {error}): it "
+                    f"{self.path} could not be read{where} ({type(error).__name__}: {error}): it "
                     + (
                         f"failed {failures} times; resume from the last checkpoint when it can be reached"
                         if self.remote
@@ -100,19 +118,30 @@ class DataFile:
                     )
                 ) from error
 
-    def _where(self, after: int | None) -> str:
-        unit = "byte" if self.format == "json" and infer_compression(self.path) is None else "row"
-        return f"after {unit} {after}" if after else "at its beginning"
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """The file's contents, decompressed."""
+        if self.compression == "zstd":
+            # what fsspec has for it depends on what is installed, and may take the first of several frames for the end
+            with (
+                fsspec.open(self.path, "rb") as packed,
+                io.BufferedReader(pa.CompressedInputStream(packed, "zstd"), _BUFFER) as opened,
+            ):
+                yield opened
+        else:
+            with fsspec.open(self.path, "rb", compression=self.compression) as opened:
+                yield opened
 
-    def open(self, decompress: bool = True) -> AbstractContextManager[IO[bytes]]:
-        compression = infer_compression(self.path) if decompress else None
-        return fsspec.open(self.path, "rb", compression=compression)
+    @contextmanager
+    def open_seekable(self) -> Iterator[IO[bytes]]:
+        with self.open() as opened:
+            yield opened if self.compression is None else io.BytesIO(opened.read())
 
 
-def _parquet(file: DataFile, column: str, part: int, parts: int, start: int | None) -> Iterator[tuple[Any, int]]:
+def _parquet(file: DataFile, column: str, part: int, parts: int, start: int | None) -> Iterator[Found]:
     # a remote column chunk in one request instead of a page at a time
     with (
-        file.open(decompress=False) as opened,
+        file.open_seekable() as opened,
         pq.ParquetFile(opened, pre_buffer=file.remote, page_checksum_verification=True) as parquet,
     ):
         names = parquet.schema_arrow.names
@@ -133,28 +162,43 @@ def _parquet(file: DataFile, column: str, part: int, parts: int, start: int | No
         for batch in parquet.iter_batches(_BATCH_ROWS, wanted, columns=[column], use_threads=False):
             begin, end = max(first - position, 0), min(last - position, batch.num_rows)
             if begin < end:
-                for row, text in enumerate(batch.column(0).slice(begin, end - begin).to_pylist(), position + begin):
-                    yield text, row + 1
+                for row, text in enumerate(_values(batch.column(0).slice(begin, end - begin)), position + begin + 1):
+                    yield text, f"row {row}", row
             position += batch.num_rows
 
 
-def _json(file: DataFile, column: str, part: int, parts: int, start: int | None) -> Iterator[tuple[Any, int]]:
+def _values(column: pa.Array) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        # Arrow does not look whether strings are UTF-8: only those that are not shall be lost
+        plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        found = plain.cast(pa.large_binary()).to_pylist()
+        return [data if data is None else data.decode("utf-8", "surrogateescape") for data in found]
+
+
+def _json(file: DataFile, column: str, part: int, parts: int, start: int | None) -> Iterator[Found]:
     with file.open() as opened:
         if _is_array(opened):
-            rows = json.load(opened)
+            rows = json.loads(_decoded(opened.read()))
+            # datasets takes an array of strings for a column of this name
+            strings = column == "text" and rows and isinstance(rows[0], str)
             for index in range(max(len(rows) * part // parts, start or 0), len(rows) * (part + 1) // parts):
-                yield _text_of(rows[index], column), index + 1
-        elif infer_compression(file.path) is None:
+                text = rows[index] if strings else _text_of(rows[index], column)
+                yield text, f"row {index + 1}", index + 1
+        elif file.compression is None:
             yield from _lines(opened, column, part, parts, start)
         else:
             # nobody can jump into it: the parts take turns, and parse only their own lines
             for index, line in enumerate(opened):
                 if index % parts == part and index >= (start or 0) and not line.isspace():
-                    yield _text_of(json.loads(line), column), index + 1
+                    yield _text_of_line(line, column), f"line {index + 1}", index + 1
 
 
 def _is_array(opened: IO[bytes]) -> bool:
     """Whether the first character is [; the file is at its beginning afterwards."""
+    if isinstance(opened, io.BufferedReader) and not opened.seekable():
+        return opened.peek(1).lstrip().startswith(b"[")
     first = b" "
     while first.isspace():
         first = opened.read(1)
@@ -162,7 +206,7 @@ def _is_array(opened: IO[bytes]) -> bool:
     return first == b"["
 
 
-def _lines(opened: IO[bytes], column: str, part: int, parts: int, start: int | None) -> Iterator[tuple[Any, int]]:
+def _lines(opened: IO[bytes], column: str, part: int, parts: int, start: int | None) -> Iterator[Found]:
     size = opened.seek(0, 2)
     # a line is in the part that its first byte is in
     position, last = size * part // parts, size * (part + 1) // parts
@@ -175,25 +219,148 @@ def _lines(opened: IO[bytes], column: str, part: int, parts: int, start: int | N
     else:
         opened.seek(0)
     while position < last:
-        line = opened.readline()
+        begin, line = position, opened.readline()
         position += len(line)
         if not line.isspace():
-            yield _text_of(json.loads(line), column), position
+            yield _text_of_line(line, column), f"the line at byte {begin}", position
+
+
+def _decoded(data: bytes) -> str:
+    # bytes that are no UTF-8 spoil the strings that they are in, and nothing else
+    return data.decode(json.detect_encoding(data), "surrogateescape")
+
+
+def _text_of_line(line: bytes, column: str) -> Any:
+    try:
+        row = json.loads(_decoded(line))
+    except (ValueError, RecursionError) as error:
+        return Unreadable(f"the line is no JSON ({error})")
+    return _text_of(row, column)
 
 
 def _text_of(row: Any, column: str) -> Any:
     if not isinstance(row, dict):
-        raise TypeError(f"a row is {type(row).__name__}, not an object with a column {column!r}")
-    if column not in row:
-        raise KeyError(", ".join(row))
-    return row[column]
+        return Unreadable(f"a row is {type(row).__name__}, not an object with a column {column!r}")
+    return row[column] if column in row else Unreadable(f"no column {column!r}, only {', '.join(row) or 'nothing'}")
 
 
-def _text(file: DataFile, column: str, part: int, parts: int, start: int | None) -> Iterator[tuple[Any, int]]:
+def _text(file: DataFile, column: str, part: int, parts: int, start: int | None) -> Iterator[Found]:
     if part == 0 and not start:
         with file.open() as opened:
-            # with the line ends of a file opened as text
-            yield opened.read().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n"), 1
+            yield _universal_newlines(opened.read()), "", 1
 
 
-_READERS = {"parquet": _parquet, "json": _json, "text": _text}
+def _universal_newlines(data: bytes) -> str:
+    """With the line ends of a file opened as text."""
+    return data.decode("utf-8", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _csv(
+    file: DataFile, column: str, part: int, parts: int, start: int | None, *, delimiter: str = ","
+) -> Iterator[Found]:
+    # the module's own limit is 128 Ki characters, and there is one for the whole process
+    csv.field_size_limit(2**31 - 1)
+    with file.open() as opened:
+        # line ends inside of quotes are the text's own
+        lines = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        rows = _csv_rows(csv.reader(lines, delimiter=delimiter, strict=True))
+        names = next(rows, [column])
+        if isinstance(names, csv.Error):
+            raise names
+        if column not in names:
+            raise KeyError(", ".join(names))
+        wanted = names.index(column)
+        for index, row in enumerate(rows):
+            if index % parts != part or index < (start or 0) or row == []:
+                continue
+            value: Any
+            if isinstance(row, csv.Error):
+                value = Unreadable(f"the row is no CSV ({row})")
+            elif len(row) != len(names):
+                value = Unreadable(f"the row has {len(row)} fields, the header {len(names)}")
+            else:
+                value = row[wanted]
+            yield value, f"row {index + 1}", index + 1
+
+
+def _csv_rows(reader: Iterator[list[str]]) -> Iterator[list[str] | csv.Error]:
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield error  # the next row begins on the next line
+
+
+def _arrow(file: DataFile, column: str, part: int, parts: int, start: int | None) -> Iterator[Found]:
+    with file.open_seekable() as opened:
+        magic = opened.read(6)
+        opened.seek(0)
+        # what datasets writes is a stream; Feather is a file
+        reader = pa.ipc.open_file(opened) if magic == b"ARROW1" else pa.ipc.open_stream(opened)
+        if column not in reader.schema.names:
+            raise KeyError(", ".join(reader.schema.names))
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if magic == b"ARROW1" else reader
+        before = 0
+        for batch in batches:
+            # the parts take turns; the first row of this one's that is not before `start`
+            first = max(start or 0, before)
+            first += (part - first) % parts
+            rows = range(first, before + batch.num_rows, parts)
+            values = batch.column(column)
+            for index in range(0, len(rows), _BATCH_ROWS):
+                some = rows[index : index + _BATCH_ROWS]
+                taken = values.take(pa.array([row - before for row in some], pa.int64()))
+                for text, row in zip(_values(taken), some, strict=True):
+                    yield text, f"row {row + 1}", row + 1
+            before += batch.num_rows
+
+
+def _tar(file: DataFile, column: str, part: int, parts: int, start: int | None) -> Iterator[Found]:
+    """WebDataset: files that share a name but for what comes after its first dot are a sample, and that is a column."""
+    wanted = (column, "txt") if column == "text" else (column,)
+    with file.open() as opened, tarfile.open(fileobj=opened, mode="r|", tarinfo=_Member) as archive:
+        files = (member for member in archive if member.isfile() and _sample(member)[1])
+        for index, (_, members) in enumerate(groupby(files, lambda member: _sample(member)[0])):
+            if index % parts != part or index < (start or 0):
+                continue
+            found: dict[str, Any] = {}
+            for member in members:
+                field = _sample(member)[1]
+                content = archive.extractfile(member) if field in wanted else None
+                found[field] = content and _universal_newlines(content.read())
+            text = next((found[field] for field in wanted if field in found), None)
+            if text is None:
+                text = Unreadable(f"no file that ends in .{' or .'.join(wanted)}, only .{', .'.join(found)}")
+            yield text, f"sample {index + 1}", index + 1
+        while opened.read(_BUFFER):  # the checksum of a compressed one comes last
+            pass
+
+
+class _Member(tarfile.TarInfo):
+    """Of an archive that ends where its end is marked, and not where it was cut."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Member":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            raise OSError("the archive has no end") from None
+
+
+def _sample(member: tarfile.TarInfo) -> tuple[str, str]:
+    folder, _, name = member.name.rpartition("/")
+    stem, _, field = name.partition(".")
+    return f"{folder}/{stem}", field if stem else ""
+
+
+_READERS: dict[str, Callable[..., Iterator[Found]]] = {
+    "parquet": _parquet,
+    "json": _json,
+    "text": _text,
+    "csv": _csv,
+    "tsv": partial(_csv, delimiter="\t"),
+    "arrow": _arrow,
+    "tar": _tar,
+}

@@ -1,25 +1,35 @@
-"""Documents set aside for validation when a corpus has no split of its own for it."""
+"""Which documents are set aside for validation when a corpus has no split of its own for it."""
 
-import datasets
-import numpy as np
+from dataclasses import dataclass
+from hashlib import blake2b
 
 
-def hold_out_fraction(
-    documents: datasets.Dataset, fraction: float, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Train and validation documents, both in corpus order; `fraction` is held out, chosen by `seed`.
+@dataclass(frozen=True)
+class ByText:
+    """Whether a document belongs to the `fraction` that `seed` chooses, or with `rest` to what that leaves.
 
-    Raises:
-        ValueError: there are fewer than two documents.
+    A function of its text alone: so it does not depend on who reads it, on how it is read or on how the files are cut,
+    and equal texts stay together.
     """
-    total = len(documents)
-    if total < 2:
-        raise ValueError(
-            f"The corpus has {total} document, so none can be held out for validation (a text file is one "
-            "document): split it into several, or put train.* and validation.* files into a folder, set "
+
+    fraction: float
+    seed: int
+    rest: bool = False
+
+    def __call__(self, text: str) -> bool:
+        key = self.seed.to_bytes(8, "little", signed=True)
+        digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest()
+        return (int.from_bytes(digest, "little") < int(self.fraction * 2**64)) != self.rest
+
+    def __str__(self) -> str:
+        return f"{'without ' if self.rest else ''}{self.fraction} chosen by seed {self.seed}"
+
+    def chose_nothing(self, documents: int) -> ValueError:
+        """The error for a corpus of which nothing belongs here; few documents may all fall on one side."""
+        chosen, other = ("All", "smaller") if self.rest else ("None", "larger")
+        return ValueError(
+            f"{chosen} of the corpus's {documents} documents (a text file is one, equal texts go together) are held "
+            f"out for validation by validation_fraction={self.fraction} and seed={self.seed}: use more documents, a "
+            f"{other} validation_fraction or another seed; or put train.* and validation.* files into a folder, set "
             "dataset to the folder and validation_split to 'validation'."
         )
-    held_out = min(max(1, round(total * fraction)), total - 1)
-    shuffled = np.random.default_rng(seed).permutation(total)
-    # sorted, so that a corpus larger than memory is still read from one end to the other
-    return documents.select(np.sort(shuffled[held_out:])), documents.select(np.sort(shuffled[:held_out]))

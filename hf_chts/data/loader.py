@@ -82,6 +82,11 @@ class StreamLoader:
             self._next = (self._next + 1) % self.workers
             yield batch
 
+    @property
+    def skipped(self) -> int:
+        """How many documents this rank's readers have left out since the run began, because they were bad."""
+        return sum(state.get("skipped", 0) for state in self._states if state)
+
     def state_dict(self) -> dict[str, Any]:
         """Where the batches that were taken end: a few numbers for each worker, as JSON can hold them."""
         return {

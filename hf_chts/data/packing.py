@@ -11,9 +11,9 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from hf_chts.data.arguments import Packing
+from hf_chts.data.sources import DatasetSource, texts_of_source
 
 IGNORED_LABEL = -100  # the cross entropy of transformers' models leaves these positions out
-_READ_ROWS = 16
 _ENCODE_CHARACTERS = 2**20  # enough to keep the tokenizer's threads busy, however long the documents are
 _CACHE_VERSION = 1  # raise it when the blocks made from the same documents change
 
@@ -22,13 +22,6 @@ Block: TypeAlias = dict[str, np.ndarray]
 Mark = TypeVar("Mark")
 # a block, the mark of the document it ends in, and how many tokens of that one are used up
 Marked: TypeAlias = tuple[Block, tuple[Mark, int]]
-
-
-def texts_of(documents: Documents, text_column: str) -> Iterator[str | None]:
-    """The texts of a corpus, one by one, reading few rows at a time."""
-    # `iter`, because in a dataloader worker `for row in documents` would leave out the other workers' rows
-    for batch in documents.iter(batch_size=_READ_ROWS):
-        yield from batch[text_column]
 
 
 def encode(
@@ -174,11 +167,11 @@ def pack_blocks(
         name: what to call the documents in an error.
 
     Raises:
-        ValueError: the documents do not fill one block, or the tokenizer has no EOS token.
+        ValueError: the documents do not fill one block, one of them is no text, or the tokenizer has no EOS token.
     """
     key = f"{documents._fingerprint} {text_column}" if isinstance(documents, datasets.Dataset) else None
     return pack_texts(
-        lambda: texts_of(documents, text_column),
+        lambda: texts_of_source(DatasetSource(documents, text_column)),
         tokenizer,
         block_size,
         packing,

@@ -1,5 +1,6 @@
 """From `DataArguments` to what a trainer needs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_chts.data.arguments import DataArguments
-from hf_chts.data.corpora import load_documents, load_source
+from hf_chts.data.arguments import DataArguments, OnBadDocument
+from hf_chts.data.bad_documents import Sieve
+from hf_chts.data.corpora import load_source
 from hf_chts.data.embedded import embedded_tokenizer
-from hf_chts.data.holdout import hold_out_fraction
-from hf_chts.data.packing import Documents, blocks, pack_blocks, pack_texts, too_short
-from hf_chts.data.sources import ByText, Source, texts_of_source
+from hf_chts.data.holdout import ByText
+from hf_chts.data.packing import blocks, pack_texts, too_short
+from hf_chts.data.sources import Source, texts_of_source
 from hf_chts.data.stream import BlockStream
 from hf_chts.data.token_files import INDEX_NAME, TokenBlocks, TokenIndex
 from hf_chts.data.windows import Shuffle
@@ -49,26 +51,19 @@ def load_data(args: DataArguments, *, vocab_size: int, seed: int, shuffle_seed: 
     tokenizer = load_tokenizer(args.tokenizer, vocab_size)
     if is_prepared(args.dataset):
         return _prepared(args, tokenizer)
-    if args.streaming:
-        return _stream(args, tokenizer, seed, seed if shuffle_seed is None else shuffle_seed)
-    documents = _load_split(args, args.dataset_split)
-    validation_split = own_validation_split(args)
-    if validation_split is not None:
-        validation_documents = _load_split(args, validation_split)
-    else:
-        documents, validation_documents = hold_out_fraction(documents, args.validation_fraction, seed)
-    validation = pack_blocks(
-        validation_documents,
+    corpus = split_source(args, seed, download=not args.streaming)
+    validation = _packed(
+        args,
         tokenizer,
-        args.block_size,
-        args.packing,
-        text_column=args.text_column,
+        corpus.validation,
+        corpus.held_out,
         max_blocks=_max_blocks(args),
         name=f"The validation part of dataset {args.dataset!r}",
     )
-    train = pack_blocks(
-        documents, tokenizer, args.block_size, args.packing, text_column=args.text_column, name=_train_name(args)
-    )
+    if args.streaming:
+        train = _stream(args, tokenizer, corpus, seed if shuffle_seed is None else shuffle_seed)
+    else:
+        train = _packed(args, tokenizer, corpus.train, corpus.kept, name=_train_name(args))
     return PreparedData(train, validation, tokenizer)
 
 
@@ -84,30 +79,50 @@ def _prepared(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Prepar
     return PreparedData(cut("train"), cut("validation", max_blocks=_max_blocks(args)), tokenizer)
 
 
-def _stream(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int, shuffle_seed: int) -> PreparedData:
-    corpus = split_source(args, seed)
-    validation = pack_texts(
-        lambda: texts_of_source(corpus.validation, corpus.held_out),
+def _packed(
+    args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    choice: ByText | None,
+    *,
+    name: str,
+    max_blocks: int | None = None,
+) -> datasets.Dataset:
+    return pack_texts(
+        lambda: texts_of_source(source, choice, Sieve(_before_training(args))),
         tokenizer,
         args.block_size,
         args.packing,
-        key=None if corpus.validation.cache_key is None else f"{corpus.validation.cache_key} {corpus.held_out}",
-        max_blocks=_max_blocks(args),
-        name=f"The validation part of dataset {args.dataset!r}",
+        # what was made while bad documents were skipped is not for a run that refuses them
+        key=None if source.cache_key is None else f"{source.cache_key} {choice} {_before_training(args)}",
+        max_blocks=max_blocks,
+        name=name,
     )
+
+
+def _before_training(args: DataArguments) -> OnBadDocument:
+    """What becomes of bad documents where all are read before training starts."""
+    return args.on_bad_document or "error"
+
+
+def _stream(
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase, corpus: "SplitSource", shuffle_seed: int
+) -> BlockStream:
+    def texts() -> Iterator[str]:
+        return texts_of_source(corpus.train, corpus.kept, Sieve(args.on_bad_document))
+
     # the first block already, because a stream that never fills one would never end
-    texts = partial(texts_of_source, corpus.train, corpus.kept)
     if next(blocks(texts(), tokenizer, args.block_size, args.packing), None) is None:
         raise too_short(texts(), tokenizer, args.block_size, _train_name(args))
-    train = BlockStream(
+    return BlockStream(
         corpus.train,
         tokenizer,
         args.block_size,
         args.packing,
         shuffle=Shuffle(args.shuffle_buffer, shuffle_seed),
         keep=corpus.kept,
+        on_bad_document=args.on_bad_document,
     )
-    return PreparedData(train, validation, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -120,13 +135,23 @@ class SplitSource:
     held_out: ByText | None
 
 
-def split_source(args: DataArguments, seed: int) -> SplitSource:
-    """The documents of a stream, and which of them are held out: the validation split, or a fraction by `seed`.
+def split_source(args: DataArguments, seed: int, *, download: bool = False) -> SplitSource:
+    """The documents, and which of them are held out: the validation split, or a fraction by `seed`.
+
+    Args:
+        download: copy files of the Hub first, for documents that are read more than once.
 
     Raises:
         FileNotFoundError, ValueError: something is wrong with the corpus.
     """
-    load = partial(load_source, args.dataset, config=args.dataset_config, text_column=args.text_column)
+    load = partial(
+        load_source,
+        args.dataset,
+        config=args.dataset_config,
+        text_column=args.text_column,
+        on_bad_document=_before_training(args),
+        download=download,
+    )
     train = load(args.dataset_split)
     validation_split = own_validation_split(args)
     if validation_split is not None:
@@ -170,12 +195,3 @@ def load_tokenizer(tokenizer: str, vocab_size: int) -> PreTrainedTokenizerBase:
             f"set the model's vocab_size to {needed} or more, or use a smaller tokenizer."
         )
     return loaded
-
-
-def _load_split(args: DataArguments, split: str) -> Documents:
-    return load_documents(
-        args.dataset,
-        split,
-        config=args.dataset_config,
-        text_column=args.text_column,
-    )

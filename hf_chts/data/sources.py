@@ -1,7 +1,8 @@
 """Where the documents of a stream come from: shards that can be read from any document on, and cut into parts."""
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
@@ -9,7 +10,11 @@ from typing import Protocol
 import datasets
 from datasets.fingerprint import Hasher
 
+from hf_chts.data.bad_documents import BadDocument, Document, Sieve, Unreadable, text_or_reason
 from hf_chts.data.files import DataFile, Row
+from hf_chts.data.holdout import ByText
+
+logger = logging.getLogger(__name__)
 
 _READ_ROWS = 16
 # whole shards when each reader has at least so many, parts of shards when not: the longest share is then little longer
@@ -36,7 +41,8 @@ class Source(Protocol):
     def cache_key(self) -> str | None: ...
 
     def read(self, shard: int, part: int = 0, parts: int = 1, start: int | None = None) -> Iterator[Row]:
-        """The texts of part `part` of `parts` of a shard from position `start` on, each with the position after it."""
+        """The documents of part `part` of `parts` of a shard from position `start` on, each with the position after
+        it; a `BadDocument` stands for one that cannot be trained on."""
         ...
 
 
@@ -101,21 +107,40 @@ class DatasetSource:
 
     def read(self, shard: int, part: int = 0, parts: int = 1, start: int | None = None) -> Iterator[Row]:
         documents = self.documents
+        names = documents.column_names
+        if names is not None and self.text_column not in names:
+            raise ValueError(
+                f"{self._name} has no column {self.text_column!r}: set text_column to one of {', '.join(names)}"
+            )
         if isinstance(documents, datasets.Dataset):
             rows = len(documents)
             first, last = max(rows * part // parts, start or 0), rows * (part + 1) // parts
+            column = documents[self.text_column]
             for begin in range(first, last, _READ_ROWS):
-                texts = documents[begin : min(begin + _READ_ROWS, last)][self.text_column]
-                yield from zip(texts, range(begin + 1, last + 1), strict=False)
+                for position, text in enumerate(column[begin : min(begin + _READ_ROWS, last)], begin + 1):
+                    yield self._document(text, position), position
             return
         rows_of = documents.shard(num_shards=documents.num_shards, index=shard)
         position = 0
         # `iter`, because in a dataloader worker `for row in documents` would leave out the other workers' rows
         for batch in rows_of.iter(batch_size=_READ_ROWS):
+            if self.text_column not in batch:  # only now a stream knows its columns
+                raise ValueError(
+                    f"{self._name} has no column {self.text_column!r}: set text_column to one of {', '.join(batch)}"
+                )
             for text in batch[self.text_column]:
                 position += 1
                 if (position - 1) % parts == part and position > (start or 0):
-                    yield text, position
+                    yield self._document(text, position), position
+
+    def _document(self, value: object, row: int) -> Document:
+        text = text_or_reason(value, self.text_column)
+        return BadDocument(f"{self._name}, row {row}", text.reason) if isinstance(text, Unreadable) else text
+
+    @property
+    def _name(self) -> str:
+        info = self.documents.info
+        return f"dataset {info.dataset_name or info.builder_name or self.documents.split or 'in memory'}"
 
 
 @dataclass(frozen=True)
@@ -138,30 +163,23 @@ def pieces(num_shards: int, readers: int) -> list[Piece]:
     return [Piece(shard, part, parts) for shard in range(num_shards) for part in range(parts)]
 
 
-def texts_of_source(source: Source, keep: Callable[[str], bool] | None = None) -> Iterator[str]:
-    """All texts in the corpus's order; documents without one are left out."""
+def texts_of_source(source: Source, choice: ByText | None = None, sieve: Sieve | None = None) -> Iterator[str]:
+    """All texts of a choice of documents (None: of all) in the corpus's order.
+
+    Args:
+        sieve: what lets them through; without one a bad document raises.
+
+    Raises:
+        ValueError: a document or a file is bad, or there are documents and the choice is none of them.
+    """
+    sieve = Sieve("error") if sieve is None else sieve
+    found = False
     for shard in range(source.num_shards):
         for text, _ in source.read(shard):
-            if text and (keep is None or keep(text)):
+            if sieve(text) and (choice is None or choice(text)):
+                found = True
                 yield text
-
-
-@dataclass(frozen=True)
-class ByText:
-    """Whether a document belongs to the `fraction` that `seed` chooses, or with `rest` to what that leaves.
-
-    A function of its text alone: so it does not depend on who reads it or on how the files are cut, and equal texts
-    stay together.
-    """
-
-    fraction: float
-    seed: int
-    rest: bool = False
-
-    def __call__(self, text: str) -> bool:
-        key = self.seed.to_bytes(8, "little", signed=True)
-        digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest()
-        return (int.from_bytes(digest, "little") < int(self.fraction * 2**64)) != self.rest
-
-    def __str__(self) -> str:
-        return f"{'without ' if self.rest else ''}{self.fraction} chosen by seed {self.seed}"
+    if sieve.skipped:
+        logger.warning("%d of %d documents are left out: they cannot be read", sieve.skipped, sieve.read)
+    if choice is not None and not found:
+        raise choice.chose_nothing(sieve.read - sieve.skipped)

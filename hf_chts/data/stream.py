@@ -7,10 +7,9 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_chts.data.arguments import Packing
-from hf_chts.data.corpora import Documents
+from hf_chts.data.arguments import OnBadDocument, Packing
 from hf_chts.data.loader import StreamLoader
-from hf_chts.data.packing import Block, check_eos, encode, marked_blocks, tensors, tokenizer_digest
+from hf_chts.data.packing import Block, Documents, check_eos, encode, marked_blocks, tensors, tokenizer_digest
 from hf_chts.data.sources import DatasetSource, Source
 from hf_chts.data.windows import Place, ReaderState, Shuffle, read_ahead, windows
 
@@ -28,6 +27,7 @@ class BlockStream(torch.utils.data.IterableDataset):
         source: the documents; a dataset of `datasets` will do, with a string column `text`.
         shuffle: the window that documents are shuffled in, and the seed. The default leaves them in their order.
         keep: which texts belong to this stream; all without it. A checkpoint knows it by its `str`.
+        on_bad_document: "error", "skip", or None to skip bad documents as long as they are few.
 
     Raises:
         ValueError: the tokenizer has no EOS token.
@@ -42,6 +42,7 @@ class BlockStream(torch.utils.data.IterableDataset):
         *,
         shuffle: Shuffle | None = None,
         keep: Callable[[str], bool] | None = None,
+        on_bad_document: OnBadDocument | None = None,
     ) -> None:
         check_eos(tokenizer)
         is_dataset = isinstance(source, datasets.Dataset | datasets.IterableDataset)
@@ -51,6 +52,8 @@ class BlockStream(torch.utils.data.IterableDataset):
         self.packing: Packing = packing
         self.shuffle = shuffle or Shuffle()
         self.keep = keep
+        # not part of the identity: it does not change which documents are read
+        self.on_bad_document: OnBadDocument | None = on_bad_document
         self.epoch = 0
         self.identity: dict[str, Any] = {
             **self.source.identity,
@@ -81,18 +84,27 @@ class BlockStream(torch.utils.data.IterableDataset):
         """
         state = state or ReaderState()
 
-        def encoded() -> Iterator[tuple[tuple[Place, int], list[int]]]:
+        gathered = windows(
+            self.source,
+            shuffle or self.shuffle,
+            reader,
+            readers,
+            self.keep,
+            state.place,
+            epochs,
+            self.on_bad_document,
+        )
+
+        def encoded() -> Iterator[tuple[tuple[Place, int, int], list[int]]]:
             first = state.document
-            for place, documents in read_ahead(
-                windows(self.source, shuffle or self.shuffle, reader, readers, self.keep, state.place, epochs)
-            ):
+            for place, documents, skipped in read_ahead(gathered):
                 for index, tokens in enumerate(encode(documents[first:], self.tokenizer, _ENCODE_CHARACTERS), first):
-                    yield (place, index), tokens
+                    yield (place, index, skipped), tokens
                 first = 0
 
         made = marked_blocks(encoded(), self.tokenizer, self.block_size, self.packing, skip=state.token)
-        for block, ((place, document), token) in made:
-            yield block, ReaderState(place, document, token)
+        for block, ((place, document, skipped), token) in made:
+            yield block, ReaderState(place, document, token, skipped)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = torch.utils.data.get_worker_info()

@@ -26,13 +26,15 @@ FORMAT = "hf_chts tokens, 1"
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: its name without ending, how much it holds, and the CRC-32 of both files."""
+    """One shard: its name without ending, how much it holds, the CRC-32 of both files, and how many documents of the
+    corpus were left out because they could not be read."""
 
     name: str
     tokens: int
     documents: int
     tokens_crc: int
     documents_crc: int
+    skipped: int = 0
 
     def check(self, directory: Path, dtype: str, contents: bool = False) -> None:
         """Raises FileNotFoundError or ValueError if a file is not as it was written: its size, or its contents too."""

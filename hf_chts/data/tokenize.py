@@ -13,9 +13,12 @@ from typing import IO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hf_chts.data.arguments import OnBadDocument
+from hf_chts.data.bad_documents import Sieve
+from hf_chts.data.holdout import ByText
 from hf_chts.data.packing import encode, tokenizer_digest
 from hf_chts.data.prepare import SplitSource
-from hf_chts.data.sources import ByText, Piece, Source, pieces
+from hf_chts.data.sources import Piece, Source, pieces
 from hf_chts.data.token_files import INDEX_NAME, Shard, TokenIndex
 
 # shards of a corpus of fewer files, so that several processes can work on it
@@ -41,6 +44,7 @@ class ShardJob:
     dtype: str
     directory: Path
     key: str
+    on_bad_document: OnBadDocument
 
     def name(self, split: str) -> str:
         return f"{split}-{self.number:05}"
@@ -56,6 +60,7 @@ def prepare_tokens(
     directory: str | Path,
     *,
     tokenizer_name: str,
+    on_bad_document: OnBadDocument = "error",
     workers: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> TokenIndex:
@@ -65,12 +70,13 @@ def prepare_tokens(
 
     Args:
         tokenizer_name: what to call the tokenizer in messages.
+        on_bad_document: whether a bad document raises, or is left out and counted. It may differ from call to call.
         workers: processes; None for one per core.
         progress: called with a line after each shard.
 
     Raises:
         FileExistsError: `directory` holds something else, or tokens of another corpus or tokenizer.
-        FileNotFoundError, ValueError: something is wrong with the corpus.
+        FileNotFoundError, ValueError: something is wrong with the corpus or a document.
     """
     directory = Path(directory)
     digest = tokenizer_digest(tokenizer)
@@ -87,7 +93,7 @@ def prepare_tokens(
     else:
         plans = [(corpus.train, {"train": corpus.kept, "validation": corpus.held_out})]
     jobs = [
-        ShardJob(number, source, dealt, dict(splits), tokenizer, dtype, directory, key)
+        ShardJob(number, source, dealt, dict(splits), tokenizer, dtype, directory, key, on_bad_document)
         for source, splits in plans
         for number, dealt in enumerate(_deal(source))
     ]
@@ -96,6 +102,10 @@ def prepare_tokens(
     (directory / _KEY_NAME).write_text(key, encoding="utf-8")
     made = _run(jobs, workers or os.cpu_count() or 1, progress)
     splits = {name: [shards[name] for shards in made if name in shards] for name in ("train", "validation")}
+    documents = {name: sum(shard.documents for shard in shards) for name, shards in splits.items()}
+    for name, choice in (("train", corpus.kept), ("validation", corpus.held_out)):
+        if choice is not None and not documents[name]:
+            raise choice.chose_nothing(sum(documents.values()))
     index = TokenIndex(description, digest, dtype, splits)
     _write_whole(directory / INDEX_NAME, index.to_json())
     return index
@@ -130,7 +140,11 @@ def _run(jobs: list[ShardJob], workers: int, progress: Callable[[str], None]) ->
     def done(index: int, shards: dict[str, Shard]) -> None:
         made[index] = shards
         tokens = sum(shard.tokens for shard in shards.values())
-        progress(f"{len(made)} of {len(jobs)} shards: {tokens:,} tokens in {jobs[index].record.stem}")
+        skipped = sum(shard.skipped for shard in shards.values())
+        progress(
+            f"{len(made)} of {len(jobs)} shards: {tokens:,} tokens in {jobs[index].record.stem}"
+            + (f", {skipped:,} bad documents left out" if skipped else "")
+        )
 
     if workers == 1:
         for index, job in enumerate(jobs):
@@ -161,14 +175,17 @@ def make_shard(job: ShardJob) -> dict[str, Shard]:
         for shard in shards.values():
             shard.check(job.directory, job.dtype, contents=True)
         return shards
+    sieve = Sieve(job.on_bad_document)
     writers = {split: _Writer(job.directory / job.name(split), job.dtype) for split in job.splits}
     try:
-        for batch in _batches(job):
+        for batch in _batches(job, sieve):
             for split, choice in job.splits.items():
                 texts = [text for text in batch if choice is None or choice(text)]
                 for tokens in encode(texts, job.tokenizer, _ENCODE_CHARACTERS):
                     writers[split].add(tokens)
-        shards = {split: writer.finish() for split, writer in writers.items()}
+        # what cannot be read belongs to no split: it is counted with the first
+        counts = [sieve.skipped, *[0] * len(writers)]
+        shards = {split: writers[split].finish(skipped) for split, skipped in zip(writers, counts, strict=False)}
     finally:
         for writer in writers.values():
             writer.close()
@@ -176,12 +193,12 @@ def make_shard(job: ShardJob) -> dict[str, Shard]:
     return shards
 
 
-def _batches(job: ShardJob) -> Iterator[list[str]]:
+def _batches(job: ShardJob, sieve: Sieve) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
     for piece in job.pieces:
         for text, _ in job.source.read(piece.shard, piece.part, piece.parts):
-            if text:
+            if sieve(text):
                 batch.append(text)
                 characters += len(text)
             if characters >= _ENCODE_CHARACTERS:
@@ -212,13 +229,14 @@ class _Writer:
         self.files[ending].write(data)
         self.checksums[ending] = zlib.crc32(data, self.checksums[ending])
 
-    def finish(self) -> Shard:
+    def finish(self, skipped: int) -> Shard:
         for ending, file in self.files.items():
             file.flush()
             os.fsync(file.fileno())
             file.close()
             os.replace(file.name, self.path.with_name(f"{self.path.name}.{ending}"))
-        return Shard(self.path.name, self.tokens, self.documents, self.checksums["tokens"], self.checksums["documents"])
+        checksums = (self.checksums["tokens"], self.checksums["documents"])
+        return Shard(self.path.name, self.tokens, self.documents, *checksums, skipped)
 
     def close(self) -> None:
         """Remove what is not whole."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -24,6 +25,11 @@ _FORMAT = "hf_chts data state, 1"
 
 class ResumableLoader(Protocol):
     """An endless iterator over one rank's batches."""
+
+    @property
+    def skipped(self) -> int:
+        """How many documents were left out since the run began, because they cannot be trained on."""
+        ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -106,6 +112,17 @@ class ResumableDataMixin(_AnyTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = ignore_data_skip
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; a log of training says how many documents all ranks' streams have left out, if any."""
+        # what all ranks log together
+        together = ("loss" in logs and self.control.should_log) or "train_loss" in logs
+        if together and self._stream is not None and isinstance(self.train_dataset, ResumableDataset):
+            mine = torch.tensor(self._stream.skipped, device=self.args.device)
+            skipped = int(self.accelerator.reduce(mine, reduction="sum"))
+            if skipped:
+                logs["documents_skipped"] = skipped
+        super().log(logs, *args, **kwargs)
 
     def data_state(self, directory: str) -> dict[str, Any] | None:
         """This rank's state in a checkpoint; None if the data are not to be taken up where they were left.

@@ -1,115 +1,204 @@
-import gzip
+"""Which files of a path are read, and as what; all that is read comes by the same reader, whatever becomes of it."""
+
 import json
+import os
 
 import datasets
 import pytest
+from corpus_files import write_file
 
-from hf_chts.data import load_documents
+from hf_chts.data import embedded_documents, load_source
 from hf_chts.data.corpora import local_files
+from hf_chts.data.sources import texts_of_source
 
 TEXTS = ["The first document.\n\nIt has two paragraphs.", "Zweites: Grüße, 漢字.\n", "third"]
 
 
 def write(path, texts=TEXTS, column="text"):
-    """One file of documents in the format its name says; a text file has them as one."""
-    rows = [{"id": index, column: text} for index, text in enumerate(texts)]
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        datasets.Dataset.from_list(rows).to_parquet(path)
-        return path
-    if name.endswith(".json"):
-        content = json.dumps(rows)
-    elif name.endswith(".jsonl"):
-        content = "".join(json.dumps(row) + "\n" for row in rows)
-    else:
-        content = "".join(texts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
-    return path
+    return write_file(path, texts, column)
 
 
 def load(path, *args, **options):
-    return [row[options.get("text_column", "text")] for row in load_documents(str(path), *args, **options)]
+    return list(texts_of_source(load_source(str(path), *args, **options)))
 
 
-both = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("name", ["c.jsonl", "c.json", "c.json.gz", "c.jsonl.zst", "c.parquet", "c.csv", "c.TSV.XZ"])
+def test_rows_are_documents(tmp_path, name):
+    lower = write(tmp_path / name.lower())
+    assert load(lower.rename(tmp_path / name)) == TEXTS
 
 
-@both
-@pytest.mark.parametrize("name", ["c.jsonl", "c.json", "c.json.gz", "c.jsonl.gz", "c.parquet"])
-def test_rows_are_documents(tmp_path, name, streaming):
-    documents = load_documents(str(write(tmp_path / name)), streaming=streaming)
-    assert isinstance(documents, datasets.IterableDataset if streaming else datasets.Dataset)
-    assert [row["text"] for row in documents] == TEXTS
+@pytest.mark.parametrize("name", ["c.txt", "c.txt.gz", "c.txt.zst", "c.text.bz2"])
+def test_a_text_file_is_one_document(tmp_path, name):
+    assert load(write(tmp_path / name)) == ["".join(TEXTS)]
 
 
-@both
-@pytest.mark.parametrize("name", ["c.txt", "c.txt.gz"])
-def test_a_text_file_is_one_document(tmp_path, name, streaming):
-    assert load(write(tmp_path / name), streaming=streaming) == ["".join(TEXTS)]
+def test_an_array_of_strings(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(TEXTS))
+    assert load(tmp_path / "c.json") == TEXTS
 
 
-@both
-def test_folder_is_one_split(tmp_path, streaming):
+def test_long_fields_and_quotes_in_csv(tmp_path):
+    texts = ["a" * 200_000, 'she said "no",\r\nand left', "\ufeffmark", "NA", "12"]
+    assert load(write(tmp_path / "c.csv", texts)) == texts
+    (tmp_path / "excel.csv").write_bytes(b"\xef\xbb\xbftext,id\r\nfirst,1\r\n\r\nsecond,2\r\n")
+    assert load(tmp_path / "excel.csv") == ["first", "second"]
+
+
+def test_folder_is_one_split(tmp_path):
     for name, text in zip(["b.txt", "a/z.txt.gz", "c.txt"], TEXTS, strict=True):
         write(tmp_path / name, [text])
     write(tmp_path / ".hidden" / "d.txt")
-    write(tmp_path / "README.md")
-    assert load(tmp_path, streaming=streaming) == [TEXTS[1], TEXTS[0], TEXTS[2]]  # by path
+    (tmp_path / "README.md").write_text("# Three files")
+    assert load(tmp_path) == [TEXTS[1], TEXTS[0], TEXTS[2]]  # by path
 
 
-@both
-def test_folder_of_splits(tmp_path, streaming):
+def test_folder_of_splits(tmp_path):
     write(tmp_path / "train.jsonl", TEXTS[:1])
     write(tmp_path / "validation" / "a.jsonl", TEXTS[1:2])
     write(tmp_path / "test.jsonl.gz", TEXTS[2:])
-    assert [load(tmp_path, split, streaming=streaming) for split in ("train", "validation", "test")] == [
-        [text] for text in TEXTS
-    ]
+    assert [load(tmp_path, split) for split in ("train", "validation", "test")] == [[text] for text in TEXTS]
     with pytest.raises(ValueError, match=r"no split 'dev', only test, train, validation"):
-        load(tmp_path, "dev", streaming=streaming)
+        load(tmp_path, "dev")
 
 
 def test_folder_without_train_is_not_of_splits(tmp_path):
-    """A file is not left out because it happens to be called test."""
-    files = [write(tmp_path / "notes.txt"), write(tmp_path / "test.txt")]
+    """A file is not left out because it happens to be called test, or readme."""
+    files = [write(tmp_path / "notes.txt"), write(tmp_path / "readme.txt"), write(tmp_path / "test.txt")]
     assert local_files(tmp_path, "train") == files
 
 
-@both
-def test_other_column(tmp_path, streaming):
-    path = write(tmp_path / "c.jsonl", column="content")
-    assert load(path, text_column="content", streaming=streaming) == TEXTS
+def saved(path, **options):
+    """What `save_to_disk` writes, and the cache that `map` leaves beside it."""
+    dataset = datasets.Dataset.from_dict({"text": [*TEXTS, None], "id": range(4)})
+    dataset.save_to_disk(path, **options)
+    datasets.load_from_disk(path).map(lambda row: {"text": "of a cache"})
+    return path
 
 
-@both
-@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
-def test_unknown_column(tmp_path, name, streaming):
+def test_a_saved_dataset(tmp_path):
+    saved(tmp_path / "one", num_shards=2)
+    assert list((tmp_path / "one").glob("cache-*.arrow"))
+    assert load(tmp_path / "one") == TEXTS
+    source = load_source(str(tmp_path / "one"))
+    assert source.num_shards == 2
+    with pytest.raises(ValueError, match="no split 'test', only train"):
+        load(tmp_path / "one", "test")
+    # several side by side are splits
+    (tmp_path / "two").mkdir()
+    saved(tmp_path / "two/train")
+    saved(tmp_path / "two/dev")
+    assert load(tmp_path / "two", "dev") == load(tmp_path / "two") == TEXTS
+
+
+def test_a_saved_dataset_dict(tmp_path):
+    """Whatever its splits are called."""
+    splits = {
+        name: datasets.Dataset.from_dict({"text": [text]}) for name, text in zip(("en", "de", "x"), TEXTS, strict=True)
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict")
+    assert [load(tmp_path / "dict", name) for name in splits] == [[text] for text in TEXTS]
+    with pytest.raises(ValueError, match="no split 'train', only de, en, x"):
+        load(tmp_path / "dict")
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: data/first*.jsonl
+  - split: held_out
+    path: data/second.jsonl
+- config_name: de
+  data_files: more/*.jsonl
+---
+# A corpus
+"""
+
+
+def clone(path, card):
+    """A clone of a dataset on the Hub: what is not data is beside it."""
+    for name, text in zip(("data/first.jsonl", "data/second.jsonl", "more/third.jsonl"), TEXTS, strict=True):
+        write(path / name, [text])
+    (path / "README.md").write_text(card)
+    (path / ".gitattributes").write_text("*.jsonl filter=lfs\n")
+    (path / "dataset_infos.json").write_text('{"default": {"splits": {}}}')
+    (path / "LICENSE.txt").write_text("Do as you like.")
+    (path / ".git").mkdir()
+    write(path / ".git/x.jsonl")
+    return path
+
+
+def test_a_clone_of_a_dataset_on_the_hub(tmp_path):
+    path = clone(tmp_path / "clone", CARD)
+    assert load(path, config="en") == TEXTS[:1]
+    assert load(path, "held_out", config="en") == TEXTS[1:2]
+    assert load(path, config="de") == TEXTS[2:]
+    with pytest.raises(ValueError, match=r"no split 'test', only held_out, train"):
+        load(path, "test", config="en")
+    for config in (None, "fr"):
+        with pytest.raises(ValueError, match=rf"{path}/README.md .*'en', 'de'.*dataset_config"):
+            load(path, config=config)
+
+
+@pytest.mark.parametrize("card", ["", "# No head", "---\nlicense: mit\ndataset_info:\n  splits: []\n---\n"])
+def test_a_clone_whose_card_names_no_files(tmp_path, card):
+    path = clone(tmp_path / "clone", card)
+    assert load(path) == TEXTS
+    for number, name in enumerate(("train", "test")):
+        write(tmp_path / f"named/data/{name}-0000{number}-of-00002.parquet", [name])
+    (tmp_path / "named/dataset_infos.json").write_text("{}")
+    assert load(tmp_path / "named", "test") == ["test"]
+
+
+def test_a_card_that_cannot_be_read(tmp_path):
+    path = clone(tmp_path / "clone", "---\nconfigs: [\n---\n")
+    with pytest.raises(ValueError, match=rf"{path}/README.md could not be read"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["c.txt", "c.jsonl", "c.parquet"])
+def test_a_clone_without_its_large_files(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(ValueError, match=rf"{tmp_path / name} is a pointer of Git LFS.*git lfs pull"):
+        load(tmp_path)
+
+
+def test_other_column(tmp_path):
+    assert load(write(tmp_path / "c.jsonl", column="content"), text_column="content") == TEXTS
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet", "c.csv", "c.arrow"])
+def test_unknown_column(tmp_path, name):
     path = write(tmp_path / name, column="content")
-    with pytest.raises(ValueError, match="no column 'text': set text_column to one of id, content"):
-        load(path, streaming=streaming)
+    with pytest.raises(ValueError, match="no column 'text'.* id, content"):
+        load(path)
 
 
-@both
-def test_column_without_text(tmp_path, streaming):
-    with pytest.raises(ValueError, match=r"'id' .* holds int, not text.*id, text"):
-        load(write(tmp_path / "c.jsonl"), text_column="id", streaming=streaming)
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
+def test_column_without_text(tmp_path, name):
+    with pytest.raises(ValueError, match=r"'id' holds int, not text.*text_column"):
+        load(write(tmp_path / name), text_column="id")
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/nowhere/at/all", "~/nowhere/at/all", "a/b/c"])
 def test_missing_file(name):
     with pytest.raises(FileNotFoundError, match=r"nowhere.*does not exist|'a/b/c' does not exist"):
-        load_documents(name)
+        load_source(name)
 
 
-def test_unknown_ending(tmp_path):
-    (tmp_path / "c.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"c\.csv has an unknown ending.*\.jsonl"):
-        load(tmp_path / "c.csv")
+@pytest.mark.parametrize("name", ["c.xml", "c.xml.gz", "c.jsonl.zip"])
+def test_unknown_ending(tmp_path, name):
+    (tmp_path / name).write_text("a,b")
+    with pytest.raises(ValueError, match=rf"{name} has an unknown ending.*\.jsonl"):
+        load(tmp_path / name)
 
 
 def test_folder_without_documents(tmp_path):
-    (tmp_path / "c.csv").write_text("a,b")
+    (tmp_path / "c.xml").write_text("a,b")
     with pytest.raises(FileNotFoundError, match=r"holds no files to read.*\.parquet"):
         load(tmp_path)
 
@@ -117,7 +206,7 @@ def test_folder_without_documents(tmp_path):
 def test_mixed_formats(tmp_path):
     write(tmp_path / "a.txt")
     write(tmp_path / "b.jsonl")
-    with pytest.raises(ValueError, match=r"several formats \(json, text\)"):
+    with pytest.raises(ValueError, match=r"several formats \(json, text; such as a.txt, b.jsonl\)"):
         load(tmp_path)
 
 
@@ -126,33 +215,27 @@ def test_split_of_a_file(tmp_path):
         load(write(tmp_path / "c.jsonl"), "validation")
 
 
-@both
-@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
-def test_empty_corpus(tmp_path, name, streaming):
-    if name == "c.jsonl":
-        (tmp_path / name).write_text("")
-    else:
-        datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / name)
-    with pytest.raises(ValueError, match=r"c\.\w+.* (holds no documents|could not be read)"):
-        load(tmp_path / name, streaming=streaming)
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet", "c.csv", "c.tar"])
+def test_empty_corpus(tmp_path, name):
+    for texts in ([], ["", ""]):
+        with pytest.raises(ValueError, match=rf"{name}.* holds no documents"):
+            load(write(tmp_path / name, texts))
 
 
-@both
-def test_broken_file(tmp_path, streaming):
-    (tmp_path / "c.jsonl").write_text('{"text": "a"\n{{{')
-    with pytest.raises(ValueError, match=r"c\.jsonl.* could not be read"):
-        load(tmp_path / "c.jsonl", streaming=streaming)
+def test_broken_file(tmp_path):
+    path = write(tmp_path / "c.jsonl.gz")
+    os.truncate(path, 30)
+    with pytest.raises(ValueError, match=r"c\.jsonl\.gz could not be read"):
+        load(path)
 
 
-@both
-def test_text_that_is_not_utf8(tmp_path, streaming):
+def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "c.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"c\.txt.* could not be read.*UnicodeDecodeError"):
-        load(tmp_path / "c.txt", streaming=streaming)
+    with pytest.raises(ValueError, match=r"c\.txt: a byte that is no UTF-8 \(0xE9\) at character 3"):
+        load(tmp_path / "c.txt")
+    with pytest.raises(ValueError, match=r"holds no documents, and 1 that cannot be read; the first is .*c\.txt"):
+        load(tmp_path / "c.txt", on_bad_document="skip")
 
 
-@both
-def test_embedded(streaming):
-    from hf_chts.data import embedded_documents
-
-    assert load("embedded", "test", streaming=streaming) == [d.text for d in embedded_documents("test")]
+def test_embedded():
+    assert load("embedded", "test") == [d.text for d in embedded_documents("test")]

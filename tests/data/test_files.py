@@ -1,16 +1,17 @@
 """Files read in parts and from any position, against the rows that were written; and files that cannot be read."""
 
-import gzip
 import io
-import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpus_files import COMPRESS, NAMES, form_of, json_rows, write_file
 
 from hf_chts.data import files
+from hf_chts.data.bad_documents import BadDocument
 from hf_chts.data.corpora import load_source, local_files
 from hf_chts.data.files import DataFile
 
@@ -18,45 +19,45 @@ from hf_chts.data.files import DataFile
 TEXTS = [None if i % 11 == 5 else f"{i} ä€\n" * (i * 7 % 13) for i in range(53)]
 
 
-def rows(texts):
-    return [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(texts)]
-
-
 def write(path, texts=TEXTS):
-    if path.suffix == ".parquet":
-        table = pa.table({"id": list(range(len(texts))), "text": texts})
-        pq.write_table(table, path, row_group_size=7, compression="none", write_page_checksum=True)
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress("".join(rows(texts)).encode()))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps([json.loads(row) for row in rows(texts)]))
-    else:
-        path.write_text("".join(rows(texts)).rstrip("\n") if len(texts) % 2 else "".join(rows(texts)))
-    return path
+    if path.name.endswith(".jsonl") and len(texts) % 2:
+        path.write_text("\n".join(json_rows(texts)))  # no line end after the last one
+        return path
+    return write_file(path, texts)
 
 
-def data_file(path, form=None):
-    form = form or ("parquet" if path.suffix == ".parquet" else "json")
+def data_file(path):
+    form = {"lines": "json", "feather": "arrow"}.get(form_of(path), form_of(path))
     return DataFile(str(path), path.name, path.stat().st_size, form)
 
 
-FILES = ["c.parquet", "c.jsonl", "c.jsonl.gz", "c.json"]
+def texts_in(path, texts=TEXTS):
+    """Formats without null have empty texts instead."""
+    return [text or "" for text in texts] if form_of(path) in ("csv", "tsv", "tar") else texts
 
 
-@pytest.mark.parametrize("name", FILES)
+def takes_turns(path):
+    """Nobody can jump into it, so the parts take turns; JSON arrays are in memory whole."""
+    return form_of(path) in ("csv", "tsv", "tar", "arrow", "feather") or (
+        path.suffix in COMPRESS and form_of(path) == "lines"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 20, 60])
 def test_every_row_is_in_one_part(tmp_path, name, parts):
     file = data_file(write(tmp_path / name))
     read = [[text for text, _ in file.read("text", part, parts)] for part in range(parts)]
-    if name.endswith(".gz"):  # the parts take turns
-        assert read == [TEXTS[part::parts] for part in range(parts)]
+    texts = texts_in(tmp_path / name)
+    if takes_turns(tmp_path / name):
+        assert read == [texts[part::parts] for part in range(parts)]
     else:
-        assert [text for part in read for text in part] == TEXTS
+        assert [text for part in read for text in part] == texts
     if parts <= 7 and name != "c.jsonl":
         assert max(map(len, read)) - min(map(len, read)) <= 7  # a row group
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("part", "parts"), [(0, 1), (1, 3), (2, 3)])
 def test_going_on_after_any_row(tmp_path, name, part, parts):
     file = data_file(write(tmp_path / name))
@@ -83,7 +84,7 @@ def bytes_read(monkeypatch):
             return data
 
     @contextmanager
-    def opened(self, decompress=True):
+    def opened(self):
         with open(self.path, "rb") as file:
             yield Counting(file.read())
 
@@ -104,23 +105,35 @@ def test_what_was_read_is_not_read_again(tmp_path, name, bytes_read):
 
 def test_a_text_file_is_a_document(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\r\ntwo ä\n".encode())
-    file = data_file(tmp_path / "a.txt", "text")
+    file = data_file(tmp_path / "a.txt")
     assert list(file.read("text")) == [("one\ntwo ä\n", 1)]
     assert list(file.read("text", start=1)) == list(file.read("text", 1, 2)) == []
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_rows(tmp_path, name):
-    path = tmp_path / name
-    if name == "c.parquet":
-        pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
-    else:
-        path.write_bytes({"c.jsonl": b"", "c.jsonl.gz": gzip.compress(b""), "c.json": b"[]"}[name])
-    assert list(data_file(path).read("text")) == []
+    assert list(data_file(write_file(tmp_path / name, [])).read("text")) == []
+    data = b"" if form_of(tmp_path / name) in ("lines", "csv", "tsv") else None
+    if data is not None:  # nothing at all, not even a header
+        path = tmp_path / name
+        path.write_bytes(COMPRESS[path.suffix](data) if path.suffix in COMPRESS else data)
+        assert list(data_file(path).read("text")) == []
+
+
+@pytest.mark.parametrize("groups", [[0, 3, 0, 0, 2, 0], [0], [2, 0], [0, 2]])
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_row_groups_without_rows(tmp_path, groups, parts):
+    schema = pa.schema([("text", pa.string())])
+    with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
+        for group, rows in enumerate(groups):
+            writer.write_table(pa.table({"text": [f"{group}.{row}" for row in range(rows)]}, schema=schema))
+    file = data_file(tmp_path / "a.parquet")
+    read = [text for part in range(parts) for text, _ in file.read("text", part, parts)]
+    assert read == [f"{group}.{row}" for group, rows in enumerate(groups) for row in range(rows)]
 
 
 def cut(path):
-    path.write_bytes(path.read_bytes()[:-40])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def spoil(path):
@@ -130,43 +143,54 @@ def spoil(path):
 
 
 def other_column(path):
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table({"content": ["a"]}), path)
-    else:
-        path.write_bytes(gzip.compress(b'{"content": "a"}\n') if path.suffix == ".gz" else b'{"content": "a"}\n')
+    write_file(path, ["a"], column="content")
 
 
-def numbers(path):
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table({"text": [1]}), path)
-    else:
-        path.write_bytes(gzip.compress(b'{"text": 1}\n') if path.suffix == ".gz" else b'{"text": 1}\n')
+def remove(path):
+    path.unlink()
 
 
-@pytest.mark.parametrize("name", ["b.parquet", "b.jsonl", "b.jsonl.gz"])
+DAMAGED = "could not be read.*it is damaged or was not copied whole"
+
+
+def those(condition):
+    return [name for name in NAMES if condition(Path(name))]
+
+
+DAMAGES = [
+    # lines and rows of plain text are documents each
+    (cut, ValueError, DAMAGED, those(lambda path: path.name not in ("c.jsonl", "c.csv", "c.tsv"))),
+    # what has checksums, or cannot have zeros in it
+    (spoil, ValueError, DAMAGED, those(lambda p: p.name in ("c.parquet", "c.json") or p.suffix in COMPRESS)),
+    (
+        other_column,
+        ValueError,
+        "has no column 'text'.*It has id, content",
+        those(lambda path: form_of(path) not in ("lines", "json", "tar")),
+    ),
+    (remove, FileNotFoundError, "is not there any more", NAMES),
+]
+
+
 @pytest.mark.parametrize(
-    ("damage", "error", "message"),
-    [
-        (cut, ValueError, "could not be read .*it is damaged or was not copied whole"),
-        (spoil, ValueError, "could not be read .*it is damaged or was not copied whole"),
-        (other_column, ValueError, "has no column 'text' .*It has content"),
-        (numbers, ValueError, "holds int, not text"),
-        (lambda path: path.unlink(), FileNotFoundError, "is not there any more"),
-    ],
+    ("name", "damage", "error", "message"), [(name, *case) for *case, names in DAMAGES for name in names]
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, damage, error, message):
-    texts = [f"{i} " + "".join(chr(33 + (i * k) % 90) for k in range(200)) for i in range(60)]
+    texts = [f"{i} " + "".join(chr(65 + (i * i + i * k) % 57) for k in range(200)) for i in range(60)]
     path = write(tmp_path / name, texts)
     file = data_file(path)
     damage(path)
-    with pytest.raises(error, match=rf"{path}:? .*{message}|{path}: .*{message}"):
+    with pytest.raises(error, match=rf"{path}:? .*{message}|{path} {message}"):
         list(file.read("text"))
 
 
 def test_rows_that_are_no_objects(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n"b"\n')
-    with pytest.raises(ValueError, match=r"a.jsonl: a row is str, not an object .* after byte 14"):
-        list(data_file(tmp_path / "a.jsonl").read("text"))
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n"b"\n{"text": "c"}\n')
+    (one, _), (bad, at), (three, _) = data_file(tmp_path / "a.jsonl").read("text")
+    assert (one, three, at) == ("a", "c", 18)
+    assert isinstance(bad, BadDocument)
+    assert bad.place == f"{tmp_path / 'a.jsonl'}, the line at byte 14"
+    assert "a row is str, not an object" in bad.reason
 
 
 def test_folders_laid_out_as_on_the_hub(tmp_path):
@@ -183,6 +207,7 @@ def test_folders_laid_out_as_on_the_hub(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
+    (tmp_path / "web/dataset_infos.json").write_text("{}")
     web = ["plain_text/train-00000-of-00002.parquet", "plain_text/train-00001-of-00002.parquet"]
     assert names("web", "train") == names("web", "train", "plain_text") == names("web", "train", "other") == web
     assert names("c4", "validation", "en") == ["en/c4-validation.00000-of-00001.json.gz"]
@@ -197,7 +222,7 @@ def test_folders_laid_out_as_on_the_hub(tmp_path):
         local_files(tmp_path / "c4", "train", "en")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_remote_file_is_tried_again(tmp_path, name, monkeypatch):
     memory = fsspec.filesystem("memory")
     memory.pipe(f"/{name}", write(tmp_path / name).read_bytes())
@@ -219,13 +244,15 @@ def test_a_remote_file_is_tried_again(tmp_path, name, monkeypatch):
             self.limit(size)
             return super().read(size)
 
+        read1 = read
+
         def readline(self, size=-1):
             self.limit(0)
             return super().readline(size)
 
     @contextmanager
-    def failing(self, decompress=True):
-        with open_file(self, decompress) as good:
+    def failing(self):
+        with open_file(self) as good:
             opened.append(self.name)
             yield Failing(good.read())
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_chts.data import load_documents
+from hf_chts.data import load_source
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -127,7 +127,8 @@ def hub():
 
 SCRIPT = """
 import json, sys
-from hf_chts.data import load_documents, load_source
+from hf_chts.data import load_source
+from hf_chts.data.sources import texts_of_source
 
 for dataset, split, options in json.loads(sys.argv[1]):
     try:
@@ -139,21 +140,22 @@ for dataset, split, options in json.loads(sys.argv[1]):
             assert rest == [rows[1:] for rows in found[1]]
             found.append([file.name for file in getattr(source, "files", [])])
         else:
-            found = [row["text"] for row in load_documents(dataset, split, **options)]
+            found = list(texts_of_source(load_source(dataset, split, download=True, **options)))
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
     print("FOUND " + json.dumps(found))
 """
 
 
-def load(hub, cases, folder):
-    """What `load_documents` gives for each case, in a process of its own: the endpoint is read at import."""
+def load(hub, cases, folder, **variables):
+    """What `load_source` gives for each case, in a process of its own: the endpoint is read at import."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         "HF_ENDPOINT": hub,
         "HF_HOME": str(folder),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        **variables,
     }
     command = [sys.executable, "-c", SCRIPT, json.dumps(cases)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -177,30 +179,29 @@ def test_hub(hub, tmp_path):
             ("allenai/c4", "validation", en),
             ("allenai/c4", "train", {"config": "de"}),
             ("openwebtext", "train", {}),
-            ("allenai/c4", "train", {**en, "streaming": True}),
-            ("openwebtext", "train", {"streaming": True}),
-            ("allenai/c4", "train", {**en, "streaming": True, "text_column": "content"}),
+            ("some/lines", "train", {}),
+            ("allenai/c4", "train", {**en, "text_column": "content"}),
             ("allenai/c4", "dev", en),
             ("allenai/c4", "train", {"config": "fr"}),
             ("nobody/nothing", "train", {}),
         ],
         tmp_path,
     )
-    train, validation, german, web, streamed, streamed_web, column, split, config, missing = found
+    train, validation, german, web, some_lines, column, split, config, missing = found
     # files that are read from anywhere on; their paths have the revision in them
     assert c4[:2] == ["FileSource", [["one", "two"], ["three"]]]
     assert c4[2][0] == f"hf://datasets/allenai/c4@{SHA}/en/c4-train.00000-of-00002.json.gz"
     assert held_out[:2] == ["FileSource", [["held out"]]]
     assert parquet[:2] == ["FileSource", [["web text"]]]
     assert lines[:2] == ["DatasetSource", [["a line", "another"]]]  # by `datasets`, as a format of its own
-    assert "c4-train.00000-of-00002.json.gz has no column 'content'" in no_column
+    assert "c4-train.00000-of-00002.json.gz, line 1: no column 'content', only text, url" in no_column
     assert "Split 'dev' of dataset 'allenai/c4' (dataset_config 'en')" in no_split
-    assert train == streamed == ["one", "two", "three"]
+    assert train == ["one", "two", "three"]
     assert validation == ["held out"]
     assert german == ["eins"]
-    assert web == streamed_web == ["web text"]
-    assert column.startswith("ValueError: Dataset 'allenai/c4' has no column 'content'")
-    assert column.endswith("text, url.")
+    assert web == ["web text"]
+    assert some_lines == ["a line", "another"]
+    assert "c4-train.00000-of-00002.json.gz, line 1: no column 'content', only text, url" in column
     assert "Split 'dev' of dataset 'allenai/c4' (dataset_config 'en')" in split
     assert "validation" in split  # the splits there are
     assert "dataset_config 'fr'" in config
@@ -209,11 +210,19 @@ def test_hub(hub, tmp_path):
     assert "doesn't exist on the Hub" in missing
 
 
+def test_what_was_downloaded_is_there_without_a_network(hub, tmp_path):
+    cases = [("allenai/c4", "train", {"config": "en"}), ("openwebtext", "train", {}), ("some/lines", "train", {})]
+    online = load(hub, cases, tmp_path)
+    *offline, never = load(hub, [*cases, ("allenai/c4", "train", {"config": "de"})], tmp_path, HF_HUB_OFFLINE="1")
+    assert online == offline == [["one", "two", "three"], ["web text"], ["a line", "another"]]
+    assert "Split 'train' of dataset 'allenai/c4' (dataset_config 'de') could not be loaded" in never
+
+
 @pytest.mark.parametrize("dataset", ["allenai/c4", "openwebtext"])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_no_network(monkeypatch, dataset, streaming):
+@pytest.mark.parametrize("download", [False, True])
+def test_no_network(monkeypatch, dataset, download):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=f"Split 'train' of dataset '{dataset}'") as raised:
-        load_documents(dataset, config="en", streaming=streaming)
+        load_source(dataset, config="en", download=download)
     assert "Couldn't reach" in str(raised.value) or "offline mode" in str(raised.value)
     assert "local file or folder, or to 'embedded'" in str(raised.value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_chts.data import BlockStream, pack_blocks, packing
+from hf_chts.data import BlockStream, pack_blocks, packing, sources
 from hf_chts.data.packing import pack, truncate_and_pad
 
 TEXTS = ["abcde", "fg", "", None, "hijklmnopq", "xy"]
@@ -72,7 +72,7 @@ def test_map_style(letters):
 
 @pytest.mark.parametrize(("rows", "characters"), [(1, 1), (2, 3), (100, 10**6)])
 def test_batches_do_not_show(letters, monkeypatch, rows, characters):
-    monkeypatch.setattr(packing, "_READ_ROWS", rows)
+    monkeypatch.setattr(sources, "_READ_ROWS", rows)
     monkeypatch.setattr(packing, "_ENCODE_CHARACTERS", characters)
     stream = BlockStream(documents_of(TEXTS).to_iterable_dataset(), letters, 4)
     assert spell_all(stream, letters) == BLOCKS

@@ -2,12 +2,11 @@ import json
 
 import datasets
 import pytest
-import torch
 import yaml
 from transformers import HfArgumentParser
 
 from hf_chts.data import BlockStream, DataArguments, corpora, embedded_dataset, embedded_documents, load_data
-from hf_chts.data.holdout import hold_out_fraction
+from hf_chts.data.holdout import ByText
 
 
 def corpus(folder, texts, name="c.jsonl"):
@@ -52,75 +51,25 @@ def test_max_eval_tokens(bpe, ten_files):
     assert len(data.validation) == 7  # 1000 // 128
 
 
-def test_fraction_by_seed(tmp_path, saved):
-    texts = [f"{i:03}" for i in range(100)]
-    args = DataArguments(dataset=corpus(tmp_path, texts), tokenizer=saved, block_size=4, validation_fraction=0.1)
-    data = load_data(args, vocab_size=257, seed=3)
-    train, validation = words(data.train, data.tokenizer), words(data.validation, data.tokenizer)
-    assert len(validation) == 10
-    assert sorted(train + validation) == texts
-    assert train == sorted(train)
-    again = load_data(args, vocab_size=257, seed=3)
-    assert words(again.validation, data.tokenizer) == validation
+def test_a_fraction_is_cached_by_seed(tmp_path, saved):
+    args = DataArguments(
+        dataset=corpus(tmp_path, [f"{i:03}" for i in range(100)]),
+        tokenizer=saved,
+        block_size=4,
+        validation_fraction=0.1,
+    )
+    data, again, other = (load_data(args, vocab_size=257, seed=seed) for seed in (3, 3, 4))
+    assert words(data.train, data.tokenizer) == sorted(words(data.train, data.tokenizer))
     assert again.train._fingerprint == data.train._fingerprint
-    other = load_data(args, vocab_size=257, seed=4)
-    assert words(other.validation, data.tokenizer) != validation
+    assert words(other.validation, data.tokenizer) != words(data.validation, data.tokenizer)
 
 
-def test_fraction_does_not_touch_the_global_generators(tmp_path, saved):
-    documents = datasets.Dataset.from_dict({"text": list("abcdef")})
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    hold_out_fraction(documents, 0.5, seed=1)
-    assert torch.rand(1) == expected
-
-
-@pytest.mark.parametrize(("total", "fraction", "held_out"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.25, 2)])
-def test_fraction_leaves_both_parts_something(total, fraction, held_out):
-    documents = datasets.Dataset.from_dict({"text": ["a"] * total})
-    train, validation = hold_out_fraction(documents, fraction, seed=0)
-    assert (len(train), len(validation)) == (total - held_out, held_out)
-
-
-def test_one_document(tmp_path, saved):
-    args = DataArguments(dataset=corpus(tmp_path, ["abc"]), tokenizer=saved, block_size=4)
-    with pytest.raises(ValueError, match=r"1 document.*validation_split"):
-        load_data(args, vocab_size=257, seed=0)
-
-
-def test_fraction_of_a_stream(tmp_path, saved):
-    """By text: equal texts stay together, whichever file they are in, and the order changes nothing."""
-    texts = [f"{i:03}" for i in range(400)]
-    for name, part in (("a.jsonl", texts[:250]), ("b.jsonl", [*texts[250:], *texts[:100]])):
-        corpus(tmp_path / "two", part, name)
-    one = corpus(tmp_path / "one", sorted(texts, reverse=True))
-
-    def split(dataset, seed=3, fraction=0.1):
-        args = DataArguments(
-            dataset=str(dataset), tokenizer=saved, block_size=4, streaming=True, validation_fraction=fraction
-        )
-        data = load_data(args, vocab_size=257, seed=seed, shuffle_seed=1)
-        return words(data.train, data.tokenizer), words(data.validation, data.tokenizer)
-
-    train, validation = split(tmp_path / "two")
-    assert sorted(train + validation) == sorted(texts + texts[:100])
-    assert not set(train) & set(validation)
-    assert 20 <= len(set(validation)) <= 60  # 40 expected, 6 the standard deviation
-    assert train != sorted(train)
-    train_of_one, validation_of_one = split(one)
-    assert set(validation_of_one) == set(validation)
-    assert validation_of_one == sorted(validation_of_one, reverse=True)  # in the corpus's order
-    assert set(train_of_one) == set(train)
-    assert set(split(one, seed=4)[1]) != set(validation)
-    # a larger fraction holds the same out, and more
-    assert set(split(one, fraction=0.2)[1]) > set(validation)
-
-
-def test_no_text_is_held_out(tmp_path, saved):
-    args = DataArguments(dataset=corpus(tmp_path, ["abc"]), tokenizer=saved, block_size=4, streaming=True)
-    with pytest.raises(ValueError, match=r"The validation part of .* holds 0 tokens"):
-        load_data(args, vocab_size=257, seed=0)
+def test_without_a_fraction_where_there_is_a_split(tmp_path, saved):
+    corpus(tmp_path / "c", ["abc"], "train.jsonl")
+    corpus(tmp_path / "c", ["xyz"], "dev.jsonl")
+    settings = {"dataset": str(tmp_path / "c"), "tokenizer": saved, "block_size": 4, "validation_split": "dev"}
+    data = load_data(DataArguments(**settings, validation_fraction=0), vocab_size=257, seed=0)
+    assert words(data.train, data.tokenizer) == ["abc"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -155,8 +104,11 @@ def test_training_part_shorter_than_a_block(tmp_path, saved, streaming):
 
 
 def test_validation_part_shorter_than_a_block(tmp_path, saved):
-    args = DataArguments(dataset=corpus(tmp_path, ["a" * 40, "a" * 40]), tokenizer=saved, block_size=64)
-    with pytest.raises(ValueError, match=r"The validation part of .* holds 41 tokens"):
+    texts = [f"{i:02}" + "a" * 38 for i in range(20)]
+    args = DataArguments(dataset=corpus(tmp_path, texts), tokenizer=saved, block_size=512, validation_fraction=0.2)
+    held_out = sum(map(ByText(0.2, 0), texts))
+    assert 0 < held_out * 41 < 512
+    with pytest.raises(ValueError, match=rf"The validation part of .* holds {held_out * 41} tokens"):
         load_data(args, vocab_size=257, seed=0)
 
 
@@ -179,6 +131,7 @@ def test_tokenizer_that_is_not_there(tmp_path):
         ("validation_fraction", 0),
         ("validation_fraction", 1.0),
         ("validation_fraction", "half"),
+        ("on_bad_document", "ignore"),
         ("shuffle_buffer", -1),
         ("shuffle_buffer", 1.5),
         ("max_eval_tokens", 255),

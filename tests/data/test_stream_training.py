@@ -66,7 +66,7 @@ def sparse_trainer(folder, name, dataset=None, workers=2, **changes):
             ddp_find_unused_parameters=False,
             **settings,
         ),
-        sparsity=case_config(update_interval=2),
+        sparsity=case_config(update_interval=3),
         train_dataset=dataset or stream_of(folder),
     )
 

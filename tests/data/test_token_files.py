@@ -16,8 +16,8 @@ from hf_chts import SparseTrainer
 from hf_chts.__main__ import main
 from hf_chts.data import DataArguments, load_data, pack_blocks
 from hf_chts.data import tokenize as tokenize_module
+from hf_chts.data.holdout import ByText
 from hf_chts.data.prepare import split_source
-from hf_chts.data.sources import ByText
 from hf_chts.data.token_files import TokenIndex
 from hf_chts.data.tokenize import prepare_tokens
 
@@ -209,7 +209,7 @@ def test_training_on_prepared_tokens_resumes_bit_for_bit(tmp_path, prepared):
             args=arguments(
                 tmp_path / name, max_steps=9, save_steps=4, gradient_accumulation_steps=2, dataloader_num_workers=2
             ),
-            sparsity=case_config(update_interval=2),
+            sparsity=case_config(update_interval=3),
             train_dataset=load(prepared).train,
         )
         trainer.train(resume_from_checkpoint=checkpoint)

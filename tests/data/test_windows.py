@@ -7,7 +7,8 @@ import datasets
 import pytest
 
 from hf_chts.data import windows as windows_module
-from hf_chts.data.sources import ByText, DatasetSource, pieces
+from hf_chts.data.holdout import ByText
+from hf_chts.data.sources import DatasetSource, pieces
 from hf_chts.data.windows import Place, Shuffle, read_ahead, share, windows
 
 
@@ -46,7 +47,8 @@ def test_an_epoch_is_every_document_once(sizes, readers, buffer):
     orders = []
     for epoch in range(2):
         read = [
-            [text for _, texts in windows(source, Shuffle(buffer, 5), r, readers, place=Place(epoch), epochs=epoch + 1)
+            [text for _, texts, _ in
+             windows(source, Shuffle(buffer, 5), r, readers, place=Place(epoch), epochs=epoch + 1)
              for text in texts]
             for r in range(readers)
         ]  # fmt: skip
@@ -75,7 +77,7 @@ def test_going_on_at_any_window():
     shuffle = Shuffle(4, 9)
     whole = list(islice(windows(source, shuffle, 1, 3), 20))
     assert whole[-1][0].epoch > 2
-    for index, (place, _) in enumerate(whole):
+    for index, (place, _, _) in enumerate(whole):
         source.reads.clear()
         again = list(islice(windows(source, shuffle, 1, 3, place=place), 20 - index))
         assert again == whole[index:]
@@ -87,20 +89,20 @@ def test_going_on_at_any_window():
 @pytest.mark.parametrize("changed", [Shuffle(8, 1), Shuffle(8, 0, restart=3), Shuffle(8, -1), Shuffle(9, 0)])
 def test_other_orders(changed):
     source = Shards(40, 40)
-    first = [text for _, texts in islice(windows(source, Shuffle(8, 0), 0, 2), 4) for text in texts]
-    assert [text for _, texts in islice(windows(source, changed, 0, 2), 4) for text in texts] != first
+    first = [text for _, texts, _ in islice(windows(source, Shuffle(8, 0), 0, 2), 4) for text in texts]
+    assert [text for _, texts, _ in islice(windows(source, changed, 0, 2), 4) for text in texts] != first
 
 
 def test_a_window_mixes_documents_of_several_files():
     source = Shards(*[3] * 10)
-    _, texts = next(windows(source, Shuffle(12, 0), 0, 1))
+    _, texts, _ = next(windows(source, Shuffle(12, 0), 0, 1))
     assert len({text.split(".")[0] for text in texts}) >= 4
     assert texts != sorted(texts)
 
 
 def test_windows_of_long_documents_are_smaller(monkeypatch):
     monkeypatch.setattr(windows_module, "_WINDOW_CHARACTERS", 10)
-    sizes = [len(texts) for _, texts in windows(Shards(30), Shuffle(1000, 0), 0, 1, epochs=1)]
+    sizes = [len(texts) for _, texts, _ in windows(Shards(30), Shuffle(1000, 0), 0, 1, epochs=1)]
     # "0.0" … "0.9" are 3 characters, later ones 4
     assert sizes == [4, 4, *[3] * 7, 1]
 
