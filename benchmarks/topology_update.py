@@ -3,8 +3,8 @@
     python benchmarks/topology_update.py [--method chtss] [--sparsity 0.9] [--repeats 5]
 
 Prints one JSON line for the time and one for the memory of each kind of layer. Update and forward-backward alternate
-in one process; the ratio is that of the medians. ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 before the command make
-a processor with AVX-512 play one without. With `--ranks 2`, instead: the update shared out over that many
+in one process; the ratio is that of the medians. ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 before the command
+make a processor with AVX-512 play one without. With `--ranks 2`, instead: the update shared out over that many
 processes beside the whole of it in one of them, with as many threads for each process, in turns.
 """
 
