@@ -40,15 +40,15 @@ def layer_rates(records: LayerRecords, rate: Rate) -> dict[str, dict[int, float]
 
 
 def overlap(layer: LayerUpdate, shape: tuple[int, int]) -> float | None:
-    return layer.returned / layer.regrown if layer.regrown else None
+    return layer.returned / layer.regrown if layer.regrown and layer.returned is not None else None
 
 
 def itop(layer: LayerUpdate, shape: tuple[int, int]) -> float | None:
-    return layer.explored / prod(shape)
+    return None if layer.explored is None else layer.explored / prod(shape)
 
 
 def active_neurons(layer: LayerUpdate, shape: tuple[int, int]) -> float | None:
-    return layer.active / sum(shape)
+    return None if layer.active is None else layer.active / sum(shape)
 
 
 _RATES: dict[str, tuple[str, str, Rate]] = {

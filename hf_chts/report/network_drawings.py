@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -18,13 +19,15 @@ Snapshots = Mapping[int, Mapping[str, LayerSnapshot]]
 
 def network_drawings(run: Run) -> Iterator[Drawing]:
     """The figures that the run has anything to show in."""
-    names = [name for name in run.shown if any(name in snapshot for snapshot in run.snapshots.values())]
-    if not names:
-        return
-    with look():
-        yield _adjacency_drawing(run.snapshots, names)
-    with look():
-        yield _degree_drawing(run.snapshots, names)
+    for kinds, draw in ((("picture",), _adjacency_drawing), (("out_degrees", "in_degrees"), _degree_drawing)):
+        known = {
+            step: {name: one for name, one in snapshot.items() if all(getattr(one, kind) is not None for kind in kinds)}
+            for step, snapshot in run.snapshots.items()
+        }
+        names = [name for name in run.shown if any(name in snapshot for snapshot in known.values())]
+        if names:
+            with look():
+                yield draw({step: snapshot for step, snapshot in known.items() if snapshot}, names)
 
 
 def _adjacency_drawing(snapshots: Snapshots, names: list[str]) -> Drawing:
@@ -32,11 +35,14 @@ def _adjacency_drawing(snapshots: Snapshots, names: list[str]) -> Drawing:
     figure = Figure(figsize=(WIDTH, 2.05 * len(names) + 0.7), layout=ConstrainedLayoutEngine(h_pad=0.1))
     panels = figure.subplots(len(names), len(steps), squeeze=False)
     told = []
-    pictures = [
-        snapshot[name].picture.float().numpy() for snapshot in snapshots.values() for name in names if name in snapshot
-    ]
+    pictures = {
+        (step, name): one.picture.float().numpy()
+        for step, snapshot in snapshots.items()
+        for name, one in snapshot.items()
+        if one.picture is not None and name in names
+    }
     # beyond the densest hundredth of the cells the scale would only darken all others
-    top = max(float(np.quantile(picture, 0.99)) for picture in pictures) or 1.0
+    top = max(float(np.quantile(picture, 0.99)) for picture in pictures.values()) or 1.0
     norm = PowerNorm(0.5, vmin=0, vmax=top)  # by the square root: sparse networks would all look black
     image = None
     for row, name in zip(panels, names, strict=True):
@@ -45,15 +51,14 @@ def _adjacency_drawing(snapshots: Snapshots, names: list[str]) -> Drawing:
             panel.set_xticks([])
             panel.set_yticks([])
             panel.grid(False)
-            one = snapshots[step].get(name)
-            if one is None:
+            picture = pictures.get((step, name))
+            if picture is None:
                 panel.set_axis_off()
                 continue
-            picture = one.picture.float().numpy()
             image = panel.imshow(picture, cmap="cividis", norm=norm, aspect="auto", interpolation="nearest")
             panel.spines[:].set_visible(False)
             panel.set_title(f"step {step}")
-            densities.append(f"{_density(one):.1%} at step {step}")
+            densities.append(f"{_density(snapshots[step][name], picture):.1%} at step {step}")
         row[0].set_title(f"{_title(name)}\nstep {steps[0]}")
         row[0].set_ylabel("outputs")
         told.append(f"{name} has {', '.join(densities)} of its possible links")
@@ -119,6 +124,7 @@ def _title(name: str, longest: int = 46) -> str:
     return name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}"
 
 
-def _density(layer: LayerSnapshot) -> float:
-    outputs, inputs = len(layer.out_degrees), len(layer.in_degrees)
-    return int(layer.out_degrees.sum()) / (outputs * inputs)
+def _density(layer: LayerSnapshot, picture: npt.NDArray[np.float32]) -> float:
+    if layer.out_degrees is None or layer.in_degrees is None:
+        return float(picture.mean())  # of cells that are alike to within one node a side
+    return int(layer.out_degrees.sum()) / (len(layer.out_degrees) * len(layer.in_degrees))

@@ -1,8 +1,8 @@
 """A run's directory, read: what the Trainer logged, what was recorded of the topology, and what there is not."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from hf_chts.training.snapshots import LayerSnapshot, load_snapshot, snapshot_pa
 from hf_chts.training.update_figures import LayerUpdate, overall_figures
 
 TRAINER_STATE = "trainer_state.json"
+_OF_UPDATES = ("links_removed", "links_regrown", "itop", "active_neurons")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Run:
 
     Attributes:
         directory, label: where it is, and what the report calls it.
-        config: None where none was saved: dense runs have none.
+        config: None where none was saved, as of dense runs, or where it cannot be read.
+        unread: there is a config, and it cannot be read.
         log: `log_history` of the Trainer.
         step, max_steps: how far it is, of how far it goes; 0 where unknown.
         evaluation: eval_results.json; empty if there is none.
@@ -64,14 +66,17 @@ class Run:
     seconds: list[dict[str, Any]] = field(default_factory=list)
     snapshots: dict[int, dict[str, LayerSnapshot]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unread: bool = False
 
     @property
     def method(self) -> str:
-        return self.config.method if self.config else "dense"
+        return self.config.method if self.config else "dense" if self.is_dense else "not known"
 
     @property
     def is_dense(self) -> bool:
-        return self.config is None or self.config.is_dense
+        if self.config:
+            return self.config.is_dense
+        return not (self.unread or self.records or any(map(is_update, self.log)))
 
     def plan(self) -> SchedulePlan | None:
         """The schedules, where config and length of the run are known and fit each other."""
@@ -89,10 +94,10 @@ class Run:
             for step, layers in self.records.updates.items():
                 figures[step] = overall_figures(layers, self.records.shapes)
             for line in self.seconds:
-                if line["step"] in figures:
+                if line["step"] in figures and "topology_seconds" in line:
                     figures[line["step"]]["topology_seconds"] = line["topology_seconds"]
         for entry in self.log:
-            if "links_removed" in entry:
+            if is_update(entry):
                 figures[entry["step"]] = {**figures.get(entry["step"], {}), **entry}
         return [{**figures[step], "step": step} for step in sorted(figures)]
 
@@ -127,7 +132,9 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
     found = state or {}
     log = [entry for entry in found.get("log_history", []) if isinstance(entry, dict) and "step" in entry]
     config = _read_config(places, notes)
-    if (config is None or config.is_dense) and records is not None and state is not None:
+    unread = config is None and any((place / CONFIG_NAME).is_file() for place in (*places, directory / "export"))
+    dense = config.is_dense if config else not (unread or any(map(is_update, log)))
+    if dense and records is not None and state is not None:
         notes.append(f"{RECORD_DIR}/ is of an earlier, sparse run in the same directory, and was left out.")
         records, seconds, snapshots = None, [], {}
     reached = [found.get("global_step", 0), *(line["step"] for line in seconds)]
@@ -135,6 +142,7 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
         directory=directory,
         label=label or directory.resolve().name,
         config=config,
+        unread=unread,
         log=log,
         step=max(reached),
         max_steps=found.get("max_steps", 0),
@@ -185,8 +193,22 @@ def _read_config(places: Sequence[Path], notes: list[str]) -> SparsityConfig | N
             try:
                 return SparsityConfig.load(place)
             except (ValueError, TypeError, OSError) as error:
+                known = _known_part(place / CONFIG_NAME)
+                if known is not None:
+                    notes.append(f"{place / CONFIG_NAME} is of another version, and was read in part: {error}.")
+                    return known
                 notes.append(f"{place / CONFIG_NAME} could not be read: {error}.")
     return None
+
+
+def _known_part(path: Path) -> SparsityConfig | None:
+    """A config without what this version does not know of it; None where the rest makes none."""
+    values = _json(path, [])
+    names = {one.name for one in fields(SparsityConfig)} - {"version"}
+    try:
+        return SparsityConfig(**{name: value for name, value in values.items() if name in names}) if values else None
+    except (ValueError, TypeError):
+        return None
 
 
 def _first(places: Sequence[Path], name: str, notes: list[str]) -> dict[str, Any]:
@@ -215,17 +237,21 @@ def _read_records(
             notes.append(f"{directory / LAYERS_NAME} has another format than {FORMAT!r}, and was left out.")
         return None, [], {}
     names = list(header["layers"])
-    counts = LayerUpdate.__dataclass_fields__
     records = LayerRecords(
         shapes={name: (shape[0], shape[1]) for name, shape in header["layers"].items()},
-        updates={
-            line["step"]: {n: LayerUpdate(**{c: line[c][i] for c in counts}) for i, n in enumerate(names)}
-            for line in lines
-        },
+        updates={line["step"]: _counts(line, names) for line in lines},
         softness={
-            line["step"]: dict(zip(names, line["softness"], strict=True)) for line in lines if "softness" in line
+            line["step"]: dict(zip(names, line["softness"], strict=True))
+            for line in lines
+            if _of_layers(line.get("softness"), names)
         },
     )
+    missing = [count for count in LayerUpdate.__dataclass_fields__ if not all(count in line for line in lines)]
+    if missing:
+        notes.append(
+            f"{directory / LAYERS_NAME} is of another version, which did not write {', '.join(missing)}: figures that "
+            "are made of them are missing."
+        )
     snapshots = {}
     for step, path in snapshot_paths(directory).items():
         try:
@@ -234,6 +260,21 @@ def _read_records(
             notes.append(f"{error}.")
     times = read_lines(directory / SECONDS_NAME)
     return records, [line for line in times if isinstance(line.get("step"), int)], snapshots
+
+
+def _counts(line: dict[str, Any], names: Sequence[str]) -> dict[str, LayerUpdate]:
+    """One line of the records, by layer; what it does not have is None, and what this version does not know is left."""
+    known = {count: line[count] for count in LayerUpdate.__dataclass_fields__ if _of_layers(line.get(count), names)}
+    return {name: LayerUpdate(**{count: row[i] for count, row in known.items()}) for i, name in enumerate(names)}
+
+
+def _of_layers(row: Any, names: Sequence[str]) -> bool:
+    return isinstance(row, list) and len(row) == len(names)
+
+
+def is_update(entry: Mapping[str, Any]) -> bool:
+    """Whether a log is that of an update, whatever of it the version that wrote it knew."""
+    return not entry.keys().isdisjoint(_OF_UPDATES)
 
 
 def _shown(records: LayerRecords, pattern: str, directory: Path) -> tuple[str, ...]:
@@ -259,7 +300,7 @@ def _gaps(run: Run) -> list[str]:
             "its checkpoints were copied. Figures of single layers, degrees and pictures of them are missing."
         )
     else:
-        logged = {entry["step"] for entry in run.log if "links_removed" in entry}
+        logged = {entry["step"] for entry in run.log if is_update(entry)}
         missing = sorted(logged - run.records.updates.keys())
         if missing:
             gaps.append(

@@ -50,14 +50,14 @@ def topology_seconds(run: Run) -> float | None:
 
 def topology_share(run: Run) -> float | None:
     """Their share of the recorded time. None without records: what the Trainer logs is of its last start only."""
-    seconds = sum(line["seconds"] for line in run.seconds)
-    return sum(line["topology_seconds"] for line in run.seconds) / seconds if seconds else None
+    seconds, topology = (Series.of(run.seconds, key) for key in ("seconds", "topology_seconds"))
+    return sum(topology.values) / sum(seconds.values) if seconds and topology and sum(seconds.values) else None
 
 
 def training_seconds(run: Run) -> float | None:
     """As recorded, over all starts of the run; else as the Trainer logged it, since its last start."""
-    recorded = sum(line["seconds"] for line in run.seconds)
-    return recorded or _last(run, "train_runtime")
+    recorded = Series.of(run.seconds, "seconds")
+    return (sum(recorded.values) if recorded else 0.0) or _last(run, "train_runtime")
 
 
 def _steps(run: Run) -> str:

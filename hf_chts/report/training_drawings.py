@@ -97,7 +97,7 @@ def seconds_drawing(run: Run) -> Drawing | None:
     topology = Series.of(run.updates(), "topology_seconds")
     if topology is None:
         return None
-    lines = [line for line in run.seconds if line["topology_seconds"] and line["seconds"]]
+    lines = [line for line in run.seconds if line.get("topology_seconds") and line.get("seconds")]
     share = Series.of(
         [{"step": one["step"], "share": one["topology_seconds"] / one["seconds"]} for one in lines], "share"
     )

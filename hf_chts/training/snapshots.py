@@ -21,7 +21,7 @@ _NAME = re.compile(r"snapshot-(\d+)\.safetensors")
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """A layer at one moment.
+    """A layer at one moment; None is what the version that wrote it did not keep.
 
     Attributes:
         picture: float16 (rows, columns), rows and columns at most 256: the density of each cell of the mask. Row i of
@@ -30,9 +30,9 @@ class LayerSnapshot:
         in_degrees: int32 (in,).
     """
 
-    picture: Tensor
-    out_degrees: Tensor
-    in_degrees: Tensor
+    picture: Tensor | None = None
+    out_degrees: Tensor | None = None
+    in_degrees: Tensor | None = None
 
     @classmethod
     def of(cls, mask: Tensor) -> "LayerSnapshot":
@@ -114,6 +114,6 @@ def load_snapshot(path: Path) -> dict[str, LayerSnapshot]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         names = sorted({key.rsplit(".", 1)[0] for key in tensors})
         kinds = LayerSnapshot.__dataclass_fields__
-        return {name: LayerSnapshot(**{kind: tensors[f"{name}.{kind}"] for kind in kinds}) for name in names}
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        return {name: LayerSnapshot(**{kind: tensors.get(f"{name}.{kind}") for kind in kinds}) for name in names}
+    except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error

@@ -12,7 +12,8 @@ from hf_chts.topology.metrics import active_neuron_rate
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """Counts of one layer at one update; whole numbers, so that sums of them are exact.
+    """Counts of one layer at one update; whole numbers, so that sums of them are exact. None: not known, as where the
+    version of a record did not count it.
 
     Attributes:
         links: links after the update.
@@ -23,12 +24,12 @@ class LayerUpdate:
         explored: links that were ever active.
     """
 
-    links: int
-    removed: int
-    regrown: int
-    returned: int
-    active: int
-    explored: int
+    links: int | None = None
+    removed: int | None = None
+    regrown: int | None = None
+    returned: int | None = None
+    active: int | None = None
+    explored: int | None = None
 
     @classmethod
     def of(cls, mask: Tensor, explored: Tensor, done: Sequence[float]) -> "LayerUpdate":
@@ -45,14 +46,20 @@ class LayerUpdate:
 
 
 def overall_figures(layers: Mapping[str, LayerUpdate], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """The figures of all layers together, as the Trainer logs them; shapes are (out, in) by layer name."""
+    """The figures of all layers together, as the Trainer logs them; without those whose counts are not known.
+
+    Shapes are (out, in) by layer name.
+    """
     possible = sum(shapes[name][0] * shapes[name][1] for name in layers)
-    regrown = sum(layer.regrown for layer in layers.values())
-    return {
-        "sparsity": 1 - sum(layer.links for layer in layers.values()) / possible,
-        "itop": sum(layer.explored for layer in layers.values()) / possible,
-        "overlap": sum(layer.returned for layer in layers.values()) / regrown if regrown else 0.0,
-        "active_neurons": sum(layer.active for layer in layers.values()) / sum(sum(shapes[name]) for name in layers),
-        "links_removed": sum(layer.removed for layer in layers.values()),
-        "links_regrown": regrown,
-    }
+    counts = {count: [getattr(layer, count) for layer in layers.values()] for count in LayerUpdate.__dataclass_fields__}
+    sums = {count: sum(found) for count, found in counts.items() if None not in found}
+    figures: dict[str, Any] = {}
+    if "links" in sums:
+        figures["sparsity"] = 1 - sums["links"] / possible
+    if "explored" in sums:
+        figures["itop"] = sums["explored"] / possible
+    if "returned" in sums and "regrown" in sums:
+        figures["overlap"] = sums["returned"] / sums["regrown"] if sums["regrown"] else 0.0
+    if "active" in sums:
+        figures["active_neurons"] = sums["active"] / sum(sum(shapes[name]) for name in layers)
+    return figures | {f"links_{count}": sums[count] for count in ("removed", "regrown") if count in sums}
