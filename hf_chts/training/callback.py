@@ -170,7 +170,11 @@ class TopologyCallback(TrainerCallback):
                 steps on weights of half precision.
         """
         refuse_half_precision(
-            {name: engine.held(layer)["weight"] for name, layer in self.sparse.layers.items() if engine.optimizes(layer)}
+            {
+                name: engine.held(layer)["weight"]
+                for name, layer in self.sparse.layers.items()
+                if engine.optimizes(layer)
+            }
         )
         self._begin()
         self.plan, self.engine = self.plan_from(step, max_steps), engine
@@ -178,8 +182,9 @@ class TopologyCallback(TrainerCallback):
         self.junctions = couplings(cast(PreTrainedModel, self.sparse.model), names) if self.config.percolation else []
         self.groups = coupled_groups(self.junctions, names)
         shapes = {name: mask.shape for name, mask in self.sparse.masks().items()}
+        parts = (self.config.regrowth, self.config.regrowth_choice)
         dealt = share_out(
-            {group[0]: sum(update_cost(shapes[n], self.config.regrowth) for n in group) for group in self.groups},
+            {group[0]: sum(update_cost(shapes[name], *parts) for name in group) for group in self.groups},
             rank_and_world()[1],
         )
         self.owner = {name: dealt[group[0]] for group in self.groups for name in group}

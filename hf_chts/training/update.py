@@ -179,11 +179,14 @@ def in_threads(evolve: Callable[[list[str]], _T], groups: Sequence[list[str]], d
         torch.set_num_threads(threads)  # MKL's number is not a thread's own
 
 
-def update_cost(shape: Sequence[int], regrowth: str) -> float:
+def update_cost(shape: Sequence[int], regrowth: str, choice: str) -> float:
     """Roughly how many operations an update of a layer of `shape` (out, in) takes, to share layers out over ranks."""
     out_features, in_features = shape
     numel = out_features * in_features
     selection = 100.0 * numel
+    if choice == "soft" and regrowth in SAMPLERS:
+        # pairs of nodes are compared by their links, 64 at a time, for a share of the links
+        return selection + numel * (out_features + in_features) / 64
     if regrowth.endswith("_l3n"):
         return selection + 4.0 * numel * (out_features + in_features)
     return selection * math.log2(max(numel, 2)) / 16
