@@ -25,12 +25,12 @@ def changed_lines(
     Args:
         plan: what is in force from `step` on.
         sparsity: of the model.
-        earlier: what was in force where the checkpoint was written; None for a run from the start.
+        earlier: what was in force where the checkpoint was written, if it was of a run of another length.
         rates: the learning rate that the checkpoint has, and what the schedule says now; None where it cannot be told.
     """
     lines = []
     length = plan.max_steps
-    if earlier is not None and earlier.max_steps != length:
+    if earlier is not None:
         line = (
             f"The run goes on to step {length}, that of the checkpoint would have gone to {earlier.max_steps}: the "
             f"last topology update is at step {plan.last_update}, where it was at {earlier.last_update}"
@@ -48,7 +48,7 @@ def changed_lines(
             f"{plan.scheduled_sparsity(step // interval * interval):.2%} after step {step}, until that has caught up "
             f"at step {next(behind)}"
         )
-    elif earlier is not None and lines and plan.last_update > step:
+    elif earlier is not None and plan.last_update > step:
         update = next(s for s in range(step + 1, length + 1) if plan.is_update(s))
         if plan.sparsity(update) > earlier.sparsity(update) + 1e-9:
             lines.append(

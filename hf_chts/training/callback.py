@@ -244,7 +244,10 @@ class TopologyCallback(TrainerCallback):
 
     def _say_plan(self, plan: SchedulePlan, step: int, rates: tuple[float, float] | None) -> None:
         self.say(plan_line(plan, self.learning_rate))
-        earlier = self.config.plan(self._earlier_steps) if self._restored and self._earlier_steps else None
+        earlier = None
+        if self._restored is not None and self._earlier_steps not in (0, plan.max_steps):
+            with suppress(ValueError):  # its length is refused today
+                earlier = self.config.plan(self._earlier_steps)
         for line in changed_lines(plan, step, self.sparse.sparsity(), earlier, rates):
             _log.warning(line)
 
