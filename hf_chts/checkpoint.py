@@ -9,8 +9,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from hf_chts.layers.wrappers import original_name
 from hf_chts.topology.bits import pack_bits, unpack_bits
 
 MASKS_NAME = "masks.safetensors"
@@ -201,6 +202,19 @@ def load_topology(directory: str | Path) -> TopologyState:
             f"{path} cannot be used: {error}. Restore it from a backup, or take an earlier checkpoint"
         ) from error
     return state
+
+
+def with_original_names(state: TopologyState, layers: Iterable[str]) -> TopologyState:
+    """The state under the names of these layers, where an earlier version saved those of a wrapped model."""
+    first, saved = next(iter(layers), ""), original_name(next(iter(state.masks), ""))
+    prefix = saved.removesuffix(first) if saved.endswith(f".{first}") else ""
+
+    def renamed(values: dict[str, Any]) -> dict[str, Any]:
+        return {original_name(name).removeprefix(prefix): value for name, value in values.items()}
+
+    kinds = ("masks", "explored", "stored", "born", "softness")
+    changes: dict[str, Any] = {kind: renamed(getattr(state, kind)) for kind in kinds}
+    return replace(state, **changes)
 
 
 def verify_fits(state: TopologyState, layers: Mapping[str, Any], directory: str | Path) -> None:

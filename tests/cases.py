@@ -51,7 +51,7 @@ def arguments(directory, kind=SparseTrainingArguments, **changes):
 
 def trainer(directory, case="chtss", callbacks=None, model=None, **changes):
     return SparseTrainer(
-        model=model or tiny_llama(),
+        model=tiny_llama() if model is None else model,
         args=arguments(directory, **changes),
         sparsity=case_config(case),
         train_dataset=random_blocks(),

@@ -21,7 +21,7 @@ from hf_chts.export.model_card import with_loading
 from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed, pack_values, packed_config, plain_config
 from hf_chts.export.pushed_card import FIGURES
-from hf_chts.export.sources import architecture
+from hf_chts.export.sources import architecture, refuse_adapter
 from hf_chts.export.weight_files import (
     FLOATS,
     PACKED_STEM,
@@ -74,6 +74,8 @@ def pack_directory(
         ValueError: `source` is dense or packed already, or damaged, or has weights off its masks.
     """
     source = Path(source)
+    if not (source / "config.json").is_file():
+        refuse_adapter(source)
     config = read_json(source / "config.json")
     if "quantization_config" in config:
         state = "packed" if is_packed(config) else "quantized"

@@ -1,16 +1,19 @@
 """A Hugging Face directory of a sparse model, plain or packed, and back."""
 
+import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_chts.checkpoint import MASKS_NAME, TopologyState, load_masks, save_masks, write_whole
 from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.export.adapters import Adapters, check_adapters, has_adapters, plain_model
 from hf_chts.export.auto_class import auto_class
 from hf_chts.export.convert import SHARD_SIZE, pack_directory
 from hf_chts.export.hub import push_directory
@@ -25,10 +28,13 @@ from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, DamagedFile, re
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.layers.patching import SparseModel, sparsify
+from hf_chts.layers.wrappers import original_keys, original_name
+
+_log = logging.getLogger(__name__)
 
 
 def export_sparse(
-    model: PreTrainedModel,
+    model: nn.Module,
     directory: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -40,6 +46,7 @@ def export_sparse(
     packed: bool = False,
     max_shard_size: int | str = SHARD_SIZE,
     state_dict: dict[str, Tensor] | None = None,
+    adapters: Adapters = "refuse",
     push_to_hub: bool = False,
     repo_id: str | None = None,
     token: str | bool | None = None,
@@ -47,7 +54,7 @@ def export_sparse(
     revision: str | None = None,
     commit_message: str | None = None,
 ) -> Path:
-    """Write a model that `sparsify` patched as a Hugging Face directory.
+    """Write a model that `sparsify` patched, wrapped or not, as a Hugging Face directory.
 
     Plain, the weights are dense tensors with exact zeros under the standard keys, so that `from_pretrained` and the
     lm-eval harness load them without hf_chts. Beside them: the tokenizer, `sparsity_config.json`, `masks.safetensors`
@@ -65,6 +72,10 @@ def export_sparse(
         figures: pictures for the model card; copied into the folder `figures`.
         max_shard_size: bytes, or "5GB", as in `save_pretrained`.
         state_dict: the whole weights, where those of the model are split over ranks (`SparseTrainer.whole_state_dict`).
+        adapters: what becomes of the active PEFT adapters on the model, which stays as it is. "merge": they are added
+            to the weights; layers that had one are dense then, and so are their masks. "merge_masked": they are added
+            to the weights of links, and the masks stay; the rest of what they add is dropped. "leave_out": as if there
+            were none. What that does to the sparsity, or how much is dropped, is logged and in the model card.
         push_to_hub: push the directory when it is written, as in `save_pretrained`; or use `push_directory`, later.
         repo_id: where to; None: the name of the directory, in your namespace.
         token, private, revision, commit_message: as in `push_directory`.
@@ -73,7 +84,8 @@ def export_sparse(
         The directory. Weights and zero-shot results of an earlier export in it are gone.
 
     Raises:
-        ValueError: the model was never sparsified, or is dense and to be packed.
+        ValueError: the model was never sparsified, is dense and to be packed, has adapters and `adapters` does not say
+            what is to become of them, or something else has taken hold of a weight. Nothing is written then.
         NotADirectoryError: `directory` is a file.
         FileNotFoundError: a figure is missing. Nothing is written then.
         RuntimeError: a weight is not 0 off its mask. Nothing is written then.
@@ -90,23 +102,37 @@ def export_sparse(
         raise NotADirectoryError(f"{directory} is a file: export to a directory")
     if packed and sparse.config.is_dense:
         raise ValueError("a dense model has nothing to pack: export it plain")
-    if state_dict is None:
-        sparse.check()
-    else:
+    adapted = has_adapters(model)
+    check_adapters(model, adapters)
+    if state_dict is not None:
+        if adapted:
+            raise ValueError(
+                "state_dict is given for a model with PEFT adapters, whose weights cannot be told from it: save the "
+                "adapters with model.save_pretrained, put them on the sparse model in one process, and export that"
+            )
+        state_dict = {original_name(key): value for key, value in state_dict.items()}
         _check_whole(sparse, state_dict)
+    else:
+        sparse.check()
     for path in pictures:
         if not path.is_file():
             raise FileNotFoundError(f"there is no figure {path}")
-    facts = ModelFacts.of_model(sparse)
+    masks = sparse.masks()
+    if adapted:
+        plain = plain_model(sparse, adapters)
+        state_dict, masks = plain.state, plain.masks
+        training = {**(training or {}), "adapters": plain.said}
+        _log.warning("%s: %s", directory, plain.said)
+    facts = ModelFacts.of_model(sparse, masks)
     card = model_card(facts, training=training or {}, metrics=metrics or {}, metadata=metadata)
     if zero_shot is not None:
         card = with_results(card, zero_shot)
     card = with_figures(card, [path.name for path in pictures])
-    forget_packing(model.config)
+    forget_packing(cast(PreTrainedModel, sparse.model).config)
     if packed:
-        _write_packed(sparse, directory, tokenizer, card, max_shard_size, state_dict)
+        _write_packed(sparse, masks, directory, tokenizer, card, max_shard_size, state_dict)
     else:
-        _write_plain(sparse, directory, tokenizer, card, max_shard_size, state_dict)
+        _write_plain(sparse, masks, directory, tokenizer, card, max_shard_size, state_dict)
         remove_weights(directory, PACKED_STEM)
     _write_evidence(directory, zero_shot, pictures)
     if push_to_hub:
@@ -123,6 +149,7 @@ def export_sparse(
 
 def _write_packed(
     sparse: SparseModel,
+    masks: dict[str, Tensor],
     directory: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     card: str,
@@ -132,7 +159,7 @@ def _write_packed(
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
         plain, new = Path(temporary) / "plain", Path(temporary) / "packed"
-        _write_plain(sparse, plain, tokenizer, card, max_shard_size, state_dict)
+        _write_plain(sparse, masks, plain, tokenizer, card, max_shard_size, state_dict)
         transposed = [name for name, layer in sparse.layers.items() if layer.transposed]
         pack_directory(plain, new, max_shard_size=max_shard_size, transposed=transposed)
         directory.mkdir(exist_ok=True)
@@ -147,19 +174,34 @@ def _write_packed(
 
 def _write_plain(
     sparse: SparseModel,
+    masks: dict[str, Tensor],
     directory: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     card: str,
     max_shard_size: int | str,
     state_dict: dict[str, Tensor] | None,
 ) -> None:
-    model = cast(PreTrainedModel, sparse.model)
-    model.save_pretrained(directory, max_shard_size=max_shard_size, state_dict=state_dict)
+    model: Any = sparse.model
+    with original_keys(model), _without_peft(model):
+        model.save_pretrained(directory, max_shard_size=max_shard_size, state_dict=state_dict)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     sparse.config.save(directory / CONFIG_NAME)
-    save_masks(directory, TopologyState(sparse.masks()))
+    save_masks(directory, TopologyState(masks))
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _without_peft(model: Any) -> Iterator[None]:
+    """Have `save_pretrained` write the model, where `add_adapter` has told it to write the adapter alone."""
+    loaded = vars(model).get("_hf_peft_config_loaded")
+    try:
+        if loaded:
+            model._hf_peft_config_loaded = False
+        yield
+    finally:
+        if loaded:
+            model._hf_peft_config_loaded = True
 
 
 def _write_evidence(directory: Path, zero_shot: Mapping[str, Any] | None, figures: list[Path]) -> None:

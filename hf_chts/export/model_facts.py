@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_chts.checkpoint import MASKS_NAME, MaskFile
@@ -55,11 +56,12 @@ class ModelFacts:
         return 1 - self.links / possible if possible else 0.0
 
     @classmethod
-    def of_model(cls, sparse: SparseModel) -> "ModelFacts":
+    def of_model(cls, sparse: SparseModel, masks: Mapping[str, Tensor] | None = None) -> "ModelFacts":
+        """Of a sparse model; with other masks than its own, bool (out, in) by layer name, where they are given."""
         layers = []
-        for name, layer in sparse.layers.items():
-            rows, columns = layer.topology.shape
-            layers.append(SparseLayer(_kind(name), (rows, columns), layer.links))
+        for name, mask in (sparse.masks() if masks is None else masks).items():
+            rows, columns = mask.shape
+            layers.append(SparseLayer(_kind(name), (rows, columns), int(mask.count_nonzero())))
         config = getattr(sparse.model, "config", None)
         contents = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
         name = type(sparse.model).__name__.removeprefix("FSDP")  # as fully_shard renames it

@@ -58,6 +58,8 @@ def checked_config(directory: Path) -> dict[str, Any]:
         ValueError: it is damaged, or leads elsewhere.
     """
     path = directory / "config.json"
+    if not path.is_file():
+        refuse_adapter(directory)
     config = read_json(path)
     packed = is_packed(config)
     for name in ("configuration_files", "transformers_weights", "quantization_config"):
@@ -70,6 +72,16 @@ def checked_config(directory: Path) -> dict[str, Any]:
         raise DamagedFile(path, f"it names the attention code {attention[0]!r}: pass attn_implementation yourself")
     find_shards(directory, PACKED_STEM if packed else PLAIN_STEM)
     return config
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raises ValueError where a directory holds an adapter of PEFT instead of a model."""
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory} holds a PEFT adapter, not a model: load the sparse model that it was trained on with "
+            "load_sparse, put the adapter on it with peft.PeftModel.from_pretrained(model, directory), and write both "
+            "as one with export_sparse(…, adapters='merge' or 'merge_masked')"
+        )
 
 
 def architecture(config: dict[str, Any]) -> str | None:

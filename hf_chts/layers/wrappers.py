@@ -25,6 +25,22 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """What a model is wrapped in, the outermost first."""
+    found = []
+    while (inside := _inside(model)) is not None:
+        found.append(model)
+        model = inside
+    return found
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model without what torch itself wraps it in, compiled or checkpointed."""
+    children = model._modules
+    inside = next((child for name in _INSERTED if (child := children.get(name)) is not None), None)
+    return model if inside is None else uncompiled(inside)
+
+
 def original_name(name: str) -> str:
     """A dotted name of a module or weight without what torch's wrappers put into it."""
     return ".".join(part for part in name.split(".") if part not in _INSERTED)
@@ -82,10 +98,9 @@ def _inside(module: nn.Module) -> nn.Module | None:
     """What a wrapper of a whole model wraps; None where `module` is no wrapper."""
     if isinstance(module, PreTrainedModel):
         return None
+    if (inside := uncompiled(module)) is not module:
+        return inside
     children = dict(module.named_children())
-    for name in _INSERTED:
-        if name in children:
-            return children[name]
     if hasattr(type(module), "get_base_model"):  # PEFT's
         return module.get_base_model()  # type: ignore[operator]
     if isinstance(module, DistributedDataParallel | nn.DataParallel) or type(module).__module__.startswith(

@@ -1,10 +1,11 @@
 """SparseTrainer: a Trainer that makes its model sparse, evolves it, and keeps masks with weights."""
 
+import inspect
 import re
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints, unwrap_peft_model
+from transformers.utils import can_return_loss, find_labels
 
-from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits
+from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits, with_original_names
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.layers.patching import SparseModel, sparsify
+from hf_chts.layers.wrappers import original_keys, original_name, uncompiled
 from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal, what_is_unsealed
 from hf_chts.training.callback import TopologyCallback
 from hf_chts.training.console import say, use_console
@@ -77,6 +80,13 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
         if model is None:  # it came from model_init
             assert self.model is not None
             self.sparse = self._sparsify(self.model)
+        assert self.model is not None
+        self.sparse.ignore_masks_in_ddp(self.model)
+        if uncompiled(self.model) is not self.model:  # the Trainer has looked at the wrapper's forward
+            kind = type(self._inspected())
+            self.can_return_loss = can_return_loss(kind)
+            if self.args.label_names is None:
+                self.label_names = find_labels(kind)
         self.follow_stream()
         use_console(self)
         self._follow_topology()
@@ -162,7 +172,7 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
                 raise ValueError(f"{directory} is a checkpoint of a sparse model, this run is dense: use its config")
             return
         saved_config = SparsityConfig.load(directory)
-        state = load_topology(directory)
+        state = with_original_names(load_topology(directory), self.sparse.layers)
         verify_fits(state, self.sparse.layers, directory)
         _verify_same_run(saved_config, self.sparse.config, directory)
         earlier = TrainerState.load_from_json(str(Path(directory) / TRAINER_STATE_NAME))
@@ -208,8 +218,24 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
                 f"lengthen the warm-up or set max_grad_norm. {_last_whole(last)}"
             )
 
+    def _inspected(self) -> nn.Module:
+        """The model whose forward takes the columns of the data."""
+        return unwrap_peft_model(uncompiled(cast(nn.Module, self.model)))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None and uncompiled(cast(nn.Module, self.model)) is not self.model:
+            columns = list(inspect.signature(self._inspected().forward).parameters)
+            self._signature_columns: Any = [*columns, *sorted({"label", "label_ids", *self.label_names})]
+        super()._set_signature_columns_if_needed()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        loaded: Any = self.model if model is None else model
+        with original_keys(loaded):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        with original_keys(cast(nn.Module, self.model)):
+            super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         verify_seal(self.state.best_model_checkpoint)
         self._restore_topology(self.state.best_model_checkpoint)
@@ -228,9 +254,10 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
 
         Collective. Other ranks may get parts of it, or nothing.
         """
-        if self.is_deepspeed_enabled:
-            return self.accelerator.get_state_dict(self.deepspeed)
-        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return None
+        state = self.accelerator.get_state_dict(self.deepspeed if self.is_deepspeed_enabled else self.model)
+        return state and {original_name(key): value for key, value in state.items()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.topology is not None:
@@ -241,6 +268,12 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
                 self.sparse.config.save(directory / CONFIG_NAME)
                 save_topology(directory, state)
         super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = {original_name(key): value for key, value in state_dict.items()}
+        with original_keys(cast(nn.Module, self.model)):
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_finite()
@@ -302,10 +335,14 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
             steps, why = 0, f": {obstacle}"
         elif asked is None and steps < PAPER_WARMUP:
             why = f", a fifth of update_interval ({interval}), where the paper's {PAPER_WARMUP} would be too many"
+        plan = topology.plan_from(self.state.global_step, num_training_steps)
+        own = self.args.get_warmup_steps(num_training_steps) if fresh else 0
+        if own >= plan.last_update:
+            why += f"; its own warm-up, {own} steps, ends after the last of them"
         topology.warmup = steps
         topology.learning_rate = f"the learning rate has no warm-up after them{why}"
         if steps:
-            add_update_warmup(scheduler, topology.plan_from(self.state.global_step, num_training_steps), steps)
+            add_update_warmup(scheduler, plan, steps)
             topology.learning_rate = f"the learning rate climbs back over {steps} steps after each{why}"
 
 

@@ -6,10 +6,11 @@ import logging
 import pytest
 import torch
 from cases import CASES, arguments, case_config, trainer
+from peft import LoraConfig, get_peft_model
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
-from hf_chts import SparseTrainer
+from hf_chts import SparseTrainer, sparsify
 from hf_chts.layers.shares import layer_links
 from hf_chts.topology.allocation import allocate_links
 from hf_chts.topology.percolation import gated_mlp, percolate
@@ -200,3 +201,53 @@ def test_percolation_around_a_fixed_layer():
     kept = percolate(masks, junctions, ["up"])
     assert kept["up"].equal(masks["up"])
     assert kept["gate"].sum(1).tolist() == kept["down"].sum(0).tolist() == [0, 0, 3]
+
+
+def test_under_adapters_of_peft(tmp_path, caplog):
+    model = tiny_llama()
+    sparse = sparsify(model, case_config("chtss"))
+    before = snapshot(sparse, sparse.layers)
+    run = SparseTrainer(
+        model=get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"])),
+        args=arguments(tmp_path / "a"),
+        train_dataset=random_blocks(),
+    )
+    assert run.sparse is sparse
+    run.train()
+    assert unchanged(sparse, before)
+    assert len(said(caplog)) == 1
+    assert not next(p for n, p in run.model.named_parameters() if "lora_B" in n).eq(0).all()
+
+
+def test_layers_that_are_thawed_beside_adapters_evolve(tmp_path):
+    model = tiny_llama()
+    sparse = sparsify(model, case_config("chtss"))
+    peft = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    for block in model.model.layers:
+        block.mlp.requires_grad_(True)
+    before = snapshot(sparse, sparse.layers)
+    run = SparseTrainer(model=peft, args=arguments(tmp_path, save_strategy="no"), train_dataset=random_blocks())
+    run.train()
+    for name, layer in sparse.layers.items():
+        assert layer.mask.equal(before[name][0]) == ("mlp" not in name), name
+    sparse.check()
+
+
+def test_copies_that_would_train_without_evolving_are_refused(tmp_path):
+    for method, refused in (("set", True), ("static", False)):
+        model = tiny_llama()
+        sparsify(model, case_config(method))
+        run = SparseTrainer(
+            model=get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["down_proj"])),
+            args=arguments(tmp_path, save_strategy="no"),
+            train_dataset=random_blocks(),
+        )
+        if refused:
+            with pytest.raises(ValueError, match="copies of sparse layers.*down_proj.modules_to_save.default"):
+                run.train()
+            continue
+        run.train()
+        run.sparse.check()
+        copies = run.sparse.copies()
+        assert len(copies) == 2
+        assert all(layer.weight[layer.mask].ne(0).any() for layer in copies.values())
