@@ -204,7 +204,7 @@ def pack_texts(
         name: what to call them in an error.
 
     Raises:
-        ValueError: they do not fill one block, or the tokenizer has no EOS token.
+        ValueError: they do not fill one block, or the tokenizer has no EOS token; and whatever reading them raises.
     """
     columns = ["input_ids", "labels"] if packing == "packed" else ["input_ids", "attention_mask", "labels"]
     features = datasets.Features(
@@ -229,7 +229,13 @@ def pack_texts(
         )
     else:
         keys = [_CACHE_VERSION, key, tokenizer_digest(tokenizer), block_size, packing, max_blocks]
-        prepared = datasets.Dataset.from_generator(generate_lists, features=features, fingerprint=Hasher.hash(keys))
+        try:
+            prepared = datasets.Dataset.from_generator(generate_lists, features=features, fingerprint=Hasher.hash(keys))
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, ValueError | OSError):
+                # what is wrong with a document or a file, or with the disk
+                raise error.__cause__ from error.__cause__.__cause__
+            raise
     return prepared.with_format("torch")
 
 

@@ -17,6 +17,7 @@ import pytest
 from corpus_files import NAMES, write_file, zstd
 
 from hf_chts.data import BlockStream, DataArguments, Shuffle, load_data, load_source
+from hf_chts.data.packing import encode
 from hf_chts.data.prepare import split_source
 from hf_chts.data.tokenize import prepare_tokens
 
@@ -285,6 +286,17 @@ def test_bad_documents(damaged, tokenizer, route, caplog):
             assert told[0].endswith(": left out")
         if route == "map":
             assert "1 of" in " ".join(caplog.messages)
+
+
+@every_route
+def test_a_bad_document_beyond_the_first_blocks(tmp_path, tokenizer, route, monkeypatch):
+    monkeypatch.setattr(encode, "__defaults__", (50,))  # characters at a time
+    write_file(tmp_path / "c/train/a.jsonl", TEXTS)
+    (tmp_path / "c/train/b.jsonl").write_text('{"text": 4}')
+    write_file(tmp_path / "c/validation/a.jsonl", ["x"])
+    settings = {"dataset": str(tmp_path / "c"), "validation_split": "validation", "on_bad_document": "error"}
+    with pytest.raises(ValueError, match=r"b.jsonl, the line at byte 0: column 'text' holds int"):
+        Route(route, tokenizer, tmp_path / "out", **settings).train()
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,42 @@ def test_resumed_bit_for_bit(folder):
     assert third.seen == unbroken.seen[2 * SAVED * ACCUMULATION :]
 
 
+def spoil(folder):
+    """A document that is none in each file, the small one in between left as it is."""
+    for file in (0, 2):
+        path = folder / f"corpus/{file}.jsonl"
+        path.write_text(path.read_text() + '\n{"text": ["a", "list"]}')
+
+
+def skipped_in(history):
+    """By step, of the logs of training and of its end."""
+    return [
+        (entry["step"], entry.get("documents_skipped")) for entry in history if "loss" in entry or "train_loss" in entry
+    ]
+
+
+def test_documents_that_were_skipped_are_counted_in_the_log(folder):
+    clean = sparse_trainer(folder, "clean")
+    clean.train()
+    assert {count for _, count in skipped_in(clean.state.log_history)} == {None}
+    spoil(folder)
+    settings = {"max_steps": 30, "save_steps": 15, "logging_steps": 5}
+    unbroken = sparse_trainer(folder, "run", **settings)
+    unbroken.train()
+    counts = skipped_in(unbroken.state.log_history)
+    # what the windows hold that the batches so far are of, two documents an epoch
+    loader = stream_of(folder).loader(batch_size=BATCH, workers=2)
+    expected = []
+    for taken, _ in enumerate(islice(loader, 30 * ACCUMULATION), 1):
+        if taken % (5 * ACCUMULATION) == 0:
+            expected.append((taken // ACCUMULATION, loader.skipped or None))
+    assert counts == [*expected, expected[-1]]
+    assert 4 <= counts[-1][1] <= 2 * (loader.state_dict()["readers"][0]["place"]["epoch"] + 2)
+    resumed = sparse_trainer(folder, "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(folder / "run/checkpoint-15"))
+    assert skipped_in(resumed.state.log_history) == counts
+
+
 @pytest.fixture
 def checkpoint(folder):
     run = sparse_trainer(folder, "run", save_steps=2)
@@ -164,6 +200,7 @@ def test_a_plain_trainer_reads_a_stream(folder):
 
 @pytest.mark.distributed
 def test_two_ranks(folder):
+    spoil(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -194,6 +231,13 @@ def test_two_ranks(folder):
         alone = stream_of(folder).loader(rank=rank, ranks=2, batch_size=BATCH)
         assert [batch["input_ids"].tolist() for batch in islice(alone, STEPS * ACCUMULATION)] == unbroken[rank]
     assert unbroken[0] != unbroken[1]
+    # and the log counts what both have skipped
+    readers = [json.loads((folder / f"a/checkpoint-{STEPS}/data_state_{rank}.json").read_text()) for rank in range(2)]
+    skipped = [state["readers"][0]["skipped"] for state in readers]
+    assert min(skipped) > 0
+    for run in ("a", "b"):
+        history = json.loads((folder / run / f"checkpoint-{STEPS}/trainer_state.json").read_text())["log_history"]
+        assert skipped_in(history)[-1] == (STEPS, sum(skipped))
     for rank in range(2):
         assert (folder / f"a/checkpoint-{SAVED}/data_state_{rank}.json").is_file()
     last = [(folder / run / f"checkpoint-{STEPS}/model.safetensors").read_bytes() for run in ("a", "b")]

@@ -107,6 +107,36 @@ def test_a_validation_split_of_its_own_and_many_files(tmp_path, letters):
     assert len(expected) - len(found) < 16
 
 
+def test_bad_documents_are_refused_or_left_out_from_the_command_line(tmp_path, letters, capsys):
+    """What was made before it was refused is kept; the number left out stays in the index."""
+    letters.save_pretrained(tmp_path / "letters")
+    (tmp_path / "model.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
+    for file in range(20):
+        rows = [json.dumps({"text": f"file {file} row {row}"}) for row in range(5)]
+        if file in (7, 19):
+            rows.insert(2, '{"text": "a\\ud83d"}')
+        (tmp_path / "c").mkdir(exist_ok=True)
+        (tmp_path / f"c/{file:02}.jsonl").write_text("\n".join(rows))
+    options = ["prepare", "--dataset", tmp_path / "c", "--out", tmp_path / "out", "--workers", 1]
+    options += ["--tokenizer", tmp_path / "letters", "--model", tmp_path / "model.json"]
+    with pytest.raises(SystemExit, match=r"07.jsonl, the line at byte 50: a lone surrogate.*on_bad_document"):
+        main([str(option) for option in options])
+    begun = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("train-*.tokens")}
+    assert len(begun) == 7
+    main([str(option) for option in [*options, "--on_bad_document", "skip"]])
+    assert "1 bad documents left out" in (shown := capsys.readouterr().out)
+    held_out = sum(ByText(0.05, 42)(f"file {file} row {row}") for file in range(20) for row in range(5))
+    assert f"of {100 - held_out} documents; 2 that could not be read are left out" in shown
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in begun} == begun
+    index = TokenIndex.load(tmp_path / "out")
+    assert [shard.skipped for shard in index.splits["train"]] == [int(file in (7, 19)) for file in range(20)]
+    # an index of before there were counts
+    path = tmp_path / "out/hf_chts_tokens.json"
+    path.write_text(path.read_text().replace(',\n    "skipped": 0', ""))
+    assert path.read_text().count("skipped") == 2
+    assert TokenIndex.load(tmp_path / "out") == index
+
+
 def test_by_several_processes_and_from_the_command_line(tmp_path, corpus, prepared, letters, capsys):
     (tmp_path / "model.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
     run = {"model": str(tmp_path / "model.json"), "dataset": "somewhere/else", "seed": 3, "learning_rate": 1e-3}
