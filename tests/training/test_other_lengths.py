@@ -306,6 +306,8 @@ def test_it_is_said_where_no_warm_up_is_in_force(tmp_path, capsys):
     assert "not the Trainer's own" in line
     with pytest.raises(ValueError, match="update_warmup_steps is 2, but .* not the Trainer's own"):
         own(2).train()
+    run(arguments(tmp_path, **settings, update_warmup_steps=None, warmup_steps=10)).train()
+    assert "its own warm-up, 10 steps" in said(capsys)
     plateau = {
         "lr_scheduler_type": "reduce_lr_on_plateau",
         "eval_strategy": "steps",
