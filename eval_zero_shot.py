@@ -18,13 +18,13 @@ SOME_LEFT_OUT = 3
 EPILOG = """\
 Local data: --task_data DIR runs the harness's own prompts on files of yours, DIR/TASK/SPLIT.jsonl (or .json, .csv,
 .parquet, .gz of these), such as DIR/rte/validation.jsonl or DIR/mnli/validation_matched.jsonl, with the columns that
-the task's data set has on the Hub. DIR may as well hold clones of the Hub's repositories (DIR/glue/rte/…).
+the task's data set has on the Hub. DIR may as well hold clones of the Hub's repositories (such as DIR/glue/rte).
 
 Network: the embedded suite never uses it. For the others, set HF_HUB_OFFLINE=1 on a machine without one: tasks whose
 data is not cached are then skipped at once.
 
-Exit status: 0, all was evaluated; 1, nothing was, or an option is wrong; 3, some tasks or models were left out, which
-are named at the end (accelerate launch makes 1 of it).
+Exit status: 0, all was evaluated; 1, nothing was, an option is wrong, or the results could not be written and are
+printed instead; 3, some tasks or models were left out, which are named at the end (accelerate launch makes 1 of it).
 """
 
 
@@ -108,14 +108,17 @@ def main() -> int:
     from hf_chts.evaluation import check_model, evaluate_zero_shot, results_table, write_report, write_results
     from hf_chts.evaluation.comparison import baseline_index
     from hf_chts.evaluation.options import check_options
-    from hf_chts.evaluation.result_files import report_paths
+    from hf_chts.evaluation.result_files import check_output, results_json
+    from hf_chts.evaluation.zero_shot import default_device
+    from hf_chts.machine import device_line, without_fail
+    from hf_chts.plain_text import print_anything
+
+    print_anything()
 
     if not sys.stderr.isatty():
         disable_progress_bar()  # of weights read
     # all of it, before the first model takes its hours
-    report_paths(options.output)
-    if options.output.is_dir():
-        raise IsADirectoryError(f"--output {options.output} is a directory: name a file.")
+    check_output(options.output)
     check_options(options.limit, options.num_fewshot, options.batch_size, options.device, options.task_data)
     baseline_index(options.models, options.baseline)
     for model in options.models:
@@ -126,8 +129,12 @@ def main() -> int:
     ranks, first = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
     if not first:
         logging.getLogger("hf_chts.evaluation").setLevel(logging.ERROR)
+    else:
+        where = device_line(options.device or default_device(), processes=ranks, dtype=f"dtype {options.dtype}")
+        print(f"Evaluating on {where}", file=sys.stderr, flush=True)
     results: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
+    unwritten: Exception | None = None
     for number, model in enumerate(options.models, start=1):
         if first:
             print(f"Model {number} of {len(options.models)}: {model}", file=sys.stderr, flush=True)
@@ -155,18 +162,30 @@ def main() -> int:
         if result:  # empty on all ranks but the first
             results.append(result)
             baseline = options.baseline if options.baseline in [done["model"] for done in results] else None
-            write_results(results, options.output, baseline=baseline)
-            report = write_report(results, options.output, baseline=baseline)
+            try:
+                write_results(results, options.output, baseline=baseline)
+                unwritten = None
+            except Exception as error:  # the models that are left may take hours, and what there is can be printed
+                unwritten = error
+                print(f"{options.output} could not be written: {error}", file=sys.stderr, flush=True)
+            # after the results: table and figure can be made of them at any time
+            report, no_report = without_fail(
+                "The table and the figure", write_report, results, options.output, baseline=baseline
+            )
     if ranks > 1:
         leave_ranks()
     if not first:
         return 0
     if not results:
         raise ValueError("no model could be evaluated. " + " ".join(f"{m}: {why}" for m, why in failed.items()))
-    print(results_table(results, baseline=baseline))
+    table, no_table = without_fail("This table", results_table, results, baseline=baseline)
+    print(table or no_table)
     for model, why in failed.items():
         print(f"\nNot evaluated: {model}: {why}")
-    print(f"\nResults: {options.output}, {report[0].name}, {report[1].name}")
+    if unwritten is not None:
+        print(results_json(results))
+        raise ValueError(f"the results, printed above, could not be written to {options.output}: {unwritten}")
+    print(f"\nResults: {options.output}{f', {report[0].name}, {report[1].name}' if report else f'. {no_report}'}")
     return SOME_LEFT_OUT if failed or any(result["skipped"] for result in results) else 0
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -15,57 +16,61 @@ from hf_chts.command_line import parse_run
 from hf_chts.data import DataArguments, load_data, token_byte_lengths
 from hf_chts.evaluation import language_modeling_metrics
 from hf_chts.export import push_directory
+from hf_chts.machine import check_can_write, device_line, on_cpu, without_fail
 from hf_chts.model_arguments import ModelArguments, build_model, load_config
-from hf_chts.report import write_report
-from hf_chts.report.figures import training_figure
+from hf_chts.plain_text import print_anything
 
 ROOT = Path(__file__).parent
+# what is told at the end of the validation data, and how
+MEASURED = {"loss": ".4f", "perplexity": ".2f", "bits_per_byte": ".4f"}
 
 
 def main() -> None:
     kinds = (ModelArguments, DataArguments, SparsityConfig, SparseTrainingArguments)
+    print_anything()
     quiet_console()
     try:
+        # before the user's own, which win
+        argv = [*(["--use_cpu", "true"] if on_cpu() else []), *sys.argv[1:]]
         model_args, data_args, sparsity, args = parse_run(
-            kinds, sys.argv[1:], default_config=ROOT / "configs" / "demo.yaml", description=__doc__ or ""
+            kinds, argv, default_config=ROOT / "configs" / "demo.yaml", description=__doc__ or ""
         )
+        use_one_device(args)
         trainer = build_trainer(model_args, data_args, sparsity, args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"train_llama.py: {' '.join(str(error).split())}") from error  # one line, whoever raised it
 
-    use_all_cores(args)
     trainer.recipe = recipe(model_args, data_args, args) | {
         "warm-up steps after each topology update": trainer.update_warmup_steps,
     }
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    metrics = trainer.evaluate()
-    trainer.save_metrics("eval", metrics)
-    trainer.save_state()
+    metrics, no_metrics = evaluated(trainer)
     weights = trainer.whole_state_dict()
     if not trainer.is_world_process_zero():
         return
     output = Path(args.output_dir)
-    figure = training_figure(trainer.state.log_history, output / "training.png")
-    export = export_sparse(
-        trainer.accelerator.unwrap_model(trainer.model),
-        model_args.export_dir or output / "export",
-        state_dict=weights,
-        tokenizer=trainer.processing_class,
-        training={**trainer.recipe, "optimizer steps": trainer.state.max_steps},
-        metrics={name: metrics[f"eval_{name}"] for name in ("loss", "perplexity", "bits_per_byte")},
-        figures=[figure],
-        packed=model_args.export == "packed",
-    )
-    report = write_report([output])
-    print(
-        f"\nloss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}, "
-        f"bits per byte {metrics['eval_bits_per_byte']:.4f} on the validation split; "
-        f"sparsity {trainer.sparse.sparsity():.4%}\n"
-        f"checkpoint  {get_last_checkpoint(args.output_dir)}\nexport      {export}\n"
-        f"metrics     {output / 'eval_results.json'}\nfigure      {figure}\nreport      {report}"
-    )
+    figure, no_figure = without_fail("The figure", draw, trainer, output / "training.png")
+    measured = {name: metrics[f"eval_{name}"] for name in MEASURED if f"eval_{name}" in metrics}
+    export, no_card = exported(trainer, model_args, weights, measured, [figure] if figure else [])
+    _, no_file = without_fail("The file of the metrics", trainer.save_metrics, "eval", metrics)
+    _, no_state = without_fail("The file of the log", trainer.save_state)
+    report, no_report = without_fail("The report", report_on, output)
+    told = [f"{name.replace('_', ' ')} {value:{MEASURED[name]}}" for name, value in measured.items()]
+    print(f"\n{', '.join(told) or 'nothing'} on the validation split; sparsity {trainer.sparse.sparsity():.4%}")
+    written = {
+        "checkpoint": get_last_checkpoint(args.output_dir),
+        "export": export,
+        "metrics": output / "eval_results.json",
+        "figure": figure,
+        "report": report,
+    }
+    print("\n".join(f"{name:<12}{path}" for name, path in written.items() if path))
+    for reason in filter(None, (no_metrics, no_figure, no_card, no_file, no_state, no_report)):
+        print(f"train_llama.py: {reason}", file=sys.stderr)
     if args.push_to_hub:
         push(trainer, export)
+    if no_metrics:
+        raise SystemExit(1)
 
 
 def build_trainer(
@@ -76,7 +81,15 @@ def build_trainer(
         sparsity.plan(args.max_steps)
     if sparsity.is_dense and model_args.export == "packed":
         raise ValueError("export packed: a dense model has nothing to pack, leave export plain")
+    if args.batch_eval_metrics:
+        raise ValueError("batch_eval_metrics: perplexity and bits per byte are of all tokens at once, leave it out")
+    if args.should_save:
+        check_can_write(args.output_dir, "output_dir")
+        check_can_write(model_args.export_dir or args.output_dir, "the folder of the export")
     config = load_config(model_args, ROOT)
+    use_all_cores(args)
+    if args.process_index == 0:
+        print(f"Training on {place(args)}", flush=True)
     with args.main_process_first(desc="preparing the data"):
         data = load_data(data_args, vocab_size=config.vocab_size, seed=args.seed, shuffle_seed=args.data_seed)
     config.bos_token_id = data.tokenizer.bos_token_id
@@ -97,6 +110,47 @@ def build_trainer(
         preprocess_logits_for_metrics=preprocess_logits,
         compute_metrics=compute_metrics,
     )
+
+
+def evaluated(trainer: SparseTrainer) -> tuple[dict[str, float], str]:
+    """What the trained model scores, or nothing and why: its weights are not to be lost over that."""
+    if trainer.args.world_size > 1:
+        return trainer.evaluate(), ""  # ranks that did not fail would wait for one that goes on
+    metrics, failed = without_fail("The evaluation", trainer.evaluate)
+    return metrics or {}, failed
+
+
+def draw(trainer: SparseTrainer, path: Path) -> Path:
+    from hf_chts.report.figures import training_figure  # here, for a run can do without matplotlib
+
+    return training_figure(trainer.state.log_history, path)
+
+
+def report_on(output: Path) -> Path:
+    from hf_chts.report import write_report
+
+    return write_report([output])
+
+
+def exported(
+    trainer: SparseTrainer, model_args: ModelArguments, weights: Any, metrics: dict[str, float], figures: list[Path]
+) -> tuple[Path, str]:
+    """The directory of the export, and why its model card lacks what was measured, if it does."""
+
+    def export(**card: Any) -> Path:
+        return export_sparse(
+            trainer.accelerator.unwrap_model(trainer.model),
+            model_args.export_dir or Path(trainer.args.output_dir) / "export",
+            state_dict=weights,
+            tokenizer=trainer.processing_class,
+            packed=model_args.export == "packed",
+            **card,
+        )
+
+    recipe = {**trainer.recipe, "optimizer steps": trainer.state.max_steps}
+    whole = {"training": recipe, "metrics": metrics, "figures": figures}
+    done, failed = without_fail("A model card with recipe and figures", export, **whole)
+    return (done, "") if done else (export(), failed)
 
 
 def push(trainer: SparseTrainer, export: Path) -> None:
@@ -124,6 +178,20 @@ def quiet_console() -> None:
         # of weights written and documents read: lines of thousands of columns in a file
         disable_progress_bar()
         datasets.disable_progress_bars()
+
+
+def use_one_device(args: SparseTrainingArguments) -> None:
+    """One GPU a process. The Trainer would share a process's batches out over all GPUs that it sees, in threads
+    (nn.DataParallel), with more sequences a step than the config says."""
+    args._n_gpu = min(args.n_gpu, 1)
+
+
+def place(args: SparseTrainingArguments) -> str:
+    """What this run trains on."""
+    precision = getattr(args, "mixed_precision", "bf16" if args.bf16 else "no")
+    dtype = "float32" if precision == "no" else f"{precision} mixed precision"
+    unused = 0 if args.device.type == "cpu" or args.world_size > 1 else torch.accelerator.device_count() - 1
+    return device_line(args.device, processes=args.world_size, dtype=dtype, unused=unused)
 
 
 def use_all_cores(args: SparseTrainingArguments) -> None:

@@ -28,6 +28,8 @@ def printable(text: str, stream: Any = None) -> str:
 
 def print_anything() -> None:
     """From here on, what a program prints never fails over a character that its output does not take."""
-    for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=_HANDLER)
+    stream: Any = sys.stdout  # stderr takes everything as it is
+    utf8 = str(getattr(stream, "encoding", "")).lower().replace("_", "-") in ("utf-8", "utf8")
+    # with UTF-8 anything but "strict" is a choice, such as to print the names of files as they are
+    if hasattr(stream, "reconfigure") and (stream.errors == "strict" or not utf8):
+        stream.reconfigure(errors=_HANDLER)

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_chts.evaluation.comparison import compare_models
 from hf_chts.evaluation.tables import results_table
+from hf_chts.machine import check_can_write
 
 
 def write_results(results: Sequence[dict[str, Any]], path: Path, *, baseline: str | None = None) -> None:
@@ -17,10 +18,14 @@ def write_results(results: Sequence[dict[str, Any]], path: Path, *, baseline: st
     Each item is what `evaluate_zero_shot` returned, without `documents`, and with `difference` as `compare_models`
     describes it, where it is not of the baseline.
     """
-    compared = compare_models(results, baseline) if results else []
-    kept = [{key: value for key, value in result.items() if key != "documents"} for result in compared]
-    text = json.dumps(_finite(kept), indent=2, allow_nan=False) + "\n"
-    _replace(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    text = results_json(compare_models(results, baseline) if results else [])
+    _replace(path, lambda unfinished: unfinished.write_text(f"{text}\n", encoding="utf-8"))
+
+
+def results_json(results: Sequence[dict[str, Any]]) -> str:
+    """Results as `write_results` writes them, without the line break at the end."""
+    kept = [{key: value for key, value in result.items() if key != "documents"} for result in results]
+    return json.dumps(_finite(kept), indent=2, allow_nan=False, default=_plain)
 
 
 def write_report(results: Sequence[dict[str, Any]], path: Path, *, baseline: str | None = None) -> tuple[Path, Path]:
@@ -58,6 +63,24 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_output(path: Path) -> None:
+    """That results can be written to `path`, and table and figure beside it; nothing is left behind.
+
+    Raises:
+        OSError: they cannot.
+        ValueError: one of them would be `path` itself.
+    """
+    for each in (path, *report_paths(path)):
+        if each.is_dir():
+            raise IsADirectoryError(f"{each} is a directory: name a file for the results with --output.")
+    check_can_write(path.parent, "the folder of the results")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for, as the version of a task that YAML reads as a date, as a number or as text."""
+    return _finite(value.item()) if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
 
 
 def _finite(value: Any) -> Any:

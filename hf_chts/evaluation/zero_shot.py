@@ -1,7 +1,6 @@
 """Zero-shot (and few-shot) evaluation of a language model with the lm-eval harness."""
 
 import copy
-import importlib.metadata
 import logging
 import platform
 import sys
@@ -18,6 +17,7 @@ from hf_chts.evaluation.embedded_suite import EMBEDDED_TASKS, write_embedded_sui
 from hf_chts.evaluation.model_source import check_max_length, check_model
 from hf_chts.evaluation.options import check_options
 from hf_chts.evaluation.suites import check_task_names, suite_tasks
+from hf_chts.machine import on_cpu, version_of
 
 if TYPE_CHECKING:
     from hf_chts.evaluation.harness import RankedHFLM
@@ -61,8 +61,8 @@ def evaluate_zero_shot(
         batch_size: sequences per forward, or "auto" for the most that fit, at most 64.
         max_length: tokens of context; None: the model's `max_position_embeddings`. Set it to the training length
             if the config allows for more than the model was trained on.
-        device: such as "cuda:1" for a model that is loaded here; None: the first GPU if there is one. A live model
-            stays where it is.
+        device: such as "cuda:1" for a model that is loaded here; None: the first GPU, if there is one and
+            `accelerate launch` was not told to use the CPU. A live model stays where it is.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16", for a model that is loaded here.
         revision: branch, tag or commit of a Hub id.
         task_data: directory with data files of tasks, DIR/<task>/<split>.jsonl and so on (task_data.py). A task that
@@ -88,7 +88,7 @@ def evaluate_zero_shot(
         - `truncated_requests`: questions that lost the beginning of their context.
         - `documents`: {task: {"digest": of its documents, "without_each": {metric: its value without the i-th
           document}}}, from which `compare_models` has paired errors. `write_results` leaves it out.
-        - `config`, `versions`, `seconds`.
+        - `config`, `versions` ("unknown" where none can be found), `seconds`.
 
     Raises:
         FileNotFoundError: there is no such directory or Hub model, or it has no tokenizer; before anything is loaded.
@@ -141,7 +141,7 @@ def evaluate_zero_shot(
             backend="causal",
             tokenizer=_tokenizer(tokenizer),
             revision=revision,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=device or default_device(),
             dtype=dtype,
             batch_size=batch_size,
             max_length=max_length,
@@ -184,11 +184,15 @@ def evaluate_zero_shot(
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+            **{name: version_of(name) for name in _LIBRARIES},
             "tasks": result.versions,
         },
         "seconds": time.perf_counter() - began,
     }
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() and not on_cpu() else "cpu"
 
 
 def _check_loaded(loaded: "LoadedTasks", suite: str, task_data: str | Path | None) -> None:

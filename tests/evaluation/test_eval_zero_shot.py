@@ -1,20 +1,24 @@
 """The command line."""
 
+import io
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+from datetime import date
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from made_data import write_task
 
 import hf_chts.evaluation
 from hf_chts import SparsityConfig, export_sparse, sparsify
-from hf_chts.evaluation import SUITES, write_embedded_suite
+from hf_chts.evaluation import SUITES, write_embedded_suite, write_results
 
 SCRIPT = Path(__file__).parents[2] / "eval_zero_shot.py"
 
@@ -127,6 +131,135 @@ def test_results_are_there_after_each_model(run, saved_models, tmp_path, monkeyp
         run(*saved_models, "--suite", "embedded_next_line", "--limit", 2, "--output", output)
     assert [result["model"] for result in json.loads(output.read_text())] == [str(saved_models[0])]
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "results.png"}
+
+
+NEXT_LINE = ("--suite", "embedded_next_line", "--limit", 2)
+
+
+def broken(*arguments, **options):
+    raise RuntimeError("broken on the way")
+
+
+def test_a_clone_that_is_not_installed_keeps_its_result(run, saved_models, tmp_path, monkeypatch):
+    installed = metadata.version
+
+    def version(name):
+        if name in ("hf_chts", "tokenizers"):
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.delattr("tokenizers.__version__")
+    output = tmp_path / "results.json"
+    code, _ = run(saved_models[0], *NEXT_LINE, "--output", output)
+    assert code == 0
+    (result,) = json.loads(output.read_text())
+    assert set(result["tasks"]["embedded_next_line"]) >= {"acc", "acc_norm"}
+    assert result["versions"]["hf_chts"] == hf_chts.__version__  # the clone knows its own
+    assert result["versions"]["tokenizers"] == "unknown"
+    assert result["versions"]["torch"] == installed("torch")
+
+
+def no_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "hf_chts.evaluation.figure", raising=False)
+
+
+# what comes after the evaluation, and what is said where it fails
+LABELS = {
+    "matplotlib is missing": (no_matplotlib, "matplotlib"),
+    "the figure": (
+        lambda patch: patch.setattr("hf_chts.evaluation.figure.results_figure", broken),
+        "broken on the way",
+    ),
+    "report and table": (
+        lambda patch: [
+            patch.setattr(f"hf_chts.evaluation.{place}", broken)
+            for place in ("write_report", "results_table", "result_files.results_table")
+        ],
+        "broken on the way",
+    ),
+    "baselines and errors": (
+        lambda patch: patch.setattr("hf_chts.evaluation.task_run.score_samples", broken),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_no_label_loses_a_result_or_the_next_model(run, saved_models, tmp_path, monkeypatch, label):
+    whole, hurt = tmp_path / "whole.json", tmp_path / "hurt.json"
+    run(*saved_models, *NEXT_LINE, "--output", whole)
+    breaks, said = LABELS[label]
+    breaks(monkeypatch)
+    code, printed = run(*saved_models, *NEXT_LINE, "--output", hurt)
+    assert code == 0
+    assert said in printed
+    assert str(hurt) in printed
+    known, found = (json.loads(path.read_text()) for path in (whole, hurt))
+    assert [result["model"] for result in found] == list(map(str, saved_models))
+    for before, after in zip(known, found, strict=True):
+        for metric in ("acc", "acc_norm"):  # the harness's own
+            assert after["tasks"]["embedded_next_line"][metric] == before["tasks"]["embedded_next_line"][metric]
+        assert after["versions"] == before["versions"]
+        assert after["samples"] == {"embedded_next_line": 2}
+
+
+def test_results_that_cannot_be_written_are_printed(run, saved_models, tmp_path, monkeypatch):
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    evaluated = []
+    evaluate = hf_chts.evaluation.evaluate_zero_shot
+    monkeypatch.setattr(
+        hf_chts.evaluation, "evaluate_zero_shot", lambda *a, **o: evaluated.append(a[0]) or evaluate(*a, **o)
+    )
+    monkeypatch.setattr(hf_chts.evaluation.result_files, "_replace", full)
+    code, printed = run(*saved_models, *NEXT_LINE, "--output", tmp_path / "results.json")
+    assert evaluated == list(map(str, saved_models))
+    assert "No space left" in code
+    results = json.loads(printed[printed.index("\n[") :])
+    assert [result["model"] for result in results] == list(map(str, saved_models))
+    assert all("acc" in result["tasks"]["embedded_next_line"] for result in results)
+
+
+@pytest.mark.parametrize("place", ["file/below/results.json", "/proc/nowhere/results.json", "folder/table.json"])
+def test_a_place_that_takes_no_results_is_refused_before(run, saved_models, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(hf_chts.evaluation, "evaluate_zero_shot", broken)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder/table.md").mkdir(parents=True)  # where the table would go
+    code, printed = run(saved_models[0], "--output", tmp_path / place)
+    assert code.startswith("eval_zero_shot.py: error: ")
+    assert "broken" not in code
+    assert printed == ""
+
+
+def test_what_json_has_no_word_for_is_written_all_the_same(tmp_path):
+    numbers = {"acc": np.float32(0.5), "f1": np.float64("nan"), "seen": np.int64(7)}
+    result = {"model": "a", "tasks": {"t": numbers}, "versions": {"tasks": {"t": date(2024, 5, 17)}}}
+    write_results([result], tmp_path / "results.json")
+    (found,) = json.loads((tmp_path / "results.json").read_text())
+    assert found["tasks"]["t"] == {"acc": 0.5, "f1": None, "seen": 7}
+    assert found["versions"]["tasks"]["t"] == "2024-05-17"
+
+
+def test_a_console_without_unicode(run, saved_models, tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="surrogateescape", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)  # as LANG=C has it
+    code, _ = run(saved_models[0], *NEXT_LINE, "--output", tmp_path / "results.json")
+    assert code == 0
+    printed = stream.buffer.getvalue().decode("ascii")
+    assert "embedded_next_line" in printed
+    assert "+-" in printed  # a value and its error
+    assert "?" not in printed
+
+
+def test_help_on_a_console_without_unicode():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0
+    assert b"--suite" in done.stdout
 
 
 def test_local_task_data(run, saved_models, tmp_path):
