@@ -1,15 +1,21 @@
 """The run script, end to end as a user starts it, with a model that trains in seconds."""
 
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hf_chts.report.figures
+from hf_chts import SparseTrainer
 from hf_chts.checkpoint import load_masks
+from hf_chts.export import directory
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [str(Path(sys.executable).parent / "accelerate"), "launch"]
@@ -26,17 +32,23 @@ def run(launcher, *options):
     )
 
 
-@pytest.mark.slow
-def test_train_export_and_resume(tmp_path):
-    model = tmp_path / "tiny.json"
+def small(directory):
+    """A config of a model and a corpus that train in seconds."""
+    model = directory / "tiny.json"
     settings = json.loads((ROOT / "configs/models/llama_demo.json").read_text())
     settings |= {"hidden_size": 40, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2}
     settings |= {"num_key_value_heads": 2, "vocab_size": 512}
     model.write_text(json.dumps(settings))
-    text = tmp_path / "text"
+    text = directory / "text"
     text.mkdir()
     for n in range(40):
         (text / f"{n}.txt").write_text("".join(f"line {n + i} of file {n}\n" for i in range(60)))
+    return model, text
+
+
+@pytest.mark.slow
+def test_train_export_and_resume(tmp_path):
+    model, text = small(tmp_path)
     options = [
         "--model", model, "--dataset", text, "--block_size", 32, "--max_steps", 16, "--update_interval", 4,
         "--save_steps", 8, "--eval_strategy", "no", "--per_device_train_batch_size", 4, "--logging_steps", 4,
@@ -45,6 +57,10 @@ def test_train_export_and_resume(tmp_path):
     result = run(LAUNCH, *options)
     assert result.returncode == 0, result.stderr[-4000:]
     assert "sparsity 90.0000%" in result.stdout
+    # whatever is here, in the first line
+    place = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "the CPU"
+    assert place in result.stdout.splitlines()[0]
+    assert "float32" in result.stdout.splitlines()[0]
     lines = [line for line in result.stdout.splitlines() if str(tmp_path) not in line]  # the paths of this test
     assert max(map(len, lines)) <= 100, max(lines, key=len)
     assert [line.split()[0] for line in lines if " sparse  −" in line] == ["4", "8"]
@@ -81,3 +97,131 @@ def test_bad_input_is_one_line(tmp_path, options, message):
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("train_llama.py: ")
     assert message in result.stderr
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory):
+    return small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def main(smallest, tmp_path, monkeypatch, capsys):
+    """Train for two steps in this process; returns the exit status or message, and what was printed."""
+    model, text = smallest
+
+    def run_script(*options):
+        argv = [
+            "--model", model, "--dataset", text, "--block_size", 32, "--method", "static", "--max_steps", 2,
+            "--save_strategy", "no", "--eval_strategy", "no", "--per_device_train_batch_size", 4,
+            "--max_eval_tokens", 256, "--validation_fraction", 0.2, "--output_dir", tmp_path / "run", "--warmup_steps", 1, "--use_cpu", "true",
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "train_llama.py"), *map(str, [*argv, *options])])
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            return end.code, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    return run_script
+
+
+def broken(*arguments, **options):
+    raise RuntimeError("broken on the way")
+
+
+def no_matplotlib(patch):
+    patch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.startswith(("hf_chts.report", "matplotlib."))]:
+        patch.delitem(sys.modules, name)
+
+
+def no_card_with(field):
+    def breaks(patch):
+        make = directory.model_card
+        patch.setattr(
+            directory, "model_card", lambda facts, **parts: broken() if parts[field] else make(facts, **parts)
+        )
+
+    return breaks
+
+
+# what comes after training: how it is broken, whether the run then counts as failed, and what else it lacks
+LABELS = {
+    "matplotlib": (no_matplotlib, 0, ("training.png", "report.html")),
+    "the figure": (
+        lambda patch: patch.setattr(hf_chts.report.figures, "training_figure", broken), 0, ("training.png",)
+    ),
+    "the report": (lambda patch: patch.setattr("hf_chts.report.write_report", broken), 0, ("report.html",)),
+    "the card, its recipe": (no_card_with("training"), 0, ()),
+    "the card, its metrics": (no_card_with("metrics"), 0, ()),
+    "the file of the metrics": (
+        lambda patch: patch.setattr(SparseTrainer, "save_metrics", broken), 0, ("eval_results.json",)
+    ),
+    "the file of the log": (
+        lambda patch: patch.setattr(SparseTrainer, "save_state", broken), 0, ("trainer_state.json",)
+    ),
+    "the evaluation": (lambda patch: patch.setattr(SparseTrainer, "evaluate", broken), 1, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_nothing_that_comes_after_training_loses_the_model(main, tmp_path, monkeypatch, label):
+    breaks, expected, lacking = LABELS[label]
+    breaks(monkeypatch)
+    code, printed = main()
+    assert code == expected
+    export = tmp_path / "run/export"
+    model = AutoModelForCausalLM.from_pretrained(export)
+    for name, mask in load_masks(export).masks.items():
+        assert int(mask.sum()) == round(0.1 * mask.numel())
+        assert model.get_parameter(f"{name}.weight")[~mask].eq(0).all()
+    assert "README.md" in {path.name for path in export.iterdir()}
+    assert str(export) in printed.out
+    assert "matplotlib" in printed.err if label == "matplotlib" else "broken on the way" in printed.err
+    files = {"training.png", "report.html", "eval_results.json", "trainer_state.json"}
+    assert {name for name in files if not (tmp_path / "run" / name).exists()} >= set(lacking)
+    if label != "the evaluation":
+        assert "bits per byte" in printed.out
+
+
+@pytest.mark.parametrize("option", ["--prediction_loss_only", "--include_num_input_tokens_seen"])
+def test_whatever_is_measured_is_told(main, tmp_path, option):
+    code, printed = main(option, "true")
+    assert code == 0
+    loss = json.loads((tmp_path / "run/eval_results.json").read_text())["eval_loss"]
+    assert f"\nloss {loss:.4f}" in printed.out
+    assert ("bits per byte" in printed.out) == ("tokens" in option)
+    assert (tmp_path / "run/export/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--output_dir", "{file}/run"), ("--export_dir", "{file}"), ("--export_dir", "/proc/nowhere"),
+     ("--batch_eval_metrics", "true")],
+)  # fmt: skip
+def test_what_would_fail_after_training_is_refused_before(main, tmp_path, monkeypatch, options):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(SparseTrainer, "train", broken)
+    code, _ = main(*(option.format(file=tmp_path / "file") for option in options))
+    assert code.startswith("train_llama.py: ")
+    assert options[-1].format(file=tmp_path / "file") in code or "batch_eval_metrics" in code
+
+
+def test_a_console_without_unicode(main, tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="surrogateescape", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    code, _ = main("--method", "set", "--max_steps", 6, "--update_interval", 2, "--update_warmup_steps", 1)
+    assert code == 0
+    printed = stream.buffer.getvalue().decode("ascii")
+    assert printed.startswith("Training on the CPU, ")
+    assert "sparse  -" in printed
+    assert "?" not in printed
+
+
+def test_one_gpu_of_several_is_used(monkeypatch):
+    script = runpy.run_path(str(ROOT / "train_llama.py"))
+    args = script["SparseTrainingArguments"](output_dir="unused", use_cpu=True)
+    args._n_gpu = 4  # what the Trainer would share a batch out over
+    script["use_one_device"](args)
+    assert args.n_gpu == 1
+    assert args.train_batch_size == args.per_device_train_batch_size
