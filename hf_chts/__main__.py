@@ -8,6 +8,7 @@ from hf_chts.commands.convert import PACK, UNPACK
 from hf_chts.commands.prepare import PREPARE
 from hf_chts.commands.push import PUSH
 from hf_chts.commands.report import REPORT
+from hf_chts.plain_text import print_anything
 
 COMMANDS = {
     "pack": PACK,
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with argparse's message, or with that of what went wrong.
     """
+    print_anything()
     parser = argparse.ArgumentParser(prog="python -m hf_chts", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

@@ -113,7 +113,8 @@ def main(smallest, tmp_path, monkeypatch, capsys):
         argv = [
             "--model", model, "--dataset", text, "--block_size", 32, "--method", "static", "--max_steps", 2,
             "--save_strategy", "no", "--eval_strategy", "no", "--per_device_train_batch_size", 4,
-            "--max_eval_tokens", 256, "--validation_fraction", 0.2, "--output_dir", tmp_path / "run", "--warmup_steps", 1, "--use_cpu", "true",
+            "--max_eval_tokens", 256, "--validation_fraction", 0.2, "--output_dir", tmp_path / "run",
+            "--warmup_steps", 1, "--use_cpu", "true",
         ]  # fmt: skip
         monkeypatch.setattr(sys, "argv", [str(ROOT / "train_llama.py"), *map(str, [*argv, *options])])
         try:
