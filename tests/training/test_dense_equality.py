@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import arguments
 from datasets import Dataset
 from tiny import VOCABULARY, random_blocks, tiny_llama
 from torch.utils.data import IterableDataset
@@ -431,25 +432,14 @@ def make(kind, args, made, sparsity):
         options["model"] = tiny_llama()
     if kind is SparseTrainer:
         options["sparsity"] = sparsity
-    run = kind(args=TrainingArguments(**args), **options)
+    run = kind(args=arguments(kind=TrainingArguments, **args), **options)
     run.recipe, run.sparsity_of, run.latest = (args, made, kind), sparsity, run
     return run
 
 
 def outcome(directory, case, kind, sparsity=None):
     """What is left of a run, in terms that can be compared."""
-    args = {
-        "output_dir": str(directory),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "logging_steps": 1,
-        "save_steps": 4,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "report_to": "none",
-    } | copy.deepcopy(case.args)
+    args = {"directory": directory, "max_steps": STEPS, "save_steps": 4} | copy.deepcopy(case.args)
     torch._dynamo.reset()  # what an earlier run compiled may be used for this one, and adds up in another order
     error, returned, run = None, None, None
     try:
