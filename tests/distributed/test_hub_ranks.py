@@ -23,8 +23,9 @@ def options(tmp_path):
     text.write_text("".join(json.dumps({"text": f"document {n} of a small corpus\n" * 3}) + "\n" for n in range(200)))
     return [
         "--model", str(model), "--dataset", str(text), "--validation_fraction", "0.1", "--block_size", "16",
-        "--max_steps", "8", "--update_interval", "2", "--save_steps", "4", "--eval_strategy", "no",
-        "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "run"), "--warmup_steps", "1",
+        "--max_steps", "8", "--update_interval", "2", "--update_warmup_steps", "1", "--save_steps", "4",
+        "--eval_strategy", "no", "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "run"),
+        "--warmup_steps", "1",
         "--use_cpu", "true", "--push_to_hub", "true", "--hub_model_id", "me/run", "--hub_strategy", "checkpoint",
         "--hub_always_push", "true",
     ]  # fmt: skip
