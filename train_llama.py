@@ -223,3 +223,6 @@ def recipe(model_args: ModelArguments, data_args: DataArguments, args: SparseTra
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        # left to the end of the process, gloo's threads may abort it when all is done
+        torch.distributed.destroy_process_group()

@@ -147,3 +147,5 @@ def main(directory):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # left to the end of the process, gloo's threads may abort it
+    dist.destroy_process_group()

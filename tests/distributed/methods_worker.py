@@ -138,3 +138,5 @@ def main(directory, engine, *cases):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    # left to the end of the process, gloo's threads may abort it
+    dist.destroy_process_group()
