@@ -6,7 +6,6 @@ return, the files that are left behind, and the errors. To add a set is to add a
 """
 
 import copy
-import gc
 import hashlib
 import json
 import math
@@ -496,15 +495,6 @@ def same(first, second, *, but=()):
         for name, tensor in first[part].items():
             # not torch.equal: with a NaN that is never so
             assert tensor.view(torch.uint8).equal(second[part][name].view(torch.uint8)), (part, name)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _little_to_collect():
-    """Each `train()` collects garbage among all that was ever imported, which takes longer than these runs do."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
