@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 
 
 def pytest_collection_finish():
-    # what the imports made stays: each Trainer collects garbage, and looking through all of that took half of a short run
+    # what the imports made stays: each Trainer collects garbage, and looking through it all took half of a short run
     gc.collect()
     gc.freeze()
 
