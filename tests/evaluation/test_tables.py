@@ -133,8 +133,13 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert loaded["tasks"]["text"] == {"bits_per_byte": None, "word_perplexity": 123456.0}
     assert "documents" not in loaded
     assert "not finite" in results_table([loaded, loaded])
-    with pytest.raises(TypeError):
-        write_results([result("b"), result("c") | {"config": object()}], path)
+
+    class Unsayable:
+        def __str__(self):
+            raise TypeError("in the midst of writing")
+
+    with pytest.raises(TypeError, match="in the midst"):
+        write_results([result("b"), result("c") | {"config": Unsayable()}], path)
     assert json.loads(path.read_text()) == [loaded]
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
     with path.open() as reader:  # one who has begun to read the old file reads it to its end
