@@ -89,7 +89,8 @@ def bridges(mask: Tensor, links: Tensor, strength: Strength) -> Iterator[tuple[s
     # Both products count exactly. 8-bit ones want the nodes as the fast dimension of both operands, and on CUDA they
     # have restrictions on shapes.
     integer = links.device.type == "cpu" and _integer_products_are_faster()
-    by_neighbour = mask.t().contiguous().view(torch.int8) if integer else links.t()
+    # cloned: contiguous() leaves the strides of a matrix of one row as they are, and the product would read past it
+    by_neighbour = mask.t().clone(memory_format=torch.contiguous_format).view(torch.int8) if integer else links.t()
     for start in range(0, links.shape[0], _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
         block = by_neighbour[:, rows].t()

@@ -63,7 +63,7 @@ def bipartite_receptive_field(
         at, part = rows * in_features // out_features, rows * in_features % out_features / out_features
         inputs = field.first(at, part, degrees[rows], generator)
         wanted = torch.arange(inputs.shape[1], device=mask.device) < degrees[rows, None]
-        mask[rows[0] : rows[-1] + 1].scatter_(1, inputs, wanted)
+        mask.view(-1)[(rows[:, None] * in_features + inputs)[wanted]] = True
     return mask
 
 
@@ -92,24 +92,28 @@ class _Field:
 
     def __init__(self, inputs: int, most: int, exponent: float) -> None:
         self.inputs, self.exponent = inputs, exponent
-        away = torch.arange(inputs, dtype=torch.float64)
-        log_weight = -exponent * torch.log1p(torch.minimum(away, inputs - away))
+        self.low, self.width = 0, inputs  # the window: all inputs, unless fewer and points from outside are cheaper
+        self.log_unit = self.rate = 0.0
         # Times are told in units in which some more inputs than are wanted have arrived by time 1
-        self.log_unit = _log_time_of(log_weight, min(most + 4 * math.sqrt(most) + 4, 0.999 * inputs))
-        # Bounds of the weights outside a window from offset −reach to reach + 1: an output lies up to 1 further right
-        outside = torch.arange(1, (inputs + 1) // 2, dtype=torch.float64)  # the smaller side's offset beyond the place
-        bound = torch.exp(self.log_unit - exponent * outside.log1p())
-        # of all offsets from reach + 2 on, to both sides
-        beyond = 2 * bound.flip(0).cumsum(0).flip(0)
-        self.reach = int((2 * torch.arange(len(outside)) + _POINT * beyond).argmin()) if len(outside) else inputs
-        if 2 * self.reach + 2 >= inputs:
-            self.low, self.width = 0, inputs
-            self.rate, self.bounds = 0.0, torch.zeros(0, dtype=torch.float64)
-        else:
-            self.low, self.width = -self.reach, 2 * self.reach + 2
-            rest = torch.arange(self.reach + 2, inputs - self.reach, dtype=torch.float64)
-            self.bounds = torch.exp(self.log_unit - exponent * torch.minimum(rest - 1, inputs - rest).log1p())
+        expected = most + 4 * math.sqrt(most) + 4
+        if expected >= inputs:
+            return
+        away = torch.arange(inputs, dtype=torch.float64)
+        self.log_unit = _log_time_of(-exponent * torch.minimum(away, inputs - away).log1p(), expected)
+        # Outside a window of offsets −reach to reach + 1, inputs are further away than `reach`, whatever the place
+        # between offsets 0 and 1; that bounds their weights
+        bounds = self._bounds(torch.arange(1, inputs // 2, dtype=torch.float64))
+        beyond = 2 * bounds.flip(0).cumsum(0).flip(0)
+        cost = 2 * torch.arange(len(beyond)) + 2 + _POINT * beyond
+        reach = int(cost.argmin())
+        if cost[reach] < inputs:
+            self.low, self.width = -reach, 2 * reach + 2
+            offsets = torch.arange(reach + 2, inputs - reach, dtype=torch.float64)
+            self.bounds = self._bounds(torch.minimum(offsets - 1, inputs - offsets))
             self.rate = float(self.bounds.sum())
+
+    def _bounds(self, distance: Tensor) -> Tensor:
+        return torch.exp(self.log_unit - self.exponent * distance.log1p())
 
     def first(self, at: Tensor, part: Tensor, degrees: Tensor, generator: torch.Generator) -> Tensor:
         """The first `degrees` inputs to arrive at outputs at place at + part, in order of arrival, and then others:
@@ -156,7 +160,7 @@ class _Field:
         uniform = torch.rand(3, len(rows), dtype=torch.float64, device=device, generator=generator)
         bounds = self.bounds.to(device)
         place = torch.searchsorted(bounds.cumsum(0), uniform[0] * self.rate, right=True).clamp_(max=len(bounds) - 1)
-        offset = place + self.reach + 2
+        offset = place + self.low + self.width
         distance = _ring_distance(offset, part[rows], self.inputs, paired=True)
         weight = torch.exp(self.log_unit - self.exponent * distance.log1p_())
         kept = uniform[1] * bounds[place] < weight

@@ -143,6 +143,15 @@ def test_inputs_are_taken_as_often_as_in_successive_sampling(shape, degree, r, h
     assert statistic < degrees + 5 * (2 * degrees) ** 0.5
 
 
+@pytest.mark.parametrize("shape", [(64, 65), (300, 301), (40, 40), (1, 50), (50, 1), (400, 3), (3, 400), (1, 1)])
+@pytest.mark.parametrize("r", [0, 1e-3, 0.01, 0.05, 0.1, 1])
+def test_exact_number_of_links_where_fields_are_narrow_layers_dense_or_sides_short(shape, r):
+    for sparsity in (0, 0.001, 0.1, 0.5, 0.9, 0.999):
+        for key in range(3):
+            mask = brf(shape, sparsity, key=key, r=r, degree_distribution=("fixed", "uniform")[key % 2])
+            assert int(mask.sum()) == round(shape[0] * shape[1] * (1 - sparsity)), (sparsity, key)
+
+
 @pytest.mark.parametrize("r", [0, 0.1, 0.5, 1])
 def test_a_receptive_field_takes_work_in_proportion_to_its_links(r):
     class Largest(TorchDispatchMode):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_chts.topology import link_prediction
 from hf_chts.topology.link_prediction import ch2_l3n, ch3_l3n
 from hf_chts.topology.scores import relative_importance
 
@@ -65,6 +66,16 @@ def test_random_networks_with_empty_rows_and_columns(name, shape, density):
     assert scores[torch.tensor(mask)].eq(0).all()
     assert scores[2].eq(0).all()
     assert scores[:, 3].eq(0).all()
+
+
+@pytest.mark.parametrize("integer", [False, True], ids=["fp32 products", "8-bit products"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (9, 1), (200, 1), (1, 9), (1, 200), (9, 7)])
+def test_sides_of_one_node_by_either_product(shape, integer, monkeypatch):
+    monkeypatch.setattr(link_prediction, "_integer_products_are_faster", lambda: integer)
+    mask = np.random.default_rng(shape[0]).random(shape) < 0.5
+    expected = by_paths(mask, lambda common: common + 1)
+    for _ in range(3):  # what lies behind a matrix in memory changes
+        np.testing.assert_allclose(ch2_l3n(torch.tensor(mask)), expected, rtol=1e-5)
 
 
 def test_more_nodes_than_a_block_of_rows():
