@@ -40,6 +40,7 @@ class TopologyState:
         step: finished optimizer steps.
         history: one dict of figures for each update so far.
         loss_before_update: of the step just finished, where an update followed it.
+        sparsity: what the run's schedule, or its floor, had at the last update that took place; None: not known.
     """
 
     masks: dict[str, Tensor]
@@ -50,6 +51,7 @@ class TopologyState:
     born: dict[str, Tensor] = field(default_factory=dict)
     softness: dict[str, float] = field(default_factory=dict)
     loss_before_update: float | None = None
+    sparsity: float | None = None
 
 
 def save_masks(directory: str | Path, state: TopologyState) -> None:
@@ -82,6 +84,7 @@ def save_topology(directory: str | Path, state: TopologyState) -> None:
         "history": state.history,
         "softness": state.softness,
         "loss_before_update": state.loss_before_update,
+        "sparsity": state.sparsity,
     }
     write_whole(Path(directory) / HISTORY_NAME, json.dumps(contents, indent=1).encode())
 
@@ -195,8 +198,10 @@ def load_topology(directory: str | Path) -> TopologyState:
             raise ValueError(f"it is of step {saved['step']}, the masks beside it are of step {state.step}")
         state.history = list(saved["history"])
         state.softness = {name: float(value) for name, value in saved["softness"].items()}
-        loss = saved.get("loss_before_update")  # checkpoints of older versions have none
+        # checkpoints of older versions have neither
+        loss, sparsity = saved.get("loss_before_update"), saved.get("sparsity")
         state.loss_before_update = None if loss is None else float(loss)
+        state.sparsity = None if sparsity is None else float(sparsity)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be used: {error}. Restore it from a backup, or take an earlier checkpoint"

@@ -55,7 +55,14 @@ def check_adapters(model: nn.Module, adapters: str) -> None:
             "with model.save_pretrained, and export with adapters='leave_out'"
         )
     for name, module in unwrap(model).named_modules():
-        if is_adapted(module) and getattr(module, "merged", False):
+        if not is_adapted(module):
+            continue
+        if adapters != "leave_out" and getattr(module, "disable_adapters", False):
+            raise ValueError(
+                f"adapters is {adapters!r}, and those of {name} are disabled at the moment: enable them first "
+                "(enable_adapters(), or outside of disable_adapter()), or export with adapters='leave_out'"
+            )
+        if getattr(module, "merged", False):
             raise ValueError(
                 f"the adapters of {name} are merged into its weight at the moment: call unmerge_adapter() first"
             )

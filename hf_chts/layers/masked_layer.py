@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from hf_chts.layers.partitions import weight_shape, zero_off_mask
@@ -38,7 +39,7 @@ class _KeepLinks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
         if ctx.dense_gradient is not None:
-            ctx.dense_gradient.add_(grad)
+            ctx.dense_gradient.add_(_value(grad))
         # not a product: 0 · inf would put NaN off the mask
         return torch.where(mask, grad, 0), None, None
 
@@ -54,7 +55,10 @@ def keep_links(weight: Tensor, mask: Tensor, dense_gradient: Accumulator | None 
         # Transforms batch it and differentiate it in either mode, any number of times. An autograd function for them
         # would cost every call four times as much, and torch.compile forgets its backward inside torch.func.grad.
         return torch.where(mask, weight, 0)
-    return _KeepLinks.apply(weight, mask, dense_gradient)
+    primal, tangent = forward_ad.unpack_dual(weight)
+    kept = _KeepLinks.apply(primal, mask, dense_gradient)
+    # not a jvp of the function: of one that returns a view, autograd takes no tangent but a view
+    return kept if tangent is None else forward_ad.make_dual(kept, torch.where(mask, tangent, 0))
 
 
 class MaskedLayer(nn.Module):
@@ -161,8 +165,13 @@ class MaskedLayer(nn.Module):
 
     def _mask_gradient(self, grad: Tensor) -> Tensor:
         if self.dense_gradient is not None:
-            self.dense_gradient.add_(grad)
+            self.dense_gradient.add_(_value(grad))
         return torch.where(self.mask, grad, 0)
+
+
+def _value(grad: Tensor) -> Tensor:
+    """A gradient without what it could be differentiated by, in either mode: what adds it up has no derivative."""
+    return forward_ad.unpack_dual(grad.detach()).primal
 
 
 def _check_mask(mask: Tensor, shape: torch.Size) -> None:

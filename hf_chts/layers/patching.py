@@ -16,7 +16,7 @@ from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.layers.partitions import strays, weight_shape, whole_weight
 from hf_chts.layers.plain_weight import check_plain
 from hf_chts.layers.shares import Lazy, head_blocks, matching, overrides, some
-from hf_chts.layers.wrappers import named_originals, original_name, unwrap
+from hf_chts.layers.wrappers import added_by_adapters, copied_by_adapters, named_originals, original_name, unwrap
 
 _HANDLE = "_hf_chts_sparse_model"
 
@@ -172,19 +172,26 @@ def find_targets(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Modul
     Raises:
         ValueError: see `sparsify`.
     """
-    modules = named_originals(model)
+    originals, added = named_originals(model), added_by_adapters(model)
+    modules = {name: module for name, module in originals.items() if module not in added}
     linears: dict[str, nn.Module] = {
         name: module for name, module in modules.items() if name and isinstance(module, PLAIN_LAYERS)
     }
     targets = (
         _block_projections(model, modules, linears)
         if config.target_modules is None
-        else _matching(linears, config.target_modules)
+        else _matching(linears, config.target_modules, [name for name in originals if name not in modules])
     )
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(original_name(name))
+    copied = copied_by_adapters(model)
     for name, linear in targets.items():
+        if linear in copied:
+            raise ValueError(
+                f"{name} has a copy that runs instead of it, of PEFT's modules_to_save: leave it out of that, or of "
+                "target_modules"
+            )
         check_plain(name, linear)
         if type(linear) not in PLAIN_LAYERS:
             raise ValueError(
@@ -251,10 +258,15 @@ def _holds_matrices(module: nn.Module, parameter: Tensor) -> bool:
     return stacked or (parameter.dim() == 2 and "Expert" in type(module).__name__)
 
 
-def _matching(linears: dict[str, nn.Module], patterns: list[str]) -> dict[str, nn.Module]:
+def _matching(linears: dict[str, nn.Module], patterns: list[str], added: list[str]) -> dict[str, nn.Module]:
     found: set[str] = set()
     for pattern in patterns:
         matches = matching(linears, pattern)
+        if not matches and (own := matching(added, pattern)):
+            raise ValueError(
+                f"target_modules has {pattern!r}, which matches only what PEFT's adapters have put into the model: "
+                f"{some(own)}. Those stay dense: name layers of the model itself"
+            )
         if not matches:
             raise ValueError(
                 f"target_modules has {pattern!r}, which matches no linear layer: give a suffix such as 'q_proj', or a "

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_chts.config import SparsityConfig
-from hf_chts.topology.allocation import allocate, links_at
+from hf_chts.topology.allocation import allocate, allocate_links, links_at
 
 # Names that projections onto heads have in transformers; fused ones hold the heads of q, k and v one after the other
 _ONTO_HEADS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "q", "k", "v")
@@ -60,27 +60,86 @@ def layer_links(
     return {name: links[name] for name in shapes}
 
 
+def without_return(
+    links: Mapping[str, int],
+    held: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    config: SparsityConfig,
+    weights: Mapping[str, Tensor],
+    trained: Collection[str],
+) -> dict[str, int]:
+    """`links` of `layer_links` for allocation "global", but no more for what `trained` share than they `held` before.
+
+    Their share of all links depends on weights: it may grow beside layers that do not train.
+    """
+    own = overrides(shapes, config)
+    sharing = {name: shapes[name] for name in shapes if name in trained and name not in own}
+    most = sum(held[name] for name in sharing)
+    if sum(links[name] for name in sharing) <= most:
+        return dict(links)
+    possible = sum(math.prod(shape) for shape in sharing.values())
+    scores = Lazy(lambda name: weights[name].detach().abs(), sharing)
+    return {**links, **allocate_links(sharing, 1 - most / possible, "global", scores)}
+
+
 def sparsity_ahead(
-    links: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], config: SparsityConfig, scheduled: float
+    links: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    config: SparsityConfig,
+    scheduled: float,
+    trained: Collection[str] | None = None,
 ) -> float | None:
     """The sparsity of a run at which its layers have these links, where that is above the `scheduled` one; else None.
 
     Where there is no such sparsity, the one at which no layer, or what layers share, has more.
+
+    Args:
+        trained: the layers that count, since the others keep their links; None: all. With allocation "global" their
+            own sparsity stands for that of the run, whose weights at its last update are not known.
     """
+    names = list(shapes) if trained is None else [name for name in shapes if name in trained]
     own = overrides(shapes, config)
-    counted = [(links[name], math.prod(shapes[name]), final) for name, final in own.items()]
-    rest = [(links[name], math.prod(shape), config.sparsity) for name, shape in shapes.items() if name not in own]
+    counted = [(links[name], math.prod(shapes[name]), own[name]) for name in names if name in own]
+    rest = [name for name in names if name not in own]
+    low, most, high = [], [], []  # links are rounded, so that a number of them stands for all sparsities between two
+    if config.allocation == "global" and rest and len(names) < len(shapes):
+        all_rest = [name for name in shapes if name not in own]
+        if sum(links[name] for name in all_rest) == links_at(sum(math.prod(shapes[n]) for n in all_rest), scheduled):
+            rest = []  # together they have what the schedule gives them, such as those of a new model
     if config.allocation == "uniform":
-        counted += rest
+        counted += [(links[name], math.prod(shapes[name]), config.sparsity) for name in rest]
+    elif config.allocation == "erdos_renyi" and rest and len(names) < len(shapes):
+        # not in proportion to the weights of a part of the layers
+        least, highest = _range_of_share(links, shapes, config, rest)
+        low, most, high = [least], [least], [highest]
     elif rest:
-        counted.append((sum(n for n, _, _ in rest), sum(numel for _, numel, _ in rest), config.sparsity))
-    # links are rounded, so that a number of them stands for all sparsities between two
-    low, most, high = (
-        [(1 - (n + half) / numel) * config.sparsity / final for n, numel, final in counted] for half in (0.5, 0, -0.5)
-    )
-    if scheduled > max(low) - 1e-12:
+        numel = sum(math.prod(shapes[name]) for name in rest)
+        counted.append((sum(links[name] for name in rest), numel, config.sparsity))
+    for bounds, half in ((low, 0.5), (most, 0), (high, -0.5)):
+        bounds += [(1 - (n + half) / numel) * config.sparsity / final for n, numel, final in counted]
+    if not low or scheduled > max(low) - 1e-12:
         return None
     return (max(low) + min(high)) / 2 if max(low) < min(high) else max(most)
+
+
+def _range_of_share(
+    links: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], config: SparsityConfig, names: Collection[str]
+) -> tuple[float, float]:
+    """Between which sparsities of the run these layers share as many links as they have, up to the final sparsity."""
+    number = sum(links[name] for name in names)
+
+    def least(fits: Callable[[int], bool]) -> float:
+        low, high = 0.0, config.sparsity
+        for _ in range(44):
+            middle = (low + high) / 2
+            shared = layer_links(shapes, middle, config, {})
+            if fits(sum(shared[name] for name in names)):
+                high = middle
+            else:
+                low = middle
+        return high
+
+    return least(lambda n: n <= number), least(lambda n: n < number)
 
 
 def overrides(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:

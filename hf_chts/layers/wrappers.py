@@ -69,6 +69,28 @@ def is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "adapter_layer_names")
 
 
+def added_by_adapters(model: nn.Module) -> set[nn.Module]:
+    """The modules that PEFT has put into a model beside its own, such as the matrices of LoRA and copies of layers."""
+    model = unwrap(model)
+    return set(model.modules()).difference(_without_added(model))
+
+
+def copied_by_adapters(model: nn.Module) -> set[nn.Module]:
+    """The modules of a model that PEFT's modules_to_save has made copies of, which run instead of them."""
+    copied: set[nn.Module] = set()
+    for module in unwrap(model).modules():
+        if is_adapted(module) and "modules_to_save" in module._modules:
+            copied.update(module.get_submodule("original_module").modules())
+    return copied
+
+
+def saves_adapters_alone(model: nn.Module) -> bool:
+    """Whether the Trainer saves the adapters of PEFT alone, and not the weights of the model that they are on."""
+    while not isinstance(model, PreTrainedModel) and (inside := _running(model)) is not None:
+        model = inside
+    return hasattr(type(model), "get_base_model") or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 @contextmanager
 def original_keys(model: nn.Module) -> Iterator[None]:
     """Inside, state dicts of `model` have original names, and load by them, whoever asks for them or loads them.
@@ -94,20 +116,34 @@ def original_keys(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _without_added(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those inside it, without what adapters add."""
+    yield module
+    for name, child in module.named_children():
+        if name in _ADAPTED or not is_adapted(module):
+            yield from _without_added(child)
+
+
 def _inside(module: nn.Module) -> nn.Module | None:
     """What a wrapper of a whole model wraps; None where `module` is no wrapper."""
     if isinstance(module, PreTrainedModel):
         return None
-    if (inside := uncompiled(module)) is not module:
+    if (inside := _running(module)) is not None:
         return inside
     children = dict(module.named_children())
     if hasattr(type(module), "get_base_model"):  # PEFT's
         return module.get_base_model()  # type: ignore[operator]
-    if isinstance(module, DistributedDataParallel | nn.DataParallel) or type(module).__module__.startswith(
-        "deepspeed."
-    ):
-        return children.get("module")
     alone = len(children) == 1 and not module._parameters and not module._buffers
     if alone and isinstance(unwrap(next(iter(children.values()))), PreTrainedModel):
         return next(iter(children.values()))
+    return None
+
+
+def _running(module: nn.Module) -> nn.Module | None:
+    """What a wrapper wraps that says how a model is run, and that the Trainer takes off to save; None for others."""
+    if (inside := uncompiled(module)) is not module:
+        return inside
+    parallel = isinstance(module, DistributedDataParallel | nn.DataParallel)
+    if parallel or type(module).__module__.startswith("deepspeed."):
+        return module._modules.get("module")
     return None

@@ -1,5 +1,6 @@
 """What is said where training begins: which plan is in force, and what it changes about a run that goes on."""
 
+import math
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,13 +19,19 @@ def plan_line(plan: SchedulePlan, learning_rate: str) -> str:
 
 
 def changed_lines(
-    plan: SchedulePlan, step: int, sparsity: float, earlier: SchedulePlan | None, rates: tuple[float, float] | None
+    plan: SchedulePlan,
+    step: int,
+    sparsity: float,
+    reached: float,
+    earlier: SchedulePlan | None,
+    rates: tuple[float, float] | None,
 ) -> list[str]:
     """What is otherwise than a reader of the config, or of the checkpoint's run, would expect.
 
     Args:
         plan: what is in force from `step` on.
-        sparsity: of the model.
+        sparsity: of the layers that train.
+        reached: the sparsity of the run by then, which is that of its layers where none has its own.
         earlier: what was in force where the checkpoint was written, if it was of a run of another length.
         rates: the learning rate that the checkpoint has, and what the schedule says now; None where it cannot be told.
     """
@@ -40,11 +47,20 @@ def changed_lines(
         elif rates[0] != rates[1]:
             line += f"; the learning rate at step {step} was {rates[0]:.3g}, the new schedule has {rates[1]:.3g} there"
         lines.append(line)
-    if plan.floor:
+    if plan.decay_end and plan.last_update <= step and abs(reached - plan.config.sparsity) > 1e-9:
+        # at the next update, if the schedule ended there
+        interval, until = plan.config.update_interval, plan.config.sparsity_schedule_until
+        enough = math.ceil((step // interval + 1) * interval / until - 1e-9)
+        lines.append(
+            f"No topology update is left after step {step} in a run of {length} steps: sparsity ends at {sparsity:.2%} "
+            f"and does not reach the {plan.config.sparsity:.2%} of the config, for which the run must have at least "
+            f"{enough} steps"
+        )
+    elif plan.floor:
         interval = plan.config.update_interval
         behind = (s for s in range(step // interval * interval, length + 1, interval) if _caught_up(plan, s))
         lines.append(
-            f"Sparsity stays at {sparsity:.2%}, where the schedule of {length} steps has "
+            f"Sparsity stays at {plan.floor:.2%}, where the schedule of {length} steps has "
             f"{plan.scheduled_sparsity(step // interval * interval):.2%} after step {step}, until that has caught up "
             f"at step {next(behind)}"
         )

@@ -17,7 +17,7 @@ from hf_chts.config import SparsityConfig
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.plain_weight import check_plain
-from hf_chts.layers.shares import Lazy, layer_links, some, sparsity_ahead
+from hf_chts.layers.shares import Lazy, layer_links, some, sparsity_ahead, without_return
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.topology.bits import pack_bits
 from hf_chts.topology.percolation import Junction, anp_rate, coupled_groups
@@ -95,6 +95,8 @@ class TopologyCallback(TrainerCallback):
         # weights of what is no link, where they are kept: those that links had when they left, 0 if there never was one
         self.stored: dict[str, Tensor] = {}
         self.adam: RegrownAdam | None = None
+        # what the schedule, or its floor, had at the last update that took place; None: not known
+        self.reached = state.sparsity if state else None
         self._said: set[str] = set()  # the layers of which it was said that they do not train
 
     @property
@@ -112,6 +114,7 @@ class TopologyCallback(TrainerCallback):
             born=self._gathered(self.adam.born if self.adam else {}),
             softness=self.softness if self.config.adapts_softness else {},
             loss_before_update=self.losses.before,
+            sparsity=self.reached,
         )
 
     def _gathered(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,11 +142,14 @@ class TopologyCallback(TrainerCallback):
         if state is not None:
             self._begin()
 
-    def plan_from(self, step: int, max_steps: int) -> SchedulePlan:
+    def plan_from(self, step: int, max_steps: int, trained: Collection[str] | None = None) -> SchedulePlan:
         """The plan of a run of `max_steps` optimizer steps that begins, or goes on, after `step` of them.
 
         Where the model is sparser than its schedule has it by then, because it comes from a run with another one,
         sparsity stays until the schedule has caught up.
+
+        Args:
+            trained: the layers that train; None: those that are not frozen.
         """
         config = self.config
         shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in self.sparse.masks().items()}
@@ -157,9 +163,13 @@ class TopologyCallback(TrainerCallback):
         if not plan.decay_end or config.initial_sparsity > config.sparsity:
             return plan
         update = plan.number_of_updates(step) * config.update_interval
-        links = {name: layer.links for name, layer in self.sparse.layers.items()}
-        ahead = sparsity_ahead(links, shapes, config, plan.sparsity(update))
-        if ahead is None:
+        scheduled, ahead = plan.sparsity(update), self.reached
+        if self._restored is None or ahead is None:
+            if trained is None:
+                trained = [name for name, layer in self.sparse.layers.items() if layer.weight.requires_grad]
+            links = {name: layer.links for name, layer in self.sparse.layers.items()}
+            ahead = sparsity_ahead(links, shapes, config, scheduled, trained)
+        if ahead is None or ahead <= scheduled + 1e-12:
             return plan
         return config.plan(max_steps, floor=min(ahead, config.sparsity), links=largest_piece)
 
@@ -178,7 +188,10 @@ class TopologyCallback(TrainerCallback):
             }
         )
         self._begin()
-        self.plan, self.engine = self.plan_from(step, max_steps), engine
+        self.engine = engine
+        self.plan = self.plan_from(step, max_steps, engine.trained(self.sparse.layers))
+        if self._restored is None:
+            self.reached = self.plan.sparsity(step)
         names = list(self.sparse.layers)
         self.junctions = couplings(cast(PreTrainedModel, self.sparse.model), names) if self.config.percolation else []
         self.groups = coupled_groups(self.junctions, names)
@@ -225,10 +238,13 @@ class TopologyCallback(TrainerCallback):
         if self.config.ages_links:
             RegrownAdam.check(optimizer)
         self.prepare(state.max_steps, engine, state.global_step)
+        if self._restored is None:  # the optimizer may have stepped on other masks: those of an earlier `train()`
+            engine.forget_missing(self.sparse.layers.values())
         engine.check(self.sparse.layers)
         assert self.plan is not None, "prepare makes the plan"
+        trained = engine.trained(self.sparse.layers)
         if state.is_world_process_zero and self.config.evolves:
-            self._say_plan(self.plan, state.global_step, learning_rates(optimizer, lr_scheduler))
+            self._say_plan(self.plan, state.global_step, trained, learning_rates(optimizer, lr_scheduler))
         self.record = None
         if state.is_world_process_zero and args.output_dir:
             masks = self.sparse.masks()
@@ -243,13 +259,22 @@ class TopologyCallback(TrainerCallback):
         if self.record is not None:
             self.record.end(state.global_step)
 
-    def _say_plan(self, plan: SchedulePlan, step: int, rates: tuple[float, float] | None) -> None:
+    def _say_plan(
+        self, plan: SchedulePlan, step: int, trained: Collection[str], rates: tuple[float, float] | None
+    ) -> None:
         self.say(plan_line(plan, self.learning_rate))
         earlier = None
         if self._restored is not None and self._earlier_steps not in (0, plan.max_steps):
             with suppress(ValueError):  # its length is refused today
                 earlier = self.config.plan(self._earlier_steps)
-        for line in changed_lines(plan, step, self.sparse.sparsity(), earlier, rates):
+        layers = [self.sparse.layers[name] for name in trained or self.sparse.layers]
+        sparsity = 1 - sum(layer.links for layer in layers) / sum(layer.mask.numel() for layer in layers)
+        reached = self.reached
+        if reached is None and earlier is not None:
+            reached = earlier.sparsity(step // plan.config.update_interval * plan.config.update_interval)
+        if reached is None or not trained:
+            reached = plan.config.sparsity
+        for line in changed_lines(plan, step, sparsity, reached, earlier, rates):
             _log.warning(line)
 
     def on_step_begin(
@@ -298,7 +323,8 @@ class TopologyCallback(TrainerCallback):
         names = self._trained()
         if not names:
             return {}
-        links = self._links(step)
+        links = self._links(step, names)
+        self.reached = self.plan.sparsity(step)
         evolved: dict[str, list[float]] = {name: [0.0] * 4 for name in self.sparse.layers}
         for groups in self._rounds(names):
             for name, (mask, done) in self._evolve(groups, step, links):
@@ -349,8 +375,8 @@ class TopologyCallback(TrainerCallback):
         if copies and self.config.evolves:
             raise ValueError(
                 f"copies of sparse layers would train instead of the layers themselves, and their topology would not "
-                f"evolve: {some(copies)}. Leave them out of PEFT's modules_to_save and call requires_grad_(True) on "
-                "the layers, or use method static"
+                f"evolve: {some(copies)}. Leave them out of PEFT's modules_to_save and train the layers without "
+                "adapters, or use method static"
             )
 
     def _rounds(self, names: Collection[str]) -> list[list[list[str]]]:
@@ -424,12 +450,14 @@ class TopologyCallback(TrainerCallback):
         assert isinstance(gradient, DenseGradient), f"no dense gradient of {name} was kept: on_step_begin asks for it"
         return gradient.mean()
 
-    def _links(self, step: int) -> dict[str, int]:
+    def _links(self, step: int, trained: Collection[str]) -> dict[str, int]:
         """The number of links of each layer after an update at `step`, were all of them to evolve.
 
-        So a layer has as many whichever others are frozen, and what those keep is not shared out.
+        So a layer has as many whichever others are frozen, and what those keep is not shared out. But while sparsity
+        rises, or stays until its schedule has caught up, no link comes back to the layers that train.
         """
         assert self.plan is not None
+        plan, config = self.plan, self.config
         layers, masks = self.sparse.layers, self.sparse.masks()
         shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in masks.items()}
 
@@ -441,7 +469,13 @@ class TopologyCallback(TrainerCallback):
                 weight = torch.where(layer.mask, weight, self.engine.whole(layer, self.stored[name]))
             return layer.matrix(weight)
 
-        return layer_links(shapes, self.plan.sparsity(step), self.config, Lazy(whole, masks))
+        weights = Lazy(whole, masks)
+        links = layer_links(shapes, plan.sparsity(step), config, weights)
+        rises = step <= plan.decay_end and config.initial_sparsity <= config.sparsity
+        if config.allocation == "global" and rises and len(trained) < len(layers):
+            held = {name: layer.links for name, layer in layers.items()}
+            links = without_return(links, held, shapes, config, weights, trained)
+        return links
 
     def _take_over(self, name: str, mask: Tensor, update: int) -> None:
         assert self.engine is not None

@@ -19,7 +19,8 @@ from transformers.utils import can_return_loss, find_labels
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits, with_original_names
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.layers.patching import SparseModel, sparsify
-from hf_chts.layers.wrappers import original_keys, original_name, uncompiled
+from hf_chts.layers.shares import some
+from hf_chts.layers.wrappers import original_keys, original_name, saves_adapters_alone, uncompiled
 from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal, what_is_unsealed
 from hf_chts.training.callback import TopologyCallback
 from hf_chts.training.console import say, use_console
@@ -138,6 +139,8 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
             if not self.is_deepspeed_enabled:  # which makes fp32 master weights of any
                 trained = {name: x.weight for name, x in self.sparse.layers.items() if x.weight.requires_grad}
                 refuse_half_precision(trained)
+            if self.args.save_strategy != "no":
+                self._refuse_adapters_alone()
             self.topology.restore(None)
             self.topology.warmup = None
         if resume_from_checkpoint is True:
@@ -166,6 +169,22 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
                 ) from error
             raise
 
+    def _saves_adapters_alone(self) -> bool:
+        """Whether checkpoints have no weights of sparse layers."""
+        if self.is_deepspeed_enabled and not self.args.save_only_model:
+            return False  # its own files have all that trains
+        return saves_adapters_alone(cast(nn.Module, self.model))
+
+    def _refuse_adapters_alone(self) -> None:
+        """Raises ValueError, naming them, for sparse layers that train, and whose weights checkpoints would lack."""
+        trained = [name for name, layer in self.sparse.layers.items() if layer.weight.requires_grad]
+        if trained and self._saves_adapters_alone():
+            raise ValueError(
+                "the model has PEFT adapters, which are all that its checkpoints would hold, and sparse layers that "
+                f"train: {some(trained)}. Freeze these (requires_grad_(False)), train them without adapters, or set "
+                "save_strategy to 'no' and write the model with export_sparse(…, adapters=…)"
+            )
+
     def _restore_topology(self, directory: str) -> None:
         if self.topology is None:
             if (Path(directory) / MASKS_NAME).exists():
@@ -175,6 +194,13 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
         state = with_original_names(load_topology(directory), self.sparse.layers)
         verify_fits(state, self.sparse.layers, directory)
         _verify_same_run(saved_config, self.sparse.config, directory)
+        masks = self.sparse.masks() if self._saves_adapters_alone() else {}
+        for name, mask in masks.items():
+            if not mask.equal(state.masks[name].to(mask.device)):
+                raise ValueError(
+                    f"{directory} holds adapters alone, and the mask of {name} in it is not that of the model: put the "
+                    "adapters on the sparse model that they were trained on"
+                )
         earlier = TrainerState.load_from_json(str(Path(directory) / TRAINER_STATE_NAME))
         self.topology.restore(state, max_steps=earlier.max_steps)
 
@@ -277,6 +303,8 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_finite()
+        if self.topology is not None:
+            self._refuse_adapters_alone()
         run_dir = self._get_output_dir(trial=trial)
         directory = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this one is whole

@@ -205,6 +205,62 @@ def test_adapters_that_are_merged_at_the_moment(tmp_path):
         export_sparse(model, tmp_path, adapters="merge")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_that_are_disabled_at_the_moment(tmp_path, kind):
+    base = sparse_llama()
+    expected = logits(base)
+    model = KINDS[kind](base)
+    inside = getattr(model, "_orig_mod", model)
+
+    def exports():
+        for adapters in ("merge", "merge_masked"):
+            with pytest.raises(ValueError, match=rf"adapters is '{adapters}', and those of .* are disabled.*leave_out"):
+                export_sparse(model, tmp_path / "x", adapters=adapters)
+        assert not (tmp_path / "x").exists()
+        export_sparse(model, tmp_path / "left out", adapters="leave_out")
+        assert logits(loaded(tmp_path / "left out")).equal(expected)
+
+    if kind == "add_adapter":
+        inside.disable_adapters()
+        exports()
+        inside.enable_adapters()
+    else:
+        with inside.disable_adapter():
+            exports()
+    export_sparse(model, tmp_path / "merged", adapters="merge")
+    torch.testing.assert_close(logits(loaded(tmp_path / "merged")), logits(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patterns", [None, ["q_proj", "up_proj"], [r"model\.layers\.1\..*"]])
+@pytest.mark.parametrize("kind", ["get_peft_model", "add_adapter", "DoRA"])
+def test_what_adapters_add_stays_dense(tmp_path, kind, patterns):
+    config = SparsityConfig(method="static", sparsity=0.8, target_modules=patterns)
+    names = list(sparsify(tiny_llama(), config).layers)
+    model = KINDS[kind](tiny_llama())
+    model.requires_grad_(True)
+    assert list(sparsify(model, config).layers) == names
+    assert all(p.ne(0).all() for name, p in model.named_parameters() if "lora_" in name)
+    export_sparse(model.eval(), tmp_path, adapters="merge")
+    torch.testing.assert_close(logits(loaded(tmp_path)), logits(model), rtol=1e-4, atol=1e-5)
+    assert list(SparseModel.of(load_sparse(tmp_path)).layers) == names
+
+
+@pytest.mark.parametrize("pattern", ["lora_A.default", r".*\.lora_[AB]\..*", "default"])
+def test_adapters_are_no_targets(pattern):
+    model = with_lora(tiny_llama()).requires_grad_(True)
+    with pytest.raises(ValueError, match=r"only what PEFT's adapters have put into the model.*lora_A\.default"):
+        sparsify(model, SparsityConfig(target_modules=["up_proj", pattern]))
+    assert SparseModel.of(model) is None
+
+
+def test_a_layer_whose_copy_runs_is_no_target():
+    model = with_lora(tiny_llama(), modules_to_save=["down_proj"]).requires_grad_(True)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj has a copy.*modules_to_save"):
+        sparsify(model, SparsityConfig())
+    others = SparsityConfig(method="static", target_modules=["q_proj", "up_proj"])
+    assert len(sparsify(model, others).layers) == 4
+
+
 def test_prompt_tuning_has_nothing_to_merge(tmp_path):
     base = sparse_llama()
     expected = logits(base)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny_llama
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from transformers.pytorch_utils import Conv1D
 
@@ -81,6 +82,39 @@ def test_forward_mode(layers):
     assert value.equal(expected[0])
     torch.testing.assert_close(change, expected[1])
     torch.testing.assert_close(jacfwd(output(masked))(weight), jacrev(output(masked))(weight))
+
+
+def test_dual_numbers(layers):
+    masked, dense, mask = layers
+    generator = random_stream(2)
+    tangent, towards = (torch.randn(shape, generator=generator) for shape in (dense.weight.shape, X.shape))
+
+    def output(layer):
+        return lambda weight, x: functional_call(layer, {"weight": weight, "bias": layer.bias}, (x,))
+
+    weight = masked.weight.detach()
+    expected = jvp(output(dense), (weight, X), (tangent * mask, towards))
+    leaf = weight.clone().requires_grad_()
+    masked.dense_gradient = torch.zeros_like(weight)
+    with forward_ad.dual_level():
+        dual = output(masked)(forward_ad.make_dual(leaf, tangent), forward_ad.make_dual(X, towards))
+        value, change = forward_ad.unpack_dual(dual)
+        # and backward through both
+        (first,) = torch.autograd.grad(value.square().sum(), leaf, retain_graph=True)
+        (second,) = torch.autograd.grad(change.square().sum(), leaf)
+        # a weight that is no dual number, in the same level
+        (own,) = torch.autograd.grad(masked(X).square().sum(), masked.weight)
+    assert value.equal(expected[0])
+    torch.testing.assert_close(change, expected[1])
+
+    def squared(part):
+        return lambda w: jvp(output(dense), (w, X), (tangent * mask, towards))[part].square().sum()
+
+    gradients = [grad(squared(part))(weight) for part in (0, 1)]
+    torch.testing.assert_close(first, gradients[0] * mask)
+    torch.testing.assert_close(second, gradients[1] * mask)
+    torch.testing.assert_close(own, gradients[0] * mask)
+    torch.testing.assert_close(masked.dense_gradient, 2 * gradients[0] + gradients[1])
 
 
 def test_second_derivatives(layers):

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from cases import CASES, arguments, case_config, trainer
+from cases import CASES, arguments, case_config, same_weights, trainer, weights
 from peft import LoraConfig, get_peft_model
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
@@ -251,3 +251,149 @@ def test_copies_that_would_train_without_evolving_are_refused(tmp_path):
         copies = run.sparse.copies()
         assert len(copies) == 2
         assert all(layer.weight[layer.mask].ne(0).any() for layer in copies.values())
+
+
+ADAPTERS = {
+    "get_peft_model": get_peft_model,
+    "compiled": lambda model, config: torch.compile(get_peft_model(model, config), backend="eager"),
+    "add_adapter": lambda model, config: (model.add_adapter(config), model)[1],
+}
+
+
+def beside_adapters(directory, adapt, seed=0, trains=False, callbacks=None, **changes):
+    model = tiny_llama(seed)
+    sparsify(model, case_config("set", sparsity=0.8))
+    adapted = ADAPTERS[adapt](model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    if trains:
+        model.requires_grad_(True)
+    args = arguments(directory, **({"max_steps": 12, "save_steps": 8} | changes))
+    return SparseTrainer(model=adapted, args=args, train_dataset=random_blocks(), callbacks=callbacks)
+
+
+@pytest.mark.parametrize("adapt", ADAPTERS)
+def test_checkpoints_that_would_lack_what_trains_are_refused(tmp_path, adapt):
+    run = beside_adapters(tmp_path, adapt, trains=True)
+    before = snapshot(run.sparse, run.sparse.layers)
+    with pytest.raises(ValueError, match=r"PEFT adapters.*that train: model\.layers\.0\.self_attn\.q_proj"):
+        run.train()
+    assert unchanged(run.sparse, before)
+    assert run.state.global_step == 0
+
+
+def test_what_trains_beside_adapters_without_checkpoints_and_frozen(tmp_path):
+    unsaved = beside_adapters(tmp_path / "a", "get_peft_model", trains=True, save_strategy="no")
+    unsaved.train()
+    unsaved.sparse.check()
+    run = beside_adapters(tmp_path, "get_peft_model", trains=True)
+    run.sparse.model.requires_grad_(False)
+    for name, parameter in run.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    run.train()
+    again = beside_adapters(tmp_path / "b", "get_peft_model")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert same_weights(weights(run), weights(again))
+
+
+def test_layers_that_begin_to_train_beside_adapters_end_the_run_at_its_next_checkpoint(tmp_path):
+    class ThawAll(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                run.sparse.model.requires_grad_(True)
+
+    run = beside_adapters(tmp_path, "get_peft_model", save_steps=4, callbacks=[ThawAll()])
+    with pytest.raises(ValueError, match="PEFT adapters.*that train"):
+        run.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_adapters_go_on_with_the_masks_that_they_were_trained_on(tmp_path):
+    beside_adapters(tmp_path, "get_peft_model").train()
+    other = beside_adapters(tmp_path, "get_peft_model")
+    layer = other.sparse.layers[FROZEN[1]]
+    layer.set_mask(layer.topology.flip(0))
+    before = snapshot(other.sparse)
+    with pytest.raises(ValueError, match=f"holds adapters alone, and the mask of {FROZEN[1]}"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert unchanged(other.sparse, before)
+
+
+def test_a_wrapper_whose_checkpoints_hold_everything_trains_beside_adapters(tmp_path):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inside = model
+
+        def forward(self, input_ids, labels=None):
+            return self.inside(input_ids=input_ids, labels=labels)
+
+    def run(directory, resume=None):
+        model = tiny_llama()
+        sparsify(model, case_config("set", sparsity=0.8))
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        model.requires_grad_(True)
+        args = arguments(directory, max_steps=12, save_steps=8)
+        one = SparseTrainer(model=Wrapper(adapted), args=args, train_dataset=random_blocks())
+        one.train(resume_from_checkpoint=resume)
+        return weights(one)
+
+    assert same_weights(run(tmp_path / "a"), run(tmp_path / "b", str(tmp_path / "a/checkpoint-8")))
+
+
+BLOCK = [f"model.layers.0.{part}" for part in [f"self_attn.{kind}_proj" for kind in "qkvo"]] + [
+    f"model.layers.0.mlp.{kind}_proj" for kind in ("gate", "up", "down")
+]
+
+
+def with_a_frozen_block(directory, config, model=None, **changes):
+    run = SparseTrainer(
+        model=model or tiny_llama(), args=arguments(directory, **changes), sparsity=config,
+        train_dataset=random_blocks(),
+    )  # fmt: skip
+    freeze(run.model, BLOCK)
+    return run
+
+
+def sparsities(run):
+    """Of the layers that train, from what was logged of all."""
+    masks = run.sparse.masks()
+    kept, possible = sum(run.sparse.layers[name].links for name in BLOCK), sum(mask.numel() for mask in masks.values())
+    trained = sum(mask.numel() for name, mask in masks.items() if name not in BLOCK)
+    return [1 - (possible * (1 - line["sparsity"]) - kept) / trained for line in run.topology.history]
+
+
+def scheduled(step, end):
+    return 0.9 - 0.4 * (1 - min(step / end, 1)) ** 3
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erdos_renyi", "global"])
+@pytest.mark.parametrize("method", ["gmp", "granet"])
+def test_no_links_come_back_in_a_longer_run_or_another(tmp_path, method, allocation, caplog):
+    config = case_config(method, allocation=allocation)
+    first = with_a_frozen_block(tmp_path / "first", config, save_steps=8)
+    with caplog.at_level(logging.WARNING, logger="hf_chts"):
+        first.train()
+    assert "stays at" not in caplog.text.replace("stays as", "")
+    longer = with_a_frozen_block(tmp_path / "longer", config, max_steps=48, save_steps=8)
+    longer.train(resume_from_checkpoint=str(tmp_path / "first/checkpoint-8"))
+    found = sparsities(longer)
+    assert found == pytest.approx(sorted(found))
+    stays = next(line for line in caplog.messages if "Sparsity stays" in line)
+    # cubic: after step 8 of 16, and where 36 steps take it
+    assert f"stays at {scheduled(8, 16):.2%}" in stays
+    assert f"{scheduled(8, 36):.2%}" in stays
+    if allocation == "uniform":
+        expected = [scheduled(4, 16), *(max(scheduled(8, 16), scheduled(step, 36)) for step in range(8, 37, 4))]
+        assert found == pytest.approx(expected, abs=2e-3)
+    # a resumed run is as if it had never stopped, while its sparsity stays and after that
+    for checkpoint in (16, 32):
+        again = with_a_frozen_block(tmp_path / "again", config, tiny_llama(seed=7), max_steps=48, save_strategy="no")
+        again.train(resume_from_checkpoint=str(tmp_path / f"longer/checkpoint-{checkpoint}"))
+        assert again.topology.plan.floor == (longer.topology.plan.floor if checkpoint == 16 else 0)
+        assert all(mask.equal(longer.sparse.masks()[name]) for name, mask in again.sparse.masks().items())
+    links = {name: layer.links for name, layer in first.sparse.layers.items()}
+    first.train()
+    found = sparsities(first)
+    assert found == pytest.approx(sorted(found))
+    assert first.sparse.links() <= sum(links.values())
+    if allocation != "global":  # which moves links towards the layers with the greater weights
+        assert {name: layer.links for name, layer in first.sparse.layers.items()} == links

@@ -175,6 +175,34 @@ def test_a_shorter_run_catches_up_with_its_schedule_and_says_so(tmp_path, caplog
     )
 
 
+@pytest.mark.parametrize("case", ["gmp", "granet", "mest", "gmp, global allocation"])
+def test_a_run_that_cannot_reach_its_sparsity_any_more_says_so(tmp_path, case, caplog):
+    checkpoint = stopped(tmp_path / "long", case, 16, max_steps=48)
+    sparsity = {"mest": elastic}.get(case, cubic)(16, 36)
+    for length in (20, 26, 27):  # three quarters of 27 steps are 20, the next update
+        caplog.clear()
+        run = trainer(tmp_path / "short", case, model=tiny_llama(seed=5), max_steps=length, save_strategy="no")
+        with caplog.at_level(logging.WARNING, logger="hf_chts"):
+            run.train(resume_from_checkpoint=checkpoint)
+        told = [line for line in lines(caplog) if "No topology update is left" in line]
+        if length == 27:
+            assert told == []
+            assert run.sparse.sparsity() == pytest.approx(0.9, abs=1e-3)
+            continue
+        assert run.sparse.sparsity() == pytest.approx(sparsity, abs=1e-3)
+        assert len(told) == 1
+        for said in ("step 16", f"{length} steps", f"{run.sparse.sparsity():.2%}", "90.00%", "at least 27 steps"):
+            assert said in told[0]
+
+
+def test_a_run_that_was_at_its_sparsity_and_has_no_more_updates_says_nothing_of_it(tmp_path, caplog):
+    checkpoint = stopped(tmp_path / "first", "granet", 18)  # the decay has ended with step 16
+    run = trainer(tmp_path / "shorter", "granet", model=tiny_llama(seed=5), max_steps=20, save_strategy="no")
+    with caplog.at_level(logging.WARNING, logger="hf_chts"):
+        run.train(resume_from_checkpoint=checkpoint)
+    assert "No topology update is left" not in caplog.text
+
+
 @pytest.mark.parametrize("case", ["chtss", "gmp, global allocation"])
 def test_training_a_second_time_begins_anew_with_the_model_as_it_is(tmp_path, case, caplog):
     run = trainer(tmp_path, case, save_strategy="no")

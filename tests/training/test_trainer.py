@@ -319,3 +319,26 @@ def test_schedules_that_do_not_fit_leave_the_model_alone(tmp_path):
     with pytest.raises(ValueError, match="update_interval is 100 steps"):
         SparseTrainer(model=model, args=arguments(tmp_path), sparsity=SparsityConfig())
     assert same_weights(before, model.state_dict())
+
+
+@pytest.mark.parametrize("case", ["chtss", "rigl, historical weights", "chtss, per-weight Adam steps"])
+def test_training_again_with_masks_that_the_optimizer_has_not_stepped_on(tmp_path, case):
+    def train(run):
+        invariants = Invariants.watch(run)
+        run.train()
+        run.remove_callback(invariants)
+        run.topology.engine.check(run.sparse.layers)
+
+    first = trainer(
+        tmp_path / "first", case, max_steps=16, save_steps=4, eval_strategy="steps", eval_steps=4,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,  # an early one
+    )  # fmt: skip
+    train(first)
+    assert not first.state.best_model_checkpoint.endswith("checkpoint-16")
+    train(first)
+    second = trainer(tmp_path / "second", case, model=first.model, save_strategy="no")
+    train(second)
+    train(first)
+    layer = first.sparse.layers["model.layers.0.self_attn.q_proj"]
+    layer.set_mask(layer.topology.roll(1, 0))
+    train(first)

@@ -176,6 +176,22 @@ class Engine(ABC):
     def after_step(self, layers: Iterable[MaskedLayer]) -> None:  # noqa: B027 - most optimizers need nothing
         """Called after each optimizer step, for engines whose optimizer may have moved missing links."""
 
+    @torch.no_grad()
+    def forget_missing(self, layers: Iterable[MaskedLayer]) -> None:
+        """Set to 0, off the masks, all that the optimizer keeps: moments, gradients and master weights.
+
+        For an optimizer that stepped on other masks. The weights of the forward stay as they are.
+        """
+        for layer in layers:
+            held, copies = self.held(layer), self.copies(layer)
+            of_forward = "working" if "working" in held or "working" in copies else "weight"
+            start, stop = self.extent(layer)
+            missing = ~layer.mask.reshape(-1)
+            for tensors, off in ((held, missing[start:stop]), (copies, missing)):
+                for name, tensor in tensors.items():
+                    if name != of_forward:
+                        tensor.masked_fill_(off.view(tensor.shape).to(tensor.device), 0)
+
     def strays(self, layer: MaskedLayer) -> dict[str, int]:
         """How many elements are not 0 off the mask, by the names of `held` and `copies`, on this rank."""
         start, stop = self.extent(layer)
