@@ -121,14 +121,18 @@ class Invariants(TrainerCallback):
 
     def __init__(self):
         self.trainer = None
+        self.floor = 0.0
         self.before = {}
         self.updates = 0
 
     @classmethod
-    def watch(cls, run):
-        """Added last, so that it comes after the callback that evolves the topology."""
+    def watch(cls, run, floor=0.0):
+        """Added last, so that it comes after the callback that evolves the topology.
+
+        `floor` is the sparsity that the model has where an earlier run took it beyond the schedule of this one.
+        """
         invariants = cls()
-        invariants.trainer = run
+        invariants.trainer, invariants.floor = run, floor
         run.add_callback(invariants)
         return invariants
 
@@ -154,7 +158,8 @@ class Invariants(TrainerCallback):
             for moment in ("exp_avg", "exp_avg_sq"):
                 assert layer.matrix(optimizer.state[layer.weight][moment])[fresh].eq(0).all()
             changed += int((mask != self.before[name]).sum())
-        check_links(sparse, plan.sparsity(state.global_step - state.global_step % sparse.config.update_interval))
+        scheduled = plan.sparsity(state.global_step - state.global_step % sparse.config.update_interval)
+        check_links(sparse, max(scheduled, self.floor))
         assert (changed > 0) <= plan.is_update(state.global_step)
         self.updates += plan.is_update(state.global_step) and changed > 0
 

@@ -267,6 +267,9 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
         self._restore_topology(self.state.best_model_checkpoint)
         if self.topology is not None:
             self.topology.take_pieces()
+            assert self.topology.engine is not None
+            # no optimizer's state is loaded: its moments are those of the last step's links
+            self.topology.engine.forget_missing(self.sparse.layers.values())
 
     @property
     def update_warmup_steps(self) -> int:
