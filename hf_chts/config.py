@@ -55,7 +55,12 @@ class SparsityConfig:
     target_modules: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
         None,
         "Linear layers to make sparse: suffixes of module names (q_proj) or regular expressions that match whole "
-        "names. None: all linear projections of the blocks; embeddings and lm_head stay dense.",
+        "names. None: the linear projections of the blocks, of the text model where there are others, but for routers "
+        "and gates, adapters, what sets the step of a state space, and layers with fewer than 16 inputs or outputs; "
+        "embeddings and lm_head stay dense.",
+    )
+    exclude_modules: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
+        None, "Linear layers to leave dense among those, by patterns as in target_modules."
     )
     allocation: str = _by_method(
         "allocation",
@@ -147,8 +152,9 @@ class SparsityConfig:
             # so that a recipe's sparsity can stay in the file when only the method is changed to dense
             object.__setattr__(self, "sparsity", 0.0)
             object.__setattr__(self, "initial_sparsity", 0.0)
-        if isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", [self.target_modules])
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, [getattr(self, name)])
         if isinstance(self.layer_sparsity, str):
             object.__setattr__(self, "layer_sparsity", _mapping("layer_sparsity", self.layer_sparsity))
         if self.initial_sparsity is None:
@@ -321,6 +327,7 @@ class SparsityConfig:
 
     def _check_patterns(self) -> None:
         patterns = [("target_modules", pattern) for pattern in self.target_modules or []]
+        patterns += [("exclude_modules", pattern) for pattern in self.exclude_modules or []]
         patterns += [("layer_sparsity", pattern) for pattern in self.layer_sparsity or ()]
         for name, pattern in patterns:
             try:
@@ -331,7 +338,7 @@ class SparsityConfig:
             if not (isinstance(sparsity, float) and 0 < sparsity < 1):
                 raise ValueError(
                     f"layer_sparsity has {sparsity!r} for {pattern!r}; it must be a number strictly between 0 and 1. "
-                    "To keep layers dense, leave them out of target_modules"
+                    "To keep layers dense, name them in exclude_modules"
                 )
 
     def _check_types(self) -> None:

@@ -1,8 +1,14 @@
 """What masked layers have in common: missing links stay missing.
 
-Identity forward on the weight, gradient masked inside autograd. Each kind adds its forward and how its weight lies.
+The weight is 0 off the mask, so the forward takes it as it is; what has to be masked is its gradient. A hook on the
+weight does that, once for a backward pass and wherever in the model the weight was used: some models multiply with
+`layer.weight` themselves. A hook stays on the tensor that it was put on. Where another takes its place in the forward
+(functional_call, the gathered weight of FSDP2), `keep_links` masks the gradient on its way instead, which is all that
+the layer can see of it.
 """
 
+import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -82,9 +88,10 @@ class MaskedLayer(nn.Module):
     mask: Tensor
     # where the dense gradient of the current step adds up over its micro-batches; None on steps that do not need it
     dense_gradient: Accumulator | None = None
-    # the hook that masks the gradient instead of the forward, and the weight it is on, see `mask_by_hook`
+    # the hook that masks the gradient, and the weight that it is on: by a weak reference, since whoever splits weights
+    # puts others in their place and wants the memory back
     _hook: RemovableHandle | None = None
-    _hooked: Tensor | None = None
+    _hooked: Callable[[], Tensor | None] = staticmethod(lambda: None)
 
     @classmethod
     def convert(cls: type[_Layer], layer: nn.Module, mask: Tensor) -> _Layer:
@@ -101,12 +108,15 @@ class MaskedLayer(nn.Module):
         if type(layer) is not cls.plain:
             raise TypeError(f"only {cls.plain.__name__} itself can become a {cls.__name__}, got {type(layer).__name__}")
         weight = layer.get_parameter("weight")
-        empty = torch.zeros(weight_shape(weight), dtype=torch.bool, device=weight.device)
+        # a weight without data gets it from another rank, but not its mask
+        device = "cpu" if weight.is_meta else weight.device
+        empty = torch.zeros(weight_shape(weight), dtype=torch.bool, device=device)
         _check_mask(mask, cls.matrix(empty).shape)
         layer.register_buffer("mask", empty, persistent=False)
         layer.__class__ = cls
         assert isinstance(layer, cls)
         layer.set_mask(mask)
+        layer.mask_by_hook()
         return layer
 
     def revert(self) -> nn.Module:
@@ -115,7 +125,7 @@ class MaskedLayer(nn.Module):
         self.__dict__.pop("dense_gradient", None)
         if self._hook is not None:
             self._hook.remove()
-            del self._hook, self._hooked
+            del self._hook, self._hooked  # those of the class are seen again
         self._non_persistent_buffers_set.discard("mask")
         self.__class__ = self.plain  # type: ignore[assignment]
         return self
@@ -147,21 +157,36 @@ class MaskedLayer(nn.Module):
         return int(torch.count_nonzero(self.mask))
 
     def masked_weight(self) -> Tensor:
-        """The weight, for the forward."""
+        """The weight, for the forward, with a gradient that is masked once."""
         weight = self.weight
-        # functional_call may have put another there, which has no hook
-        return weight if weight is self._hooked else keep_links(weight, self.mask, self.dense_gradient)
+        return weight if self._is_hooked(weight) else keep_links(weight, self.mask, self.dense_gradient)
+
+    def _is_hooked(self, weight: Tensor) -> bool:
+        """Whether the hook masks the gradient of this tensor, which functional_call may have put in the weight's place.
+
+        The weights of `nn.DataParallel`'s replicas are made of the weight, which has the hook.
+        """
+        hooked = self._hooked()
+        return hooked is not None and (weight is hooked or getattr(self, "_is_replica", False))
 
     def mask_by_hook(self) -> None:
-        """Mask the gradient in a hook on the weight, and give the forward the weight itself.
+        """Put the hook that masks the gradient on the weight, if it is not there.
 
-        For DeepSpeed's stage 3, which frees gathered weights after the forward by emptying the parameters: the views
-        that `keep_links` makes would keep all of them until the backward. The hook does not fire under FSDP2. A frozen
-        weight takes no hook, and needs none.
+        A frozen weight takes no hook, and needs none; the hook on a weight that FSDP2 has split would never be called.
         """
-        if self._hook is None and self.weight.requires_grad:
-            object.__setattr__(self, "_hooked", self.weight)  # a Module would take it for one more parameter
-            self._hook = self.weight.register_hook(self._mask_gradient)
+        if self._is_hooked(self.weight) or not self.weight.requires_grad or hasattr(self.weight, "device_mesh"):
+            return
+        if self._hook is not None:  # on a weight that is no longer the layer's
+            self._hook.remove()
+        self._hook = self.weight.register_hook(self._mask_gradient)
+        self._hooked = weakref.ref(self.weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_hook", "_hooked")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mask_by_hook()  # a copy of a tensor has none of its hooks
 
     def _mask_gradient(self, grad: Tensor) -> Tensor:
         if self.dense_gradient is not None:

@@ -1,5 +1,7 @@
 """The masked layers of torch and transformers, and which plain layer becomes which."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,6 +39,40 @@ class MaskedConv1D(MaskedLayer, Conv1D):
 PLAIN_LAYERS = (nn.Linear, Conv1D)
 
 
+class _OfSubclass(MaskedLayer):
+    """What a masked layer has that is made of a model's own kind of linear layer: that kind's forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weight, masked = self.weight, self.masked_weight()
+        if masked is weight:
+            return self.plain.forward(self, *args, **kwargs)
+        self._parameters["weight"] = masked  # type: ignore[assignment]
+        try:
+            return self.plain.forward(self, *args, **kwargs)
+        finally:
+            self._parameters["weight"] = weight  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # its class is in no module
+        return _empty, (self.plain,), self.__getstate__()
+
+
 def masked_class(layer: nn.Module) -> type[MaskedLayer]:
-    """The class that masks a layer of `PLAIN_LAYERS` or a subclass of one."""
-    return MaskedConv1D if isinstance(layer, Conv1D) else MaskedLinear
+    """The class that masks a layer of `PLAIN_LAYERS` or a subclass of one, with the forward that the layer has."""
+    return type(layer) if isinstance(layer, MaskedLayer) else _masked_class(type(layer))
+
+
+def _masked_class(kind: type[nn.Module]) -> type[MaskedLayer]:
+    base: type[MaskedLayer] = MaskedConv1D if issubclass(kind, Conv1D) else MaskedLinear
+    if kind is base.plain:
+        return base
+    if kind not in _MADE:
+        _MADE[kind] = type(f"Masked{kind.__name__}", (_OfSubclass, base, kind), {"plain": kind})
+    return _MADE[kind]
+
+
+_MADE: dict[type[nn.Module], type[MaskedLayer]] = {}
+
+
+def _empty(kind: type[nn.Module]) -> MaskedLayer:
+    made = _masked_class(kind)
+    return made.__new__(made)

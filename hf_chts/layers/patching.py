@@ -1,22 +1,27 @@
 """sparsify(): which projections of a model become masked layers, with which topology; and dense again."""
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
+from transformers.modeling_utils import is_local_dist_rank_0
 
 from hf_chts.config import SparsityConfig
 from hf_chts.layers.coupling import couplings
+from hf_chts.layers.heads import head_blocks
 from hf_chts.layers.initial_masks import check_links, initial_masks
 from hf_chts.layers.masked_layer import MaskedLayer
-from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
-from hf_chts.layers.partitions import strays, weight_shape, whole_weight
+from hf_chts.layers.masked_linear import masked_class
+from hf_chts.layers.partitions import strays, whole_weight
 from hf_chts.layers.plain_weight import check_plain
-from hf_chts.layers.shares import Lazy, head_blocks, matching, overrides, some
-from hf_chts.layers.wrappers import added_by_adapters, copied_by_adapters, named_originals, original_name, unwrap
+from hf_chts.layers.shares import Lazy, overrides
+from hf_chts.layers.targets import earlier_targets, find_targets, matrix_shape
+from hf_chts.layers.wrappers import named_originals, unwrap
 
 _HANDLE = "_hf_chts_sparse_model"
 
@@ -130,7 +135,7 @@ def sparsify(
         model: any model, wrapped or not; by default the linear projections of its decoder blocks are the target.
         config: what to patch and with which initial topology; with method "dense" nothing is.
         masks: topologies to take over instead of drawing initial ones, bool (out, in) by layer name, for exactly the
-            target layers.
+            target layers, or those that were the targets by default in earlier versions.
         calibration: for the initial topology "correlated", the inputs of every target layer over some samples,
             (samples, in_features) by layer name.
 
@@ -138,17 +143,18 @@ def sparsify(
         The handle; also found again with `SparseModel.of(model)`.
 
     Raises:
-        ValueError: nothing matches, a weight is shared, frozen, too small or held by something else, the blocks have
-            projections that are no layers, the model is sparse already, or `masks` do not fit. Everything is checked
-            before the model is touched.
+        ValueError: nothing matches, a weight is shared, frozen, too small, without data or held by something else, the
+            blocks have projections that are no layers, the model is sparse already, or `masks` do not fit. Everything
+            is checked before the model is touched.
     """
     model = unwrap(model)
     if SparseModel.of(model) is not None:
         raise ValueError("the model is sparse already: call unsparsify() on its handle, SparseModel.of(model)")
-    targets = {} if config.is_dense else find_targets(model, config)
+    targets = {} if config.is_dense else _targets(model, config, masks)
+    _refuse_meta(targets, config)
     if config.percolation and targets:
         couplings(cast(PreTrainedModel, model), list(targets))  # refuses architectures whose coupling is not known
-    shapes = {name: _matrix_shape(layer) for name, layer in targets.items()}
+    shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
     weights = Lazy(lambda name: _matrix(targets[name]), targets)
     blocks = head_blocks(model, shapes) if config.per_head and targets else {}
     if targets:
@@ -166,114 +172,58 @@ def sparsify(
     return sparse
 
 
-def find_targets(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Module]:
-    """The layers that `config` makes sparse, of `PLAIN_LAYERS`, by name, in the model's order.
+def follow_masks(sparse: SparseModel, masks: Mapping[str, Tensor]) -> None:
+    """Make the layers sparse that have masks in a checkpoint which an earlier version wrote with default targets.
 
-    Raises:
-        ValueError: see `sparsify`.
+    Nothing is done where the masks are of any other layers.
     """
-    originals, added = named_originals(model), added_by_adapters(model)
-    modules = {name: module for name, module in originals.items() if module not in added}
-    linears: dict[str, nn.Module] = {
-        name: module for name, module in modules.items() if name and isinstance(module, PLAIN_LAYERS)
+    targets = _targets(sparse.model, sparse.config, masks)
+    if set(targets) != set(masks) or set(targets) <= set(sparse.layers):
+        return
+    shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
+    _check_masks(dict(masks), shapes)
+    blocks = head_blocks(sparse.model, shapes) if sparse.config.per_head else {}
+    found = {
+        name: sparse.layers[name] if name in sparse.layers else masked_class(layer).convert(layer, masks[name])
+        for name, layer in targets.items()
     }
-    targets = (
-        _block_projections(model, modules, linears)
-        if config.target_modules is None
-        else _matching(linears, config.target_modules, [name for name in originals if name not in modules])
-    )
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(original_name(name))
-    copied = copied_by_adapters(model)
-    for name, linear in targets.items():
-        if linear in copied:
+    sparse.layers, sparse.blocks = found, blocks
+    sparse.ignore_masks_in_ddp(sparse.model)
+
+
+def _targets(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tensor] | None) -> dict[str, nn.Module]:
+    """The target layers; where masks are given that an earlier version made by its default, those that it took."""
+    if masks is None or config.target_modules is not None or config.exclude_modules:
+        return find_targets(model, config)
+    earlier = list(earlier_targets(model))
+    if set(earlier) != set(masks):
+        return find_targets(model, config)
+    return find_targets(model, replace(config, target_modules=[re.escape(name) for name in earlier]))
+
+
+def _refuse_meta(targets: Mapping[str, nn.Module], config: SparsityConfig) -> None:
+    """Raises ValueError for weights without data: what fills them later knows nothing of masks.
+
+    But FSDP's efficient loading does: all ranks but the first have such weights, and get them, with zeros, from it.
+    """
+    for name, layer in targets.items():
+        if not layer.get_parameter("weight").is_meta:
+            continue
+        if not (is_fsdp_enabled() and not is_local_dist_rank_0()):
             raise ValueError(
-                f"{name} has a copy that runs instead of it, of PEFT's modules_to_save: leave it out of that, or of "
-                "target_modules"
+                f"{name} is on the meta device, where weights have no values and masks would be lost: give the model "
+                "its weights first (from_pretrained, or to_empty and init_weights on a real device)"
             )
-        check_plain(name, linear)
-        if type(linear) not in PLAIN_LAYERS:
+        if config.allocation == "global":
             raise ValueError(
-                f"{name} is a {type(linear).__name__}, not a plain nn.Linear or Conv1D: leave it out of target_modules"
+                f"allocation is 'global', which reads weights, but {name} has none on this rank: set "
+                "fsdp_cpu_ram_efficient_loading to false"
             )
-        weight = linear.get_parameter("weight")
-        shared = users.get(id(weight), [])
-        if len(shared) > 1:
-            raise ValueError(
-                f"{name} shares its weight with {[s for s in shared if s != name + '.weight']}: a mask would "
-                "reach those too. Untie them, or leave it out of target_modules"
-            )
-        if not weight.requires_grad:
-            raise ValueError(f"{name} is frozen: unfreeze it, or leave it out of target_modules")
-    return targets
 
 
 def _matrix(layer: nn.Module) -> Tensor:
     """The whole weight of a plain layer, (out, in)."""
     return masked_class(layer).matrix(whole_weight(layer.get_parameter("weight")))
-
-
-def _matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    rows, columns = weight_shape(layer.get_parameter("weight"))
-    return (columns, rows) if masked_class(layer).transposed else (rows, columns)
-
-
-def _block_projections(
-    model: nn.Module, modules: dict[str, nn.Module], linears: dict[str, nn.Module]
-) -> dict[str, nn.Module]:
-    """Linear layers inside the repeated blocks of the model, which transformers keeps in `nn.ModuleList`s.
-
-    Raises:
-        ValueError: there are none, or they are not all: some projections are parameters that no linear layer holds.
-    """
-    blocks = tuple(
-        f"{name}."
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) and not isinstance(module[0], PLAIN_LAYERS)
-    )
-    found = {name: linear for name, linear in linears.items() if name.startswith(blocks)} if blocks else {}
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no linear layers inside a list of blocks: name the layers in target_modules. "
-            f"Its linear layers: {some(linears)}"
-        )
-    for name, module in modules.items():
-        for parameter, value in module.named_parameters(recurse=False) if name.startswith(blocks) else ():
-            if _holds_matrices(module, value):
-                kinds = list(dict.fromkeys(linear.rpartition(".")[2] for linear in found))
-                raise ValueError(
-                    f"{name} is a {type(module).__name__}, whose parameter {parameter} {tuple(value.shape)} holds "
-                    "several matrices (of experts or heads): those cannot be masked and would stay dense. Name the "
-                    f"layers to make sparse in target_modules. Linear layers in the blocks: {some(kinds)}"
-                )
-    return found
-
-
-def _holds_matrices(module: nn.Module, parameter: Tensor) -> bool:
-    if isinstance(module, _ConvNd):
-        return False
-    stacked = parameter.dim() > 2 and min(parameter.shape[-2:]) > 1
-    # DBRX has its experts one below the other
-    return stacked or (parameter.dim() == 2 and "Expert" in type(module).__name__)
-
-
-def _matching(linears: dict[str, nn.Module], patterns: list[str], added: list[str]) -> dict[str, nn.Module]:
-    found: set[str] = set()
-    for pattern in patterns:
-        matches = matching(linears, pattern)
-        if not matches and (own := matching(added, pattern)):
-            raise ValueError(
-                f"target_modules has {pattern!r}, which matches only what PEFT's adapters have put into the model: "
-                f"{some(own)}. Those stay dense: name layers of the model itself"
-            )
-        if not matches:
-            raise ValueError(
-                f"target_modules has {pattern!r}, which matches no linear layer: give a suffix such as 'q_proj', or a "
-                f"regular expression that matches a whole name. Linear layers: {some(linears)}"
-            )
-        found.update(matches)
-    return {name: linear for name, linear in linears.items() if name in found}
 
 
 def _check_masks(masks: dict[str, Tensor], shapes: dict[str, tuple[int, int]]) -> None:

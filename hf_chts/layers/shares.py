@@ -1,17 +1,13 @@
-"""How many links each layer has, and how the layers of attention heads are cut into blocks with their own."""
+"""How many links each layer has."""
 
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_chts.config import SparsityConfig
 from hf_chts.topology.allocation import allocate, allocate_links, links_at
-
-# Names that projections onto heads have in transformers; fused ones hold the heads of q, k and v one after the other
-_ONTO_HEADS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "q", "k", "v")
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -164,41 +160,6 @@ def overrides(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
                 )
             found[name] = pattern
     return {name: config.overrides[pattern] for name, pattern in found.items()}
-
-
-def head_blocks(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Into how many equal blocks of rows the layers are cut that project onto attention heads; by name.
-
-    Raises:
-        ValueError: the model's config does not tell the size of a head, or no layer projects onto heads.
-    """
-    size = _head_size(getattr(model, "config", None))
-    if size is None:
-        raise ValueError(
-            f"per_head is true, but the config of {type(model).__name__} does not tell the size of a head (head_dim, "
-            "d_kv, or hidden_size and num_attention_heads): set per_head to false"
-        )
-    blocks = {name: shape[0] // size for name, shape in shapes.items() if name.rpartition(".")[2] in _ONTO_HEADS}
-    if not blocks:
-        raise ValueError(
-            f"per_head is true, but no sparse layer of {type(model).__name__} projects onto heads (known: "
-            f"{', '.join(_ONTO_HEADS)}): set per_head to false. Sparse layers: {some(list(shapes))}"
-        )
-    for name in blocks:
-        if shapes[name][0] % size:
-            raise ValueError(
-                f"per_head is true, but {name} has {shapes[name][0]} rows, which are no heads of {size}: set per_head "
-                "to false"
-            )
-    return blocks
-
-
-def _head_size(config: Any) -> int | None:
-    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    heads = getattr(config, "num_attention_heads", None)
-    if size is None and heads and getattr(config, "hidden_size", None):
-        size = config.hidden_size // heads
-    return size
 
 
 def matching(names: Collection[str], pattern: str) -> list[str]:

@@ -148,7 +148,8 @@ def test_check_finds_a_stray_weight():
 
 
 class Special(nn.Linear):
-    pass
+    def forward(self, input):
+        return super().forward(input) * 2
 
 
 def frozen(model):
@@ -170,7 +171,8 @@ def shared(model):
         (None, {"target_modules": ["q_proj", "w1"]}, "'w1', which matches no linear layer"),
         (None, {"sparsity": 0.9999}, r"\(40, 40\) would have no link left at sparsity 0.9999"),
         (frozen, {}, "layers.1.mlp.up_proj is frozen"),
-        (special, {}, "layers.1.mlp.up_proj is a Special"),
+        (special, {}, "layers.1.mlp.up_proj is a Special, .* exclude_modules"),
+        (special, {"target_modules": ["layers.1.mlp.up_proj"]}, "is a Special, .* can only be trained dense"),
         (shared, {}, "layers.0.mlp.up_proj shares its weight with .*layers.1.mlp.up_proj"),
     ],
 )

@@ -1,0 +1,61 @@
+"""Subclasses of linear layers, which models have of their own: which of them still are linear layers.
+
+Falcon's is, and has another forward only for the order of its roundings. One that scales or rounds its weight, or sends
+groups of features through parts of it, is not: there a weight of 0 need not be a missing link.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from hf_chts.layers.partitions import weight_shape
+from hf_chts.topology.random_streams import random_stream
+
+_ROWS = 3
+
+
+def computes_a_product(layer: nn.Module) -> bool:
+    """Whether a layer, `nn.Linear`, `Conv1D` or of a subclass, gives x·Wᵀ + b, in training and in evaluation.
+
+    A subclass that has a forward of its own is tried with random inputs and a random weight. Neither its hooks nor its
+    parameters take part, so that a weight may be split over ranks, and the global random state stays.
+    """
+    plain = Conv1D if isinstance(layer, Conv1D) else nn.Linear
+    if type(layer).forward is plain.forward:
+        return True
+    weight = layer.get_parameter("weight")
+    if not weight.dtype.is_floating_point:
+        return False
+    stream = random_stream(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=stream).to(weight.device, weight.dtype)
+
+    rows, columns = weight_shape(weight)
+    bias = getattr(layer, "bias", None)
+    tried = {"weight": normal(rows, columns)}
+    if bias is not None:
+        tried["bias"] = normal(*weight_shape(bias))
+    inputs = normal(_ROWS, rows if plain is Conv1D else columns)
+    matrix = tried["weight"].t() if plain is Conv1D else tried["weight"]
+    expected = functional.linear(inputs, matrix, tried.get("bias"))
+    return all(_agrees(layer, training, tried, inputs, expected) for training in (True, False))
+
+
+@torch.no_grad()
+def _agrees(layer: nn.Module, training: bool, parameters: dict[str, Tensor], inputs: Tensor, expected: Tensor) -> bool:
+    twin = layer.__new__(type(layer))
+    twin.__dict__ = layer.__dict__ | {"_parameters": layer._parameters | parameters, "training": training}
+    devices = [inputs.device] if inputs.device.type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=inputs.device.type if devices else "cuda"):
+        try:
+            found = twin.forward(inputs)
+        except Exception:  # it takes other inputs, or cannot do with such a weight
+            return False
+    tolerance = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    return (
+        isinstance(found, Tensor)
+        and found.shape == expected.shape
+        and bool(torch.allclose(found.to(expected.dtype), expected, rtol=0, atol=tolerance))
+    )
