@@ -23,6 +23,7 @@ from hf_chts.topology.bits import pack_bits
 from hf_chts.topology.percolation import Junction, anp_rate, coupled_groups
 from hf_chts.topology.softness import adapted, chance_overlap
 from hf_chts.training.begin_lines import changed_lines, learning_rates, plan_line
+from hf_chts.training.first_step import check_first_step
 from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.losses import UpdateLosses
 from hf_chts.training.regrown_adam import RegrownAdam
@@ -75,6 +76,7 @@ class TopologyCallback(TrainerCallback):
         self.learning_rate = "the learning rate has no warm-up after them"
         self._restored: TopologyState | None = None
         self._earlier_steps = 0
+        self._first_step = False  # whether none has been taken since training began
         self._begin()
 
     def _begin(self) -> None:
@@ -241,6 +243,7 @@ class TopologyCallback(TrainerCallback):
         if self._restored is None:  # the optimizer may have stepped on other masks: those of an earlier `train()`
             engine.forget_missing(self.sparse.layers.values())
         engine.check(self.sparse.layers)
+        self._first_step = True
         assert self.plan is not None, "prepare makes the plan"
         trained = engine.trained(self.sparse.layers)
         if state.is_world_process_zero and self.config.evolves:
@@ -299,6 +302,9 @@ class TopologyCallback(TrainerCallback):
             self.engine.after_step(self.sparse.layers.values())
         if self.adam:
             self.adam.correct(optimizer, state.global_step + 1)
+        if self._first_step and self.engine is not None:
+            self._first_step = False
+            check_first_step(self.engine, self.sparse.layers)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.plan is not None

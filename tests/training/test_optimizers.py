@@ -92,3 +92,68 @@ def test_muon_does_move_missing_links_where_nobody_masks_them_again(tmp_path):
     Trainer.train(run)
     with pytest.raises(RuntimeError, match="not 0 off its mask"):
         run.sparse.check()
+
+
+class AdEMAMix(torch.optim.Optimizer):
+    """Two means of the gradient in one tensor, (2, out, in), as bitsandbytes keeps them (arXiv 2409.03137)."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+        self.log = []
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    means = self.state[weight].setdefault("state1", weight.new_zeros(2, *weight.shape))
+                    means.lerp_(weight.grad, torch.tensor([0.1, 1e-4]).view(2, 1, 1))
+                    weight.sub_(group["lr"] * means.sum(0))
+                    self.log.append(tuple(weight.shape))
+
+
+class FusedAdam(AdEMAMix):
+    """One that runs on nothing but the weights that it was made with."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, lr)
+        self.known = {id(weight) for group in self.param_groups for weight in group["params"]}
+
+    def step(self, closure=None):
+        assert all(id(weight) in self.known for group in self.param_groups for weight in group["params"])
+        super().step(closure)
+
+
+def stepping(kind, directory):
+    model = tiny_llama()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dim() == 2)
+    optimizer = kind([p for p in model.parameters() if p.requires_grad])
+    run = SparseTrainer(
+        model=model, args=arguments(directory, save_steps=1), sparsity=case_config("set"),
+        train_dataset=random_blocks(), optimizers=(optimizer, None),
+    )  # fmt: skip
+    return run, optimizer
+
+
+def test_state_of_another_shape_is_refused_before_training(tmp_path):
+    run, optimizer = stepping(AdEMAMix, tmp_path)
+    steps = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    before = weights(run)
+    with pytest.raises(
+        ValueError, match=r"AdEMAMix cannot be used: .* 'state1' is \(2, 3, 5\) for a weight of \(3, 5\)"
+    ):
+        run.train()
+    assert same_weights(before, weights(run))
+    assert not optimizer.state
+    assert not optimizer.log
+    assert not steps
+
+
+def test_state_that_cannot_be_foreseen_is_refused_after_the_first_step(tmp_path):
+    run, _ = stepping(FusedAdam, tmp_path)
+    with pytest.raises(TypeError, match=r"'state1' is \(2, 40, 40\) for a weight of \(40, 40\)"):
+        run.train()
+    assert run.state.global_step == 0
+    assert not list(tmp_path.glob("checkpoint-*"))

@@ -8,6 +8,7 @@ from torch import nn
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.plain_weight import check_plain
 from hf_chts.training.sharding.interface import Engine
+from hf_chts.training.sharding.optimizer_state import check_state
 from hf_chts.training.sharding.replicated import ReplicatedWeights
 from hf_chts.training.sharding.zero import ZeroStage3Weights, ZeroStage12Weights
 
@@ -39,6 +40,7 @@ def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: An
     """
     for name, layer in layers.items():
         check_plain(name, layer)
+        layer.mask_by_hook()  # load_state_dict(assign=True) puts another tensor in the weight's place
     scaler = getattr(optimizer, "scaler", None)
     while type(optimizer).__module__.startswith("accelerate."):
         optimizer = optimizer.optimizer
@@ -91,7 +93,10 @@ def _mixes(optimizer: Any) -> bool:
             f"the optimizer {kind} cannot be used: missing links would not stay 0, or what it keeps of a link that "
             "goes could not be set to 0. Use one with a value for each weight, such as AdamW"
         )
-    return type(optimizer).__name__.lower() not in _ELEMENTWISE
+    mixes = type(optimizer).__name__.lower() not in _ELEMENTWISE
+    if not mixes:
+        check_state(optimizer)
+    return mixes
 
 
 def _check_elementwise(optimizer: Any, engine: str) -> None:

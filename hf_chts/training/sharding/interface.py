@@ -192,14 +192,21 @@ class Engine(ABC):
                     if name != of_forward:
                         tensor.masked_fill_(off.view(tensor.shape).to(tensor.device), 0)
 
-    def strays(self, layer: MaskedLayer) -> dict[str, int]:
-        """How many elements are not 0 off the mask, by the names of `held` and `copies`, on this rank."""
+    def strays(self, layer: MaskedLayer, *, finite: bool = False) -> dict[str, int]:
+        """How many elements are not 0 off the mask, by the names of `held` and `copies`, on this rank.
+
+        Args:
+            finite: count no NaN and no infinite ones.
+        """
         start, stop = self.extent(layer)
         missing = ~layer.mask.reshape(-1)
         counts: dict[str, int] = {}
         for tensors, off in ((self.held(layer), missing[start:stop]), (self.copies(layer), missing)):
             for name, tensor in tensors.items():
-                nonzero = tensor.detach().reshape(-1) != 0
+                values = tensor.detach().reshape(-1)
+                nonzero = values != 0
+                if finite:
+                    nonzero &= values.isfinite()
                 counts[name] = counts.get(name, 0) + int((nonzero & off.to(nonzero.device)).sum())
         return counts
 

@@ -71,10 +71,7 @@ class ZeroStage3Weights(ShardedEngine):
     def __init__(self, layers: Iterable[MaskedLayer], optimizer: Any) -> None:
         self.optimizer = optimizer
         self.loss_scale = lambda: float(optimizer.loss_scale)
-        layers = list(layers)
         super().__init__(layers)
-        for layer in layers:
-            layer.mask_by_hook()
 
     def optimizes(self, layer: MaskedLayer) -> bool:
         return self.optimizer.get_param_id(layer.weight) in self.optimizer.grad_position
