@@ -87,7 +87,7 @@ def test_a_transposed_weight_off_its_mask(tmp_path):
 def test_the_model_card_has_out_by_in(tmp_path):
     model = ARCHITECTURES["gpt2"].model()
     sparsify(model, CONFIG)
-    assert "| `c_fc` | 2 | 21 × 15 | 316 | 49.84% |" in (export_sparse(model, tmp_path) / "README.md").read_text()
+    assert "| `c_fc` | 2 | 22 × 18 | 396 | 50.00% |" in (export_sparse(model, tmp_path) / "README.md").read_text()
 
 
 def test_tensors_keep_their_keys(tmp_path):
@@ -97,4 +97,4 @@ def test_tensors_keep_their_keys(tmp_path):
     assert set(model.state_dict()) == keys
     stored = load_file(export_sparse(model, tmp_path) / "model.safetensors")
     assert set(stored) <= keys
-    assert stored["transformer.h.0.attn.c_attn.weight"].shape == torch.Size([15, 45])
+    assert stored["transformer.h.0.attn.c_attn.weight"].shape == torch.Size([18, 54])
