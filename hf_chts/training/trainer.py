@@ -28,6 +28,7 @@ from hf_chts.training.data_state import ResumableDataMixin
 from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.hub import HubPushes
 from hf_chts.training.lr_schedules import PAPER_WARMUP, add_update_warmup, warmup_steps
+from hf_chts.training.other_trainers import by_name, refuse_unloaded, start_reference
 
 # The mixin goes before any Trainer class, and is not one itself
 if TYPE_CHECKING:
@@ -60,27 +61,26 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
     _finite: Tensor | None = None  # whether all losses since the last look were
     _loops: int = 0  # how often the training of this `train()` has begun
 
-    def __init__(
-        self,
-        model: Any = None,
-        args: Any = None,
-        *positional: Any,
-        sparsity: SparsityConfig | SparseModel | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *positional: Any, sparsity: SparsityConfig | SparseModel | None = None, **named: Any) -> None:
         self._sparsity = sparsity
-        if model is not None:
-            existing = SparseModel.of(model)
-            config = existing.config if existing is not None else sparsity
-            if isinstance(config, SparsityConfig) and args is not None:  # refuses before the model is touched
-                if args.max_steps > 0:
-                    config.plan(args.max_steps)
-                _update_warmup(args, config)
+        # handed on as they came: other classes have other arguments between model and args
+        given = by_name(type(self), SparseTrainerMixin, positional, named)
+        model, args = given.get("model"), given.get("args")
+        if isinstance(model, str):
+            refuse_unloaded(model, sparsity)
+        existing = SparseModel.of(model) if isinstance(model, nn.Module) else None
+        config = existing.config if existing is not None else sparsity
+        if model is not None and isinstance(config, SparsityConfig) and args is not None:
+            if args.max_steps > 0:  # refuses before the model is touched
+                config.plan(args.max_steps)
+            _update_warmup(args, config)
+        if isinstance(model, nn.Module):
             self.sparse = self._sparsify(model)
-        super().__init__(model, args, *positional, **kwargs)
-        if model is None:  # it came from model_init
+        super().__init__(*positional, **named)
+        if not hasattr(self, "sparse"):  # it came from model_init
             assert self.model is not None
             self.sparse = self._sparsify(self.model)
+        start_reference(self, self.sparse, given.get("ref_model") is not None)
         assert self.model is not None
         self.sparse.ignore_masks_in_ddp(self.model)
         if uncompiled(self.model) is not self.model:  # the Trainer has looked at the wrapper's forward
@@ -91,6 +91,12 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
         self.follow_stream()
         use_console(self)
         self._follow_topology()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        # the first that a Trainer does with a model, which a class of trl has loaded by then from the name it was given
+        if not hasattr(self, "sparse") and isinstance(self.model, nn.Module):
+            self.sparse = self._sparsify(self.model)
+        super().create_accelerator_and_postprocess()
 
     def _sparsify(self, model: nn.Module) -> SparseModel:
         existing = SparseModel.of(model)
