@@ -12,6 +12,10 @@ class SparseTrainingArguments(TrainingArguments):
     Parameters that control the learning rate around topology updates:
         update_warmup_steps: after each update the rate climbs back over this many optimizer steps. None: 20 (paper
             Table 6), or a fifth of update_interval where that is less.
+
+    Parameters that control which model is the best:
+        best_at_any_sparsity: whether evaluations count for `load_best_model_at_end`, early stopping and save_strategy
+            "best" from the first on, and not only from the step on at which the model is as sparse as was asked for.
     """
 
     _argument_group_name = "training, as in transformers.TrainingArguments"  # HfArgumentParser reads it
@@ -26,8 +30,18 @@ class SparseTrainingArguments(TrainingArguments):
             "Default: 20, or a fifth of update_interval where that is less."
         },
     )
+    best_at_any_sparsity: bool = field(
+        default=False,
+        metadata={
+            "help": "Let evaluations count for the best model (load_best_model_at_end, early stopping, save_strategy "
+            "best) while sparsity still rises; the best may be less sparse than was asked for. Default: they count "
+            "from the step on at which the schedule reaches the sparsity that was asked for."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.update_warmup_steps is not None and self.update_warmup_steps < 0:
             raise ValueError(f"update_warmup_steps is {self.update_warmup_steps}; it must be >= 0")
+        if not isinstance(self.best_at_any_sparsity, bool):
+            raise ValueError(f"best_at_any_sparsity is {self.best_at_any_sparsity!r}; it must be true or false")

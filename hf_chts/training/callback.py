@@ -23,9 +23,11 @@ from hf_chts.topology.bits import pack_bits
 from hf_chts.topology.percolation import Junction, anp_rate, coupled_groups
 from hf_chts.topology.softness import adapted, chance_overlap
 from hf_chts.training.begin_lines import changed_lines, learning_rates, plan_line
+from hf_chts.training.divergence import diverged
 from hf_chts.training.first_step import check_first_step
 from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.losses import UpdateLosses
+from hf_chts.training.not_finite import not_finite
 from hf_chts.training.regrown_adam import RegrownAdam
 from hf_chts.training.run_record import RunRecord
 from hf_chts.training.sharding import DenseGradient, Engine, engine_of, exchange, rank_and_world, share_out
@@ -46,7 +48,9 @@ class TopologyCallback(TrainerCallback):
 
     Args:
         sparse: the patched model.
-        log: called with a dict of figures after each update, for example `Trainer.log`.
+        log: called with a dict of figures after each update, for example `Trainer.log`. None: they wait for whoever
+            takes them with `take_figures`, and the step is logged, so that they can go with its loss: other people's
+            callbacks read it from every log of training.
         say: called on rank 0 with a line about the plan in force, at the begin of training; None: logged as an info.
 
     Attributes:
@@ -77,6 +81,7 @@ class TopologyCallback(TrainerCallback):
         self._restored: TopologyState | None = None
         self._earlier_steps = 0
         self._first_step = False  # whether none has been taken since training began
+        self._output_dir: str | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -100,6 +105,7 @@ class TopologyCallback(TrainerCallback):
         # what the schedule, or its floor, had at the last update that took place; None: not known
         self.reached = state.sparsity if state else None
         self._said: set[str] = set()  # the layers of which it was said that they do not train
+        self._waiting: dict[str, Any] = {}  # figures that are not logged yet
 
     @property
     def config(self) -> SparsityConfig:
@@ -243,7 +249,7 @@ class TopologyCallback(TrainerCallback):
         if self._restored is None:  # the optimizer may have stepped on other masks: those of an earlier `train()`
             engine.forget_missing(self.sparse.layers.values())
         engine.check(self.sparse.layers)
-        self._first_step = True
+        self._first_step, self._output_dir = True, args.output_dir
         assert self.plan is not None, "prepare makes the plan"
         trained = engine.trained(self.sparse.layers)
         if state.is_world_process_zero and self.config.evolves:
@@ -316,6 +322,21 @@ class TopologyCallback(TrainerCallback):
             should_log = control.should_log
             self.log(figures)
             control.should_log = should_log
+        elif self.log is None:
+            self._waiting |= figures
+            # the losses around an update wait for the next log, unless the run ends or a checkpoint would be without
+            last = control.should_save or state.global_step >= state.max_steps
+            control.should_log |= bool(self._waiting) and (last or self.plan.is_update(state.global_step))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log |= bool(self._waiting) and control.should_save
+
+    def take_figures(self) -> dict[str, Any]:
+        """The figures that are to be logged with the loss of this step; they are given once."""
+        figures, self._waiting = self._waiting, {}
+        return figures
 
     @torch.no_grad()
     def update(self, step: int) -> dict[str, Any]:
@@ -329,6 +350,7 @@ class TopologyCallback(TrainerCallback):
         names = self._trained()
         if not names:
             return {}
+        self._refuse_not_finite(step)
         links = self._links(step, names)
         self.reached = self.plan.sparsity(step)
         evolved: dict[str, list[float]] = {name: [0.0] * 4 for name in self.sparse.layers}
@@ -374,6 +396,19 @@ class TopologyCallback(TrainerCallback):
             _log.warning("These sparse layers are frozen or not in the optimizer, %s: %s", follows, some(new))
         self._said.update(still)
         return names
+
+    def _refuse_not_finite(self, step: int) -> None:
+        """Raises FloatingPointError, naming them, for layers of which an update would read NaN or infinity."""
+        assert self.engine is not None
+        read: dict[str, list[Tensor]] = {}
+        for name, layer in self.sparse.layers.items():
+            held = self.engine.held(layer)
+            read[f"weight of {name}"] = [held[key] for key in ("weight", "working") if key in held]
+            read[f"stored weights of {name}"] = [self.stored[name]] if name in self.stored else []
+            total = getattr(layer.dense_gradient, "sum", None)
+            read[f"dense gradient of {name}"] = [] if total is None else [total]
+        if bad := not_finite(read, next(iter(self.sparse.layers.values())).mask.device):
+            raise diverged(step, bad, self._output_dir, "the topology is not updated by them")
 
     def _refuse_copies(self) -> None:
         """Raises ValueError, naming them, for copies of sparse layers that would train and not evolve."""

@@ -53,6 +53,10 @@ _EVALUATION_LEFT_OUT = ("loss_per_token", "samples_per_second", "steps_per_secon
 _UPDATE = {"sparsity", "links_removed", "links_regrown", "overlap", "itop", "active_neurons", "topology_seconds"}
 
 
+# and these belong to an update where it has them; the rest of its entry is a log of training
+_OF_UPDATE = {*_UPDATE, "softness", "active_neurons_percolated"}
+
+
 class ConsoleCallback(ProgressCallback, PrinterCallback):
     """The Trainer's progress bars and logs, in lines that are read rather than parsed.
 
@@ -120,8 +124,9 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         if losses:
             self._say_update(losses, state.global_step)
         if rest.keys() >= _UPDATE:
-            self.update = (state.global_step, rest)
-        elif rest.keys() - set(_LEFT_OUT):
+            self._say_update({}, state.global_step)  # one before it, of whose losses nothing was said
+            self.update = (state.global_step, {name: rest.pop(name) for name in _OF_UPDATE & rest.keys()})
+        if rest.keys() - set(_LEFT_OUT):
             _write(log_line(state.global_step, rest))
 
     def on_train_end(

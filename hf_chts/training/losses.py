@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.training.sharding import mean_over_ranks
+from hf_chts.training.unlabelled import excused
 
 
 class UpdateLosses:
@@ -18,7 +19,7 @@ class UpdateLosses:
 
     def __init__(self, before: float | None = None) -> None:
         self._adding = False
-        self._sum: Tensor | None = None
+        self._sum: Tensor | None = None  # of the losses, and of the micro-batches that have labels
         self.before = before
 
     def begin(self, finished: int, plan: SchedulePlan) -> None:
@@ -26,19 +27,22 @@ class UpdateLosses:
         self._adding = plan.is_update(finished + 1) or (self.before is not None and plan.is_update(finished))
         self._sum = None
 
-    def add(self, loss: Tensor) -> None:
-        """Add a micro-batch's share of the step's loss."""
+    def add(self, loss: Tensor, unlabelled: Tensor | None = None) -> None:
+        """Add a micro-batch's share of the step's loss; `unlabelled`: whether it has no labels, where that is known."""
         if self._adding:
-            loss = loss.detach().to(torch.float32)
-            self._sum = loss if self._sum is None else self._sum + loss
+            loss = excused(loss, unlabelled).to(torch.float32)
+            labelled = torch.ones_like(loss) if unlabelled is None else (~unlabelled).to(loss)
+            both = torch.stack([loss, labelled])
+            self._sum = both if self._sum is None else self._sum + both
 
     def end(self, finished: int, plan: SchedulePlan) -> dict[str, float]:
         """A step ended and made it `finished`; the figures to log, where it is the first after an update."""
         if not self._adding or self._sum is None:
             return {}
-        loss = float(mean_over_ranks(self._sum.clone()))
+        loss, labelled = mean_over_ranks(self._sum.clone()).tolist()
         figures = {}
-        if plan.is_update(finished - 1) and self.before is not None:
+        if plan.is_update(finished - 1) and self.before is not None and labelled:
             figures = {"loss_before_update": self.before, "loss_after_update": loss}
-        self.before = loss if plan.is_update(finished) else None
+        # a step without any labels has a loss of 0 that says nothing
+        self.before = loss if plan.is_update(finished) and labelled else None
         return figures

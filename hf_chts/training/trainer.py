@@ -18,13 +18,16 @@ from transformers.utils import can_return_loss, find_labels
 
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits, with_original_names
 from hf_chts.config import CONFIG_NAME, SparsityConfig
-from hf_chts.layers.patching import SparseModel, sparsify
+from hf_chts.layers.patching import SparseModel, follow_masks, sparsify
 from hf_chts.layers.shares import some
 from hf_chts.layers.wrappers import original_keys, original_name, saves_adapters_alone, uncompiled
 from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal, what_is_unsealed
+from hf_chts.training.attempts import FreshAttempts
+from hf_chts.training.best_model import BestAtTargetSparsity
 from hf_chts.training.callback import TopologyCallback
 from hf_chts.training.console import say, use_console
 from hf_chts.training.data_state import ResumableDataMixin
+from hf_chts.training.divergence import StopsOnDivergence, last_whole
 from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.hub import HubPushes
 from hf_chts.training.lr_schedules import PAPER_WARMUP, add_update_warmup, warmup_steps
@@ -41,7 +44,9 @@ else:
 _LOST = re.compile(r"closed by peer|connection (was )?(reset|closed|refused)|timed? ?out|remote process", re.IGNORECASE)
 
 
-class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
+class SparseTrainerMixin(
+    StopsOnDivergence, BestAtTargetSparsity, FreshAttempts, HubPushes, ResumableDataMixin, _AnyTrainer
+):
     """Sparse training for any `Trainer` subclass: `class MyTrainer(SparseTrainerMixin, Seq2SeqTrainer): pass`.
 
     Args (beside the Trainer's own):
@@ -58,8 +63,6 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
 
     sparse: SparseModel
     topology: TopologyCallback | None
-    _finite: Tensor | None = None  # whether all losses since the last look were
-    _loops: int = 0  # how often the training of this `train()` has begun
 
     def __init__(self, *positional: Any, sparsity: SparsityConfig | SparseModel | None = None, **named: Any) -> None:
         self._sparsity = sparsity
@@ -118,7 +121,7 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
     def _follow_topology(self) -> None:
         self.topology = None
         if self.sparse.layers:
-            self.topology = TopologyCallback(self.sparse, log=self.log, say=partial(say, self))
+            self.topology = TopologyCallback(self.sparse, say=partial(say, self))
             self.add_callback(self.topology)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -137,10 +140,10 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
         Raises:
             FileNotFoundError, ValueError: the checkpoint is not whole, damaged, or of another model or config, or the
                 weights are of half precision. Nothing has been loaded then.
-            FloatingPointError: the loss became NaN or infinite.
+            FloatingPointError: a loss, a gradient, a weight or a moment became NaN or infinite.
             RuntimeError: another rank died or hangs.
         """
-        self._finite, self._loops = None, 0
+        self.attempt_anew()
         if self.topology is not None:
             if not self.is_deepspeed_enabled:  # which makes fp32 master weights of any
                 trained = {name: x.weight for name, x in self.sparse.layers.items() if x.weight.requires_grad}
@@ -171,7 +174,7 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
                 raise RuntimeError(
                     f"rank {dist.get_rank()} of {dist.get_world_size()} lost the others in step "
                     f"{self.state.global_step + 1}; one of them died or hangs, and its own output says why: {error}\n"
-                    f"{_last_whole(last_sealed(self.args.output_dir or '.'))}"
+                    f"{last_whole(last_sealed(self.args.output_dir or '.'))}"
                 ) from error
             raise
 
@@ -198,6 +201,9 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
             return
         saved_config = SparsityConfig.load(directory)
         state = with_original_names(load_topology(directory), self.sparse.layers)
+        if saved_config == self.sparse.config:
+            follow_masks(self.sparse, state.masks)
+            self.sparse.ignore_masks_in_ddp(cast(nn.Module, self.model))
         verify_fits(state, self.sparse.layers, directory)
         _verify_same_run(saved_config, self.sparse.config, directory)
         masks = self.sparse.masks() if self._saves_adapters_alone() else {}
@@ -211,12 +217,7 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
         self.topology.restore(state, max_steps=earlier.max_steps)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._loops += 1
-        checkpoint = kwargs.get("resume_from_checkpoint")
-        loaded_later = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self._loops > 1 and checkpoint is not None and self.topology is not None and not loaded_later:
-            # auto_find_batch_size tries a smaller one: masks and moments are the checkpoint's, and weights must be too
-            self._load_from_checkpoint(checkpoint)
+        self.watch_anew()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -228,27 +229,15 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        # kept on the device: to look at each loss would have the GPU wait
-        self._finite = (
-            self._finite & torch.isfinite(loss.detach()) if self._finite is not None else torch.isfinite(loss)
-        )
         if self.topology is not None:
-            self.topology.losses.add(loss)
+            self.topology.losses.add(loss, self.unlabelled)
         return loss
 
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        self._check_finite()
-        super().log(*args, **kwargs)
-
-    def _check_finite(self) -> None:
-        """Raises FloatingPointError if a loss since the last call was NaN or infinite."""
-        finite, self._finite = self._finite, None
-        if finite is not None and not bool(finite):
-            last = last_sealed(self.args.output_dir or ".")
-            raise FloatingPointError(
-                f"the loss was NaN or infinite at or before step {self.state.global_step}: lower the learning rate, "
-                f"lengthen the warm-up or set max_grad_norm. {_last_whole(last)}"
-            )
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; the figures of a topology update go into the entry that has the loss of its step."""
+        if self.topology is not None and "loss" in logs:
+            logs.update(self.topology.take_figures())
+        super().log(logs, *args, **kwargs)
 
     def _inspected(self) -> nn.Module:
         """The model whose forward takes the columns of the data."""
@@ -276,6 +265,7 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
             assert self.topology.engine is not None
             # no optimizer's state is loaded: its moments are those of the last step's links
             self.topology.engine.forget_missing(self.sparse.layers.values())
+            self.say_best()
 
     @property
     def update_warmup_steps(self) -> int:
@@ -311,7 +301,7 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._check_finite()
+        self.refuse_not_finite("no checkpoint is made of them")
         if self.topology is not None:
             self._refuse_adapters_alone()
         run_dir = self._get_output_dir(trial=trial)
@@ -326,7 +316,7 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
             self._seal(directory)
         except OSError as error:
             raise OSError(
-                error.errno, f"{directory} could not be written: {error}. {_last_whole(last_sealed(run_dir))}"
+                error.errno, f"{directory} could not be written: {error}. {last_whole(last_sealed(run_dir))}"
             ) from error
         finally:
             self.args.save_total_limit = limit
@@ -386,13 +376,9 @@ class SparseTrainerMixin(HubPushes, ResumableDataMixin, _AnyTrainer):
 class SparseTrainer(SparseTrainerMixin, Trainer):
     """`transformers.Trainer` with sparse training; see `SparseTrainerMixin`.
 
-    With method "dense" it does what `transformers.Trainer` does, bit for bit, but for a loss that is NaN or infinite:
-    that ends the run, where the Trainer's `logging_nan_inf_filter` would leave it out of the log and train on.
+    With method "dense" it does what `transformers.Trainer` does, bit for bit, but for a loss or a gradient that is NaN
+    or infinite: that ends the run, where the Trainer would train on, and save what comes of it.
     """
-
-
-def _last_whole(checkpoint: str | None) -> str:
-    return f"The last whole checkpoint is {checkpoint}" if checkpoint else "There is no earlier checkpoint"
 
 
 def _update_warmup(args: Any, config: SparsityConfig) -> int:

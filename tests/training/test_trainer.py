@@ -280,6 +280,7 @@ def test_best_model_comes_back_with_its_masks(tmp_path):
         save_steps=4,
         metric_for_best_model="loss",
         greater_is_better=True,
+        best_at_any_sparsity=True,
     )
     run.train()
     best = run.state.best_model_checkpoint

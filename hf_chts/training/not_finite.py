@@ -1,0 +1,74 @@
+"""Which tensors of a run hold NaN or infinity: each rank reads what it holds, and all come to the same answer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_chts.layers.wrappers import original_name
+from hf_chts.training.sharding.ranks import rank_and_world
+
+_MOMENTS = "optimizer state of "
+_MASTER = "master weights or moments that the optimizer holds in parts"
+
+
+@torch.no_grad()
+def not_finite(tensors: Mapping[str, Sequence[Tensor]], device: torch.device) -> list[str]:
+    """The names under which a tensor holds NaN or infinity, on any rank. Collective, with one wait for the device.
+
+    Args:
+        tensors: what this rank holds; the names, and their order, are the same on all ranks.
+        device: one that ranks can talk over.
+    """
+    if not tensors:
+        return []
+    found = torch.stack([_any_not_finite(several, device) for several in tensors.values()]).to(torch.int32)
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return [name for name, bad in zip(tensors, found.tolist(), strict=True) if bad]
+
+
+def weights_of(model: nn.Module) -> dict[str, list[Tensor]]:
+    """By name, what this rank holds of the weights that train; frozen ones cannot have become anything else."""
+    return {original_name(name): [_held(weight)] for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def weights_and_moments(model: nn.Module, optimizer: Any) -> dict[str, list[Tensor]]:
+    """The same, and what the optimizer keeps of each weight; of DeepSpeed's, its partitions under one name."""
+    state: dict[Any, Any] = {}
+    groups: list[dict[str, Any]] = []
+    if optimizer is not None:
+        while type(optimizer).__module__.startswith(("accelerate.", "deepspeed.")) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        state, groups = getattr(optimizer, "state", {}), getattr(optimizer, "param_groups", [])
+    found = weights_of(model)
+    own = set()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            own.add(id(weight))
+            found[_MOMENTS + original_name(name)] = _tensors(state.get(weight))
+    others = [weight for group in groups for weight in group["params"] if id(weight) not in own]
+    found[_MASTER] = [tensor for weight in others for tensor in (_held(weight), *_tensors(state.get(weight)))]
+    return found
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)] if isinstance(state, dict) else []
+
+
+def _held(weight: Tensor) -> Tensor:
+    return getattr(weight, "ds_tensor", weight).detach()  # ZeRO stage 3 leaves the weight itself empty
+
+
+def _any_not_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Bool (), on `device`. Each tensor is read once, without a copy: NaN is its own least and largest value."""
+    ends = []
+    for tensor in tensors:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if local.is_floating_point() and local.numel() and not local.is_meta:
+            least, largest = torch.aminmax(local)
+            # 0 of what is finite, NaN of NaN and infinity, in any precision
+            ends.append((least - least + (largest - largest)).to(device, torch.float32))
+    return torch.stack(ends).isnan().any() if ends else torch.zeros((), dtype=torch.bool, device=device)
