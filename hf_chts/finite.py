@@ -1,0 +1,42 @@
+"""Which tensors hold NaN or infinity."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those tensors that hold NaN or infinity, in their order; of split tensors, in the part held here.
+
+    The host waits once for each device.
+    """
+    found: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if (bad := holds_not_finite(tensor)) is not None:
+            found.setdefault(bad.device, {})[name] = bad
+    names = {
+        name
+        for bad in found.values()
+        for name, is_bad in zip(bad, torch.stack(list(bad.values())).tolist(), strict=True)
+        if is_bad
+    }
+    return [name for name in tensors if name in names]
+
+
+@torch.no_grad()
+def holds_not_finite(tensor: Tensor) -> Tensor | None:
+    """Bool (), on the tensor's device, without a wait: whether it holds NaN or infinity; None where it cannot.
+
+    The tensor is read once, and no tensor of its size is made.
+    """
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    if local.is_complex():
+        local = torch.view_as_real(local)
+    if not local.is_floating_point() or not local.numel() or local.is_meta:
+        return None
+    if local.element_size() == 1:  # float8 has no arithmetic of its own
+        local = local.float()
+    least, largest = torch.aminmax(local)  # both NaN where a value is
+    return ~(least.isfinite() & largest.isfinite())
