@@ -25,13 +25,15 @@ _IGNORED = -100
 _log = logging.getLogger(__name__)
 
 
-def without_labels(inputs: Mapping[str, Any], *, shifted: bool) -> Tensor | None:
+def without_labels(inputs: Any, *, shifted: bool) -> Tensor | None:
     """Whether all labels of a batch are -100: bool (), where the labels are; None where that means nothing.
 
     Args:
         inputs: what the model is given.
         shifted: whether the loss leaves out the label of each first token, as that of causal models does.
     """
+    if not isinstance(inputs, Mapping):  # trainers that generate, as trl's GRPOTrainer, are given prompts in a list
+        return None
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = inputs.get("labels")

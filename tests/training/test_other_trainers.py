@@ -134,6 +134,7 @@ def build(case, directory, model, sparse=True, **changes):
         model=model,
         args=case.arguments(**(settings | case.settings | changes)),
         train_dataset=texts(**case.columns),
+        eval_dataset=texts(**case.columns).select(range(8)),
         processing_class=tokenizer(),
         **options,
         **case.options,
@@ -177,7 +178,7 @@ def same(first, second):
 @pytest.mark.parametrize("name", CASES)
 def test_train_resume_and_export(tmp_path, dense, name):
     case = CASES[name]
-    run = build(case, tmp_path / "run", model_of(case, dense))
+    run = build(case, tmp_path / "run", model_of(case, dense), eval_strategy="steps", eval_steps=4)
     assert len(run.sparse.layers) == 14
     invariants = Invariants(run)
     run.add_callback(invariants)
@@ -188,7 +189,7 @@ def test_train_resume_and_export(tmp_path, dense, name):
     trained, masks = state(run.model), {name: mask.clone() for name, mask in run.sparse.masks().items()}
 
     if case.resumes:
-        again = build(case, tmp_path / "run", model_of(case, dense))
+        again = build(case, tmp_path / "run", model_of(case, dense), eval_strategy="steps", eval_steps=4)
         again.train(resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{SAVED}"))
         assert same(state(again.model), trained)
         assert same(again.sparse.masks(), masks)
@@ -261,6 +262,23 @@ def test_paths_that_cannot_stand_for_a_sparse_model(tmp_path, dense):
         assert same(run.sparse.masks(), handle.masks())
         run.train()
         assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO", "CPO"])
+def test_what_a_trainer_gathers_for_its_log_is_in_it(tmp_path, dense, name):
+    case = CASES[name]
+    run = build(case, tmp_path / "sparse", model_of(case, dense), logging_steps=4, save_strategy="no")
+    run.train()
+    plain = build(case, tmp_path / "plain", model_of(case, dense), sparse=False, logging_steps=4, save_strategy="no")
+    plain.train()
+    for trainer in (run, plain):
+        trainer.state.log_history.pop()  # the summary of the whole run
+    expected = [entry.keys() for entry in plain.state.log_history]
+    found = [entry.keys() for entry in run.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in run.state.log_history if "loss" in entry][-1] == STEPS
+    assert all(keys >= expected[0] for keys in found)
+    gathered = expected[0] - {"step", "epoch"}
+    assert not any(gathered & entry.keys() for entry in run.state.log_history if "loss" not in entry)
 
 
 def test_adapters_on_a_sparse_model(tmp_path, dense):
