@@ -32,6 +32,7 @@ from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.hub import HubPushes
 from hf_chts.training.lr_schedules import PAPER_WARMUP, add_update_warmup, warmup_steps
 from hf_chts.training.other_trainers import by_name, refuse_unloaded, start_reference
+from hf_chts.training.stored_names import names_of_model
 
 # The mixin goes before any Trainer class, and is not one itself
 if TYPE_CHECKING:
@@ -251,13 +252,14 @@ class SparseTrainerMixin(
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         loaded: Any = self.model if model is None else model
-        with original_keys(loaded):
+        with names_of_model(loaded, resume_from_checkpoint), original_keys(loaded):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        with original_keys(cast(nn.Module, self.model)):
-            super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
+        model = cast(nn.Module, self.model)
+        with names_of_model(model, self.state.best_model_checkpoint), original_keys(model):
+            super()._load_best_model()
         verify_seal(self.state.best_model_checkpoint)
         self._restore_topology(self.state.best_model_checkpoint)
         if self.topology is not None:

@@ -1,28 +1,18 @@
 """Every architecture through the whole way: sparsify, train with evolution, export, load again, resume."""
 
 import copy
-from dataclasses import dataclass
 
 import numpy
 import pytest
 import torch
 from architecture import outputs, same
-from cases import arguments
+from architecture_trainer import INTERVAL, SPARSITY, STEPS, trainer
 from safetensors.torch import load_file
 from tiny_architectures import ARCHITECTURES
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import TrainerCallback
 
-from hf_chts import (
-    SparseModel,
-    SparseTrainer,
-    SparseTrainerMixin,
-    SparseTrainingArguments,
-    SparsityConfig,
-    export_sparse,
-    load_sparse,
-)
+from hf_chts import SparseModel, export_sparse, load_sparse
 
-STEPS, INTERVAL, SPARSITY = 12, 2, 0.8
 # keys: an attention does not depend on a bias of all of them
 WITHOUT_BIAS = ("k_proj", "key", "k_lin", "key_proj", "k_head")
 # those that are trained with a sparsity that rises, too
@@ -31,36 +21,6 @@ RISING = [
     *("qwen3_moe", "t5", "marian", "mamba", "switch_transformers", "bert, masked", "vit", "wav2vec2"),
 ]
 LLAMA_LIKE = ["llama", "llama_grouped", "mistral", "qwen3", "gemma3_text"]
-
-
-class SparseSeq2SeqTrainer(SparseTrainerMixin, Seq2SeqTrainer):
-    pass
-
-
-@dataclass
-class SparseSeq2SeqTrainingArguments(SparseTrainingArguments, Seq2SeqTrainingArguments):
-    pass
-
-
-def trainer(name, directory, method="rigl", model=None, config=None, **changes):
-    architecture = ARCHITECTURES[name]
-    settings = {"max_steps": STEPS, "save_strategy": "no", "update_warmup_steps": 1, "label_names": ["labels"]}
-    seq2seq = architecture.is_encoder_decoder
-    kind = SparseSeq2SeqTrainingArguments if seq2seq else SparseTrainingArguments
-    return (SparseSeq2SeqTrainer if seq2seq else SparseTrainer)(
-        model=model or architecture.model(),
-        args=arguments(directory, kind, **(settings | changes)),
-        sparsity=SparsityConfig(
-            method=method,
-            sparsity=SPARSITY,
-            update_interval=INTERVAL,
-            drop_fraction=0.3,
-            target_modules=architecture.target_modules,
-            **(config or {}),
-        ),
-        train_dataset=list(range(64)),
-        data_collator=lambda seeds: architecture.batch(len(seeds), seeds[0]),
-    )
 
 
 class Invariants(TrainerCallback):
@@ -170,7 +130,7 @@ def test_train_export_and_load(tmp_path, name, method):
     assert sum(left.values()) > 0.9 * links
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "mixtral", "llava", "swin"])
 @pytest.mark.parametrize(
     ("method", "config"),
     [

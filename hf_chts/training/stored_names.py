@@ -1,0 +1,53 @@
+"""Weights of a checkpoint under the names that they have in the model.
+
+`save_pretrained` writes the weights of some models under other names and in other pieces, those that their first
+checkpoints had: Mixtral's experts one by one, ViT's queries as `attention.attention.query`. `from_pretrained` turns
+them back; the Trainer, which reads the file itself to resume, does not, and leaves such weights as they were in a model
+made anew.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_chts.layers.wrappers import original_name, unwrap
+
+
+@contextmanager
+def names_of_model(model: nn.Module, directory: str | Path) -> Iterator[None]:
+    """Inside, `model`, wrapped or not, loads state dicts that have the names of the files in `directory`.
+
+    Weights that are not in there stay as they are, and are missing for whoever loads.
+    """
+    inner = unwrap(model)
+    read: dict[str, Tensor] | None = None  # a checkpoint in several files is loaded file by file
+
+    def rename(module: nn.Module, state: dict[str, Tensor], *others: Any) -> None:
+        nonlocal read
+        own = {original_name(key) for key in module.state_dict(keep_vars=True)}
+        if all(original_name(key) in own for key in state) or not isinstance(inner, PreTrainedModel):
+            return
+        if read is None:
+            read = _read(inner, directory)
+        state.clear()
+        state.update(read)
+
+    handle = model.register_load_state_dict_pre_hook(rename)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _read(model: PreTrainedModel, directory: str | Path) -> dict[str, Tensor]:
+    """The weights in `directory`, by the names that they have in a model of this class and config."""
+    found: Any = type(model).from_pretrained(
+        directory, config=copy.deepcopy(model.config), trust_remote_code=False, output_loading_info=True
+    )
+    loaded, info = found
+    return {key: value for key, value in loaded.state_dict().items() if key not in info["missing_keys"]}
