@@ -102,10 +102,12 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
         # with a scaler infinite gradients are none of a divergence, and it leaves out the step
         if norm is not None and self.accelerator.mixed_precision != "fp16":
             split = hasattr(norm, "to_local")  # under FSDP2 each rank has the norm of its own part
-            seen = norm.to_local() if split else torch.as_tensor(norm, dtype=torch.float32)
+            seen = norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64)
+            seen = cast(Any, seen).to_local() if split else seen
             seen = torch.where(seen < 0, math.nan, seen)  # what DeepSpeed says for NaN and infinity is -1
             self._watched().add_gradient(self.state.global_step + 1, seen)
-            if not split and seen.device.type == "cpu":  # the host has it, and it is the same on all ranks
+            # where the host has it, and it is the same on all ranks
+            if not split and seen.device.type == "cpu" and not seen.isfinite().all():
                 self._refuse_divergence(together=False)
         return norm
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_chts.finite import holds_not_finite
 from hf_chts.layers.wrappers import original_name
 from hf_chts.training.sharding.ranks import rank_and_world
 
@@ -63,12 +64,6 @@ def _held(weight: Tensor) -> Tensor:
 
 
 def _any_not_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Bool (), on `device`. Each tensor is read once, without a copy: NaN is its own least and largest value."""
-    ends = []
-    for tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        if local.is_floating_point() and local.numel() and not local.is_meta:
-            least, largest = torch.aminmax(local)
-            # 0 of what is finite, NaN of NaN and infinity, in any precision
-            ends.append((least - least + (largest - largest)).to(device, torch.float32))
-    return torch.stack(ends).isnan().any() if ends else torch.zeros((), dtype=torch.bool, device=device)
+    """Bool (), on `device`."""
+    found = [bad.to(device) for tensor in tensors if (bad := holds_not_finite(tensor)) is not None]
+    return torch.stack(found).any() if found else torch.zeros((), dtype=torch.bool, device=device)
