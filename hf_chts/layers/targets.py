@@ -53,7 +53,7 @@ def find_targets(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Modul
                 f"exclude_modules {config.exclude_modules} leaves no layer to make sparse: name fewer, or use method "
                 "dense"
             )
-    _check(model, targets)
+    check_targets(model, targets)
     return targets
 
 
@@ -254,7 +254,7 @@ def _of_own_class(model: nn.Module, name: str, targets: Mapping[str, nn.Module])
     )
 
 
-def _check(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+def check_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
     """Raises ValueError, naming the layer, where a mask would not hold or would reach further than the layer."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -26,6 +26,7 @@ from hf_chts.training.begin_lines import changed_lines, learning_rates, plan_lin
 from hf_chts.training.divergence import diverged
 from hf_chts.training.first_step import check_first_step
 from hf_chts.training.half_precision import refuse_half_precision
+from hf_chts.training.layer_lines import layer_lines
 from hf_chts.training.losses import UpdateLosses
 from hf_chts.training.not_finite import not_finite
 from hf_chts.training.regrown_adam import RegrownAdam
@@ -80,6 +81,7 @@ class TopologyCallback(TrainerCallback):
         self.learning_rate = "the learning rate has no warm-up after them"
         self._restored: TopologyState | None = None
         self._earlier_steps = 0
+        self._said_layers = False
         self._first_step = False  # whether none has been taken since training began
         self._output_dir: str | None = None
         self._begin()
@@ -252,6 +254,10 @@ class TopologyCallback(TrainerCallback):
         self._first_step, self._output_dir = True, args.output_dir
         assert self.plan is not None, "prepare makes the plan"
         trained = engine.trained(self.sparse.layers)
+        if state.is_world_process_zero and not self._said_layers:
+            self._said_layers = True
+            for line in layer_lines(self.sparse):
+                self.say(line)
         if state.is_world_process_zero and self.config.evolves:
             self._say_plan(self.plan, state.global_step, trained, learning_rates(optimizer, lr_scheduler))
         self.record = None
