@@ -1,57 +1,75 @@
 """A run from a YAML file and the command line: every field of the dataclasses can stand in either, the latter wins."""
 
 import argparse
+import dataclasses
 import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
 from hf_chts.command_help import RunHelp, describe
+from hf_chts.config_file import ROOT, find, read_mapping
+
+# which name a file or a folder, or something else
+_PATHS = ("model", "dataset", "tokenizer")
 
 
 def parse_run(
-    kinds: Sequence[Any], argv: Sequence[str], *, default_config: str | Path, description: str
+    kinds: Sequence[Any],
+    argv: Sequence[str],
+    *,
+    default_config: str | Path | None,
+    description: str,
+    unused: Sequence[Any] = (),
+    program: str | None = None,
 ) -> tuple[Any, ...]:
     """Read `--config FILE` (YAML) and `--field value` options into one instance of each dataclass.
+
+    Relative paths in the file are looked up from the working directory, then from the file's own folder; the file
+    itself from the working directory, then among those that come with the library.
 
     Args:
         kinds: dataclasses with distinct field names.
         argv: the command line without the program's name.
-        default_config: read when there is no `--config`.
+        default_config: read when there is no `--config`; None: nothing is.
+        unused: dataclasses whose fields may stand in the file too, for other commands read it.
+        program: its name, in usage and errors; by default that of the script.
 
     Returns:
         An instance of each of `kinds`, in order.
 
     Raises:
         FileNotFoundError: there is no such config file.
-        ValueError: the file is not a YAML mapping, or a field is unknown or has a value out of range.
+        ValueError: the file is not to be used (see `read_mapping`), or a field is unknown or has a value out of range.
         SystemExit: argparse's own, with a message, for a value that does not parse and for --help.
     """
     parser = HfArgumentParser(
         list(kinds),
+        prog=program,
         usage="%(prog)s [--config FILE] [--option value]…",
         description=description,
         allow_abbrev=False,
         formatter_class=RunHelp,
     )
-    shown = _short(default_config)
+    shown = _short(default_config) if default_config else "none"
     parser.add_argument(
         "--config",
         metavar="FILE",
-        default=str(default_config),
+        default=default_config and str(default_config),
         help=f"YAML file with any of the options below, which win over it; what it sets stands "
         f"beside their defaults. Default: {shown}.",
     )
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default=str(default_config))
-    path = Path(first.parse_known_args(argv)[0].config)
+    first = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=default_config)
+    config = first.parse_known_args(argv)[0].config
     known = {action.dest for action in parser._actions} - {"help", "config"}
-    values = _read(path, known)
-    describe(parser, kinds, _short(path), values)
+    fields = known | {field.name for kind in unused for field in dataclasses.fields(kind) if field.init}
+    values = {} if config is None else _read(Path(find(str(config), ROOT)), fields)
+    values = {name: value for name, value in values.items() if name in known}
+    describe(parser, kinds, _short(config or ""), values)
     parser.set_defaults(**values)
     *instances, namespace, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
     del namespace  # holds only --config
@@ -66,17 +84,13 @@ def _short(path: str | Path) -> str:
 
 
 def _read(path: Path, known: set[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no config file {path}: name one with --config, such as configs/demo.yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; a run is a mapping of fields to values")
+    values = read_mapping(path, "a run")
     for name in values:
         if name not in known:
             raise ValueError(f"{path} has an unknown field {name!r}{_closest(str(name), known)}")
+    for name in _PATHS:
+        if isinstance(values.get(name), str):
+            values[name] = find(values[name], path.parent)
     return {name: _as_argument(value) for name, value in values.items()}
 
 

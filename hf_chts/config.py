@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from hf_chts.config_file import read
 from hf_chts.methods import CHOICES, DEFAULTS, METHODS, ORIGINAL
 from hf_chts.schedule_plan import SchedulePlan
 
@@ -256,11 +257,10 @@ class SparsityConfig:
             raise FileNotFoundError(
                 f"there is no sparsity config at {path}: give a file or a directory that holds {CONFIG_NAME}"
             )
+        values = read(path)
         try:
-            text = path.read_text(encoding="utf-8")
-            values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
             return cls.from_dict(values)
-        except (ValueError, yaml.YAMLError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def _check(self) -> None:

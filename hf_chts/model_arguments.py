@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hf_chts.config_file import read_mapping
 from hf_chts.export.packed_loading import forget_packing
 
 
@@ -46,13 +47,16 @@ def load_config(args: ModelArguments, root: Path) -> AutoConfig:
     """The model's config; a path is looked up from the working directory, then from `root`.
 
     Raises:
-        ValueError: there is neither such a file nor such a Hub id.
+        ValueError: there is neither such a file nor such a Hub id, or the file is not to be used.
     """
     name = args.model
     if not Path(name).exists() and (root / name).exists():
         name = str(root / name)
     elif name.endswith(".json") and not Path(name).exists():
         raise ValueError(f"model {name!r}: there is no such config file, neither here nor in {root}")
+    file = Path(name) if name.endswith(".json") else Path(name, "config.json")
+    if file.is_file():
+        read_mapping(file, "the config of a model")
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

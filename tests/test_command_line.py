@@ -1,12 +1,17 @@
 """A run from YAML and options: types, precedence, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from hf_chts import SparseTrainingArguments, SparsityConfig
+from hf_chts.__main__ import main
 from hf_chts.command_line import parse_run
 from hf_chts.data import DataArguments
+from hf_chts.data.embedded import train_byte_level_bpe
+from hf_chts.data.holdout import ByText
+from hf_chts.data.token_files import TokenIndex
 from hf_chts.methods import METHODS
 from hf_chts.model_arguments import ModelArguments, load_config
 
@@ -62,6 +67,18 @@ def test_every_config_with_every_method(tmp_path, run, method):
         ("learning_rat: 1", r"unknown field 'learning_rat' \(did you mean 'learning_rate'\?\)"),
         ("- 1", "holds a list; a run is a mapping"),
         ("a: [", "is not valid YAML"),
+        ("max_steps: 5\n\nlr_scheduler_kwargs: {}\nmax_steps: 7", r"has 'max_steps' twice \(lines 1 and 4\)"),
+        ("lr_scheduler_kwargs:\n  min_lr: 1\n  min_lr: 2\n", r"has 'min_lr' twice \(lines 2 and 3\)"),
+        ("seed: 1\nlr_scheduler_kwargs:\n\tmin_lr: 1", r"in line 3: indent with spaces"),
+        ("", "is empty; a run is a mapping"),
+        ("# method: set\n", "is empty"),
+        ("seed: 1\n---\nseed: 2", "is not valid YAML"),
+        ("seed: &it 1\ndata_seed: *it", "has the anchor or alias 'it' in line 1"),
+        ("target_modules: &a [x, x]\noutput_dir: [*a, *a]", "anchor"),
+        ("seed: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+        ("[a]: 1", "has a key in line 1 that is no name"),
+        ("seed: \x00", "is not valid YAML"),
+        ("[" * 5000, "is not valid YAML"),
         ("sparsity: 1.5", "sparsity is 1.5"),
         ("update_warmup_steps: -1", "update_warmup_steps is -1"),
     ],
@@ -69,8 +86,139 @@ def test_every_config_with_every_method(tmp_path, run, method):
 def test_bad_files(tmp_path, text, message):
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         parse("--config", str(file), "--output_dir", str(tmp_path))
+    assert str(file) in str(refused.value) or "is -1" in message or "is 1.5" in message
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig"])
+def test_encodings(tmp_path, encoding):
+    file = tmp_path / "run.yaml"
+    file.write_bytes("seed: 5\nrun_name: für\n".encode(encoding))
+    if encoding == "utf-8-sig":  # as editors on Windows write it
+        assert parse("--config", str(file), "--output_dir", str(tmp_path))[3].run_name == "für"
+        return
+    line = 2 if encoding == "latin-1" else 1
+    with pytest.raises(ValueError, match=rf"run.yaml is not UTF-8 \(line {line}\)"):
+        parse("--config", str(file), "--output_dir", str(tmp_path))
+
+
+def test_json_is_as_strict(tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text('{"seed": 5, "learning_rate": 1e-3,\n\t"lr_scheduler_kwargs": {"min_lr": 0.1}}')
+    args = parse("--config", str(file), "--output_dir", str(tmp_path))[3]
+    assert (args.seed, args.learning_rate, args.lr_scheduler_kwargs) == (5, 1e-3, {"min_lr": 0.1})
+    for text, message in (
+        ('{"seed": 1, "seed": 2}', "has 'seed' twice"),
+        ('{"seed": 1', "is not valid JSON"),
+        ("", "is not valid JSON"),
+        ("[1]", "holds a list"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"run.json {message}"):
+            parse("--config", str(file), "--output_dir", str(tmp_path))
+    # those of sparsity and of a model, too
+    (tmp_path / "sparsity_config.json").write_text('{"method": "set", "sparsity": 0.9, "sparsity": 0.5}')
+    with pytest.raises(ValueError, match="sparsity_config.json has 'sparsity' twice"):
+        SparsityConfig.load(tmp_path)
+    (tmp_path / "sparsity.yaml").write_bytes(b"method: set\n# \xfc")
+    with pytest.raises(ValueError, match=r"sparsity.yaml is not UTF-8 \(line 2\)"):
+        SparsityConfig.load(tmp_path / "sparsity.yaml")
+    model = tmp_path / "model.json"
+    model.write_text('{"model_type": "llama", "vocab_size": 512, "vocab_size": 32000}')
+    with pytest.raises(ValueError, match="model.json has 'vocab_size' twice"):
+        load_config(ModelArguments(model=str(model)), ROOT)
+
+
+def test_relative_paths(tmp_path, monkeypatch):
+    """From the working directory, then from the config's own folder, and presets from anywhere."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "project/run.yaml"
+    file.write_text(f"model: model.json\ndataset: corpus\ntokenizer: org/name\noutput_dir: {tmp_path}/out\n")
+    (tmp_path / "project/corpus").mkdir()
+    (tmp_path / "project/model.json").write_text('{"model_type": "llama", "vocab_size": 300}')
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model, data, _, _ = parse("--config", "../project/run.yaml")
+    assert Path(model.model).resolve() == tmp_path / "project/model.json"
+    assert Path(data.dataset).resolve() == tmp_path / "project/corpus"
+    assert data.tokenizer == "org/name"  # no path: a Hub id
+    assert parse("--config", "../project/run.yaml", "--dataset", "corpus")[1].dataset == "corpus"  # not from the file
+    (tmp_path / "elsewhere/corpus").mkdir()
+    assert parse("--config", str(file))[1].dataset == "corpus"
+    model, *_ = parse("--config", "configs/llama_60m.yaml", "--use_cpu", "true")
+    assert model.model == "configs/models/llama_60m.json"
+    assert load_config(model, ROOT).hidden_size == 512
+
+
+def prepare(*argv):
+    main(["prepare", *map(str, argv)])
+
+
+@pytest.fixture
+def little(tmp_path):
+    """A run's config with keys of every kind, its corpus and its model beside it, and a tokenizer."""
+    project = tmp_path / "project"
+    (project / "texts").mkdir(parents=True)
+    for n in range(20):
+        (project / f"texts/{n}.txt").write_text(f"text {n} " * 9)
+    train_byte_level_bpe([""], 257).save_pretrained(project / "letters")
+    (project / "model.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
+    # what training alone can refuse is not prepare's affair
+    (project / "run.yaml").write_text(
+        "model: model.json\ndataset: texts\ntokenizer: letters\nvalidation_fraction: 2e-1\nseed: 3\n"
+        "method: chtss\nlearning_rate: 3e-4\nbf16: true\nmax_steps: 8\nblock_size: 64\n"
+    )
+    return project / "run.yaml"
+
+
+def test_prepare_reads_a_config_as_training_does(tmp_path, little, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare("--config", little, "--out", tmp_path / "out", "--workers", 1)
+    texts = [path.read_text() for path in (little.parent / "texts").iterdir()]
+    held_out = sum(map(ByText(0.2, 3), texts))
+    assert 0 < held_out < 20
+    assert f"of {held_out} documents" in capsys.readouterr().out
+    index = TokenIndex.load(tmp_path / "out")
+    assert sum(shard.documents for shard in index.splits["train"]) == 20 - held_out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("datset: /my/corpus", r"has an unknown field 'datset' \(did you mean 'dataset'\?\)"),
+        ("spasity: 0.9", r"unknown field 'spasity' \(did you mean 'sparsity'\?\)"),
+        ("learning_rat: 1", r"did you mean 'learning_rate'\?"),
+        ("dataset: a\ndataset: b", r"has 'dataset' twice \(lines 1 and 2\)"),
+        ("- dataset", "holds a list"),
+        ("", "is empty"),
+        ("packing: tight", "packing='tight'"),
+        ("dataset: [a, b", "is not valid YAML"),
+    ],
+)
+def test_prepare_refuses_what_training_does(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    for read in (
+        lambda: prepare("--config", file, "--out", tmp_path / "out"),
+        lambda: parse("--config", str(file), "--output_dir", str(tmp_path)),
+    ):
+        with pytest.raises((SystemExit, ValueError), match=message) as refused:
+            read()
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_has_the_types_of_training(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    for text in ("seed: three", "block_size: 8.5", "validation_fraction: some", "streaming: perhaps"):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            prepare("--config", file, "--out", tmp_path / "out")
+        assert f"prepare: error: argument --{text.split(':')[0]}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="there is no config file nowhere.yaml"):
+        prepare("--config", "nowhere.yaml", "--out", tmp_path / "out")
 
 
 def test_bad_options(tmp_path, capsys):

@@ -1,22 +1,33 @@
 """`prepare`: tokens made ahead of training."""
 
 import argparse
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
-from transformers import HfArgumentParser
-
 from hf_chts.command_help import unit
+from hf_chts.command_line import parse_run
 from hf_chts.commands.command import Command
+from hf_chts.config import SparsityConfig
+from hf_chts.config_file import ROOT
 from hf_chts.data.arguments import DataArguments
 from hf_chts.data.prepare import load_tokenizer, split_source
 from hf_chts.data.tokenize import prepare_tokens
 from hf_chts.model_arguments import ModelArguments, load_config
+from hf_chts.training.arguments import SparseTrainingArguments
 
 # what training cuts from the tokens may differ from run to run
 _LATER = ("streaming", "shuffle_buffer", "block_size", "packing", "max_eval_tokens")
+
+
+@dataclass
+class _Seed:
+    """What of the training's own fields concerns its corpus."""
+
+    seed: int = 42
+
+
+def _fields(*kinds: Any) -> list[str]:
+    return [field.name for kind in kinds for field in fields(kind)]
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,18 +55,19 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _prepare(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; it has to be at least 1")
-    run = _read(args.config) if args.config else {}
-    wanted = [field.name for kind in (ModelArguments, DataArguments) for field in fields(kind)]
-    given = {name: getattr(args, name, None) for name in wanted}
-    values = {name: run.get(name) if given[name] is None else given[name] for name in wanted}
-    options = [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
-    kinds: list[Any] = [ModelArguments, DataArguments]
-    model_args, data_args = HfArgumentParser(kinds).parse_args_into_dataclasses(options)
-    seed = int(run.get("seed", 42) if args.seed is None else args.seed)
-    config: Any = load_config(model_args, Path.cwd())
+    given = {name: getattr(args, name, None) for name in ("config", *_fields(ModelArguments, DataArguments, _Seed))}
+    model_args, data_args, seed = parse_run(
+        (ModelArguments, DataArguments, _Seed),
+        [f"--{name}={value}" for name, value in given.items() if value is not None],
+        default_config=None,
+        description=__doc__ or "",
+        unused=(SparsityConfig, SparseTrainingArguments),
+        program="python -m hf_chts prepare",
+    )
+    config: Any = load_config(model_args, ROOT)
     tokenizer = load_tokenizer(data_args.tokenizer, config.vocab_size)
     index = prepare_tokens(
-        split_source(data_args, seed),
+        split_source(data_args, seed.seed),
         tokenizer,
         args.out,
         tokenizer_name=data_args.tokenizer,
@@ -70,13 +82,6 @@ def _prepare(args: argparse.Namespace) -> None:
         left_out = f"; {skipped:,} that could not be read are left out" if skipped else ""
         print(f"{split}: {tokens:,} tokens of {documents:,} documents{left_out}")
     print(f"prepared  {args.out}  (train on it with --dataset {args.out})")
-
-
-def _read(path: str) -> dict[str, Any]:
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no mapping of fields to values")
-    return values
 
 
 PREPARE = Command("tokenize a corpus once, into memory-mapped shards to train on", _arguments, _prepare)
