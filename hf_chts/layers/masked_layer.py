@@ -104,6 +104,13 @@ class MaskedLayer(nn.Module):
             ValueError: the mask is not bool (out, in).
             TypeError: `layer` is not of the class `plain`; the forward of a subclass would be lost.
         """
+        converted = cls.attach(layer, mask)
+        zero_off_mask(converted.weight, converted.mask)
+        return converted
+
+    @classmethod
+    def attach(cls: type[_Layer], layer: nn.Module, mask: Tensor) -> _Layer:
+        """As `convert`, but that weights off the mask stay: `revert` gives back all that was there."""
         check_plain("the layer", layer)
         if type(layer) is not cls.plain:
             raise TypeError(f"only {cls.plain.__name__} itself can become a {cls.__name__}, got {type(layer).__name__}")
@@ -112,11 +119,15 @@ class MaskedLayer(nn.Module):
         device = "cpu" if weight.is_meta else weight.device
         empty = torch.zeros(weight_shape(weight), dtype=torch.bool, device=device)
         _check_mask(mask, cls.matrix(empty).shape)
+        cls.matrix(empty).copy_(mask)
         layer.register_buffer("mask", empty, persistent=False)
         layer.__class__ = cls
         assert isinstance(layer, cls)
-        layer.set_mask(mask)
-        layer.mask_by_hook()
+        try:
+            layer.mask_by_hook()
+        except BaseException:
+            layer.revert()
+            raise
         return layer
 
     def revert(self) -> nn.Module:

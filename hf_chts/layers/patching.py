@@ -1,8 +1,6 @@
 """sparsify(): which projections of a model become masked layers, with which topology; and dense again."""
 
-import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -12,15 +10,16 @@ from transformers.integrations import is_fsdp_enabled
 from transformers.modeling_utils import is_local_dist_rank_0
 
 from hf_chts.config import SparsityConfig
+from hf_chts.layers.conversion import convert_layers
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.heads import head_blocks
 from hf_chts.layers.initial_masks import check_links, initial_masks
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.masked_linear import masked_class
 from hf_chts.layers.partitions import strays, whole_weight
-from hf_chts.layers.plain_weight import check_plain
+from hf_chts.layers.plain_weight import check_places, check_plain
 from hf_chts.layers.shares import Lazy, overrides
-from hf_chts.layers.targets import earlier_targets, find_targets, matrix_shape
+from hf_chts.layers.targets import check_targets, earlier_targets, find_targets, matrix_shape
 from hf_chts.layers.wrappers import named_originals, unwrap
 
 _HANDLE = "_hf_chts_sparse_model"
@@ -82,8 +81,9 @@ class SparseModel:
         """Raises RuntimeError, naming the layer, if a weight is not 0 where there is no link.
 
         Raises:
-            ValueError: something else has taken hold of a weight.
+            ValueError: something else has taken hold of a weight, or the place of a layer.
         """
+        check_places(self.model, self.layers)
         for name, layer in (self.layers | self.copies()).items():
             check_plain(name, layer)
             count = strays(layer.weight, layer.mask)
@@ -164,7 +164,7 @@ def sparsify(
         masks = initial_masks(shapes, weights, config, calibration, blocks)
     else:
         _check_masks(masks, shapes)
-    layers = {name: masked_class(layer).convert(layer, masks[name]) for name, layer in targets.items()}
+    layers = convert_layers(targets, masks)
     sparse = SparseModel(model, config, layers, blocks)
     # not a submodule: plain attribute, so it is in no state dict
     object.__setattr__(model, _HANDLE, sparse)
@@ -177,28 +177,34 @@ def follow_masks(sparse: SparseModel, masks: Mapping[str, Tensor]) -> None:
 
     Nothing is done where the masks are of any other layers.
     """
-    targets = _targets(sparse.model, sparse.config, masks)
-    if set(targets) != set(masks) or set(targets) <= set(sparse.layers):
+    earlier = _earlier(sparse.model, sparse.config, masks)
+    if earlier is None or set(earlier) == set(sparse.layers):
         return
-    shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
+    check_targets(sparse.model, {name: layer for name, layer in earlier.items() if name not in sparse.layers})
+    shapes = {name: matrix_shape(layer) for name, layer in earlier.items()}
     _check_masks(dict(masks), shapes)
     blocks = head_blocks(sparse.model, shapes) if sparse.config.per_head else {}
-    found = {
-        name: sparse.layers[name] if name in sparse.layers else masked_class(layer).convert(layer, masks[name])
-        for name, layer in targets.items()
-    }
-    sparse.layers, sparse.blocks = found, blocks
+    new = convert_layers({name: layer for name, layer in earlier.items() if name not in sparse.layers}, masks)
+    sparse.layers = {name: new.get(name) or sparse.layers[name] for name in earlier}
+    sparse.blocks = blocks
     sparse.ignore_masks_in_ddp(sparse.model)
 
 
 def _targets(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tensor] | None) -> dict[str, nn.Module]:
     """The target layers; where masks are given that an earlier version made by its default, those that it took."""
-    if masks is None or config.target_modules is not None or config.exclude_modules:
+    earlier = None if masks is None else _earlier(model, config, masks)
+    if earlier is None:
         return find_targets(model, config)
-    earlier = list(earlier_targets(model))
-    if set(earlier) != set(masks):
-        return find_targets(model, config)
-    return find_targets(model, replace(config, target_modules=[re.escape(name) for name in earlier]))
+    check_targets(model, earlier)
+    return earlier
+
+
+def _earlier(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tensor]) -> dict[str, nn.Module] | None:
+    """The layers that were sparse by default in earlier versions, if these are their masks."""
+    if config.target_modules is not None or config.exclude_modules:
+        return None
+    earlier = earlier_targets(model)
+    return earlier if set(earlier) == set(masks) else None
 
 
 def _refuse_meta(targets: Mapping[str, nn.Module], config: SparsityConfig) -> None:

@@ -1,10 +1,14 @@
-"""Layers whose weight or bias is no parameter of their own, but worked out from others before each forward."""
+"""Layers whose weight is not a plain tensor of their own: quantized, or worked out from others before each forward."""
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from hf_chts.layers.wrappers import named_originals
 
 
 def check_plain(name: str, layer: nn.Module) -> None:
@@ -28,6 +32,43 @@ def check_plain(name: str, layer: nn.Module) -> None:
         else:
             continue
         raise ValueError(_refusal(name, tensor, kind, remedy))
+    weight = layer._parameters.get("weight")
+    if weight is not None and (why := why_not_plain(weight)):
+        raise ValueError(
+            f"the weight of {name} is {why}, so a mask can hold neither its zeros nor its gradient: train the "
+            "model without quantization and quantize what is exported, or leave the layer dense (exclude_modules)"
+        )
+
+
+def check_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError, naming it, where a layer is no longer in the model: another has been put in its place."""
+    found = set(model.modules())
+    for name, layer in layers.items():
+        if layer not in found:
+            instead = named_originals(model).get(name)
+            kind = "nothing" if instead is None else f"a {type(instead).__name__}"
+            raise ValueError(
+                f"{name} is no longer in the model: {kind} is in its place, as libraries of quantization put it, and "
+                "knows nothing of the mask. Change layers before the model is made sparse, or quantize what is exported"
+            )
+
+
+def why_not_plain(weight: Tensor) -> str | None:
+    """What a weight is that is not stored as plain floating-point numbers, for a sentence; None for one that is."""
+    if kind := own_class(weight):
+        return f"of the class {kind} and no plain tensor"
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        return f"stored as {str(weight.dtype).removeprefix('torch.')}"
+    return None
+
+
+def own_class(tensor: Tensor) -> str | None:
+    """The class of a tensor that is not torch's own, as those of quantization are, and its library; else None.
+
+    Those of FSDP2 and DeepSpeed are torch's: what a rank holds of them is.
+    """
+    kind = type(getattr(tensor, "_local_tensor", tensor) if hasattr(tensor, "device_mesh") else tensor)
+    return None if kind in (Tensor, nn.Parameter) else f"{kind.__name__} ({kind.__module__.partition('.')[0]})"
 
 
 def _refusal(name: str, tensor: str, kind: str, remedy: str) -> str:

@@ -1,4 +1,4 @@
-"""Layers whose weight something else holds are refused, by their name and that of what holds it."""
+"""Layers whose weight something else holds, or that is no plain tensor, are refused by name; nothing is half done."""
 
 import copy
 
@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import TrainerCallback
 
 from hf_chts import MaskedLinear, SparseModel, SparseTrainer, SparsityConfig, export_sparse, sparsify
+from hf_chts.layers import conversion
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -118,3 +119,123 @@ def test_when_it_is_removed_again_all_goes_on(tmp_path):
     prune.remove(layer, "weight")
     run.train()
     run.sparse.check()
+
+
+class Quantized(torch.Tensor):
+    """A weight as libraries of quantization make it: a tensor of their own, that knows few operations."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.alias):
+            return quantized(args[0].stored)
+        raise NotImplementedError(f"{cls.__name__} does not know {function}")
+
+
+def quantized(stored):
+    tensor = torch.Tensor._make_wrapper_subclass(Quantized, stored.shape, dtype=torch.float32)
+    tensor.stored = stored
+    return tensor
+
+
+def quantize(layer, trains=False):
+    layer.weight = nn.Parameter(quantized(layer.weight.detach().round().to(torch.int8)), requires_grad=trains)
+
+
+def of_integers(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+
+
+QUANTIZED = {
+    "for training": (lambda layer: quantize(layer, trains=True), "of the class Quantized"),
+    "weights alone": (quantize, "of the class Quantized"),
+    "integers": (of_integers, "stored as int8"),
+    "float8": (
+        lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn))),
+        "stored as float8_e4m3fn",
+    ),
+}
+
+
+@pytest.fixture(params=QUANTIZED)
+def quantization(request):
+    make, words = QUANTIZED[request.param]
+    return make, f"the weight of {NAME} is {words}"
+
+
+def everything(model):
+    """Classes, buffers, hooks and weights of a model; of quantized ones, which tensors they are."""
+    modules = {name: (type(m), dict(m._buffers), vars(m).keys()) for name, m in model.named_modules()}
+    hooks = {name: dict(p._backward_hooks or {}) for name, p in model.named_parameters()}
+    return modules, hooks, {name: (id(p), p._version) for name, p in model.named_parameters() if type(p) is Quantized}
+
+
+def same_weights(model, before):
+    plain = {name: p for name, p in model.named_parameters() if type(p) is nn.Parameter}
+    return all(p is before[name] or p.equal(before[name]) for name, p in plain.items())
+
+
+def test_quantized_before_the_model_is_made_sparse(quantization):
+    make, message = quantization
+    model = tiny_llama()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make(model.get_submodule(NAME))
+    before[f"{NAME}.weight"] = model.get_submodule(NAME).weight
+    was = everything(model)
+    with pytest.raises(ValueError, match=message) as refusal:
+        sparsify(model, SparsityConfig())
+    assert "frozen" not in str(refusal.value)
+    assert everything(model) == was
+    assert same_weights(model, before)
+    assert SparseModel.of(model) is None
+    sparsify(model, SparsityConfig(exclude_modules=[NAME]))
+
+
+def test_quantized_afterwards(quantization, tmp_path):
+    make, message = quantization
+    run = trainer(tmp_path, "set", save_strategy="no")
+    make(run.model.get_submodule(NAME))
+    for use in (run.train, run.sparse.check, run.sparse.unsparsify):
+        with pytest.raises(ValueError, match=message):
+            use()
+    with pytest.raises(ValueError, match=NAME):
+        export_sparse(run.model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_layer_that_another_has_taken_the_place_of(tmp_path):
+    class Float8Linear(nn.Linear):
+        pass
+
+    run = trainer(tmp_path, "set", save_strategy="no")
+    old = run.model.get_submodule(NAME)
+    run.model.set_submodule(NAME, Float8Linear(old.in_features, old.out_features, bias=False))
+    for use in (run.train, run.sparse.check, lambda: export_sparse(run.model, tmp_path / "x")):
+        with pytest.raises(ValueError, match=f"{NAME} is no longer in the model: a Float8Linear is in its place"):
+            use()
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("step", ["mask_by_hook", "register_buffer", "zero_off_mask"])
+def test_whatever_fails_in_the_conversion_the_model_is_as_it_was(monkeypatch, step):
+    calls = []
+
+    def fail_the_fifth_time(function):
+        def call(*args, **kwargs):
+            calls.append(step)
+            if len(calls) == 5:
+                raise MemoryError("no room")
+            return function(*args, **kwargs)
+
+        return call
+
+    model = tiny_llama()
+    was, before = everything(model), {name: p.detach().clone() for name, p in model.named_parameters()}
+    owner = {"zero_off_mask": conversion, "register_buffer": nn.Linear}.get(step, MaskedLinear)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, fail_the_fifth_time(getattr(owner, step)))
+        with pytest.raises(MemoryError):
+            sparsify(model, SparsityConfig())
+    assert everything(model) == was
+    assert same_weights(model, before)
+    assert SparseModel.of(model) is None
+    assert sparsify(model, SparsityConfig()).sparsity() == 0.5

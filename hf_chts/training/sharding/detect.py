@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from hf_chts.layers.masked_layer import MaskedLayer
-from hf_chts.layers.plain_weight import check_plain
+from hf_chts.layers.plain_weight import check_places, check_plain
 from hf_chts.training.sharding.interface import Engine
 from hf_chts.training.sharding.optimizer_state import check_state
 from hf_chts.training.sharding.replicated import ReplicatedWeights
@@ -38,6 +38,7 @@ def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: An
         ValueError: the engine, the optimizer, or what holds a layer's weight, is one with which topologies cannot be
             evolved rightly; the message names it.
     """
+    check_places(model, layers)
     for name, layer in layers.items():
         check_plain(name, layer)
         layer.mask_by_hook()  # load_state_dict(assign=True) puts another tensor in the weight's place
