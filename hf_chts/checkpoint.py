@@ -41,6 +41,7 @@ class TopologyState:
         history: one dict of figures for each update so far.
         loss_before_update: of the step just finished, where an update followed it.
         sparsity: what the run's schedule, or its floor, had at the last update that took place; None: not known.
+        run: the id of the run (training/run_identity.py); None: not known.
     """
 
     masks: dict[str, Tensor]
@@ -52,6 +53,7 @@ class TopologyState:
     softness: dict[str, float] = field(default_factory=dict)
     loss_before_update: float | None = None
     sparsity: float | None = None
+    run: str | None = None
 
 
 def save_masks(directory: str | Path, state: TopologyState) -> None:
@@ -85,6 +87,7 @@ def save_topology(directory: str | Path, state: TopologyState) -> None:
         "softness": state.softness,
         "loss_before_update": state.loss_before_update,
         "sparsity": state.sparsity,
+        "run": state.run,
     }
     write_whole(Path(directory) / HISTORY_NAME, json.dumps(contents, indent=1).encode())
 
@@ -198,8 +201,8 @@ def load_topology(directory: str | Path) -> TopologyState:
             raise ValueError(f"it is of step {saved['step']}, the masks beside it are of step {state.step}")
         state.history = list(saved["history"])
         state.softness = {name: float(value) for name, value in saved["softness"].items()}
-        # checkpoints of older versions have neither
-        loss, sparsity = saved.get("loss_before_update"), saved.get("sparsity")
+        # checkpoints of older versions have none of them
+        loss, sparsity, state.run = saved.get("loss_before_update"), saved.get("sparsity"), saved.get("run")
         state.loss_before_update = None if loss is None else float(loss)
         state.sparsity = None if sparsity is None else float(sparsity)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -247,8 +250,14 @@ def write_whole(path: Path, data: bytes) -> None:
     """Under another name first, so that no reader and no crash ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)  # on a full disk it would be in the way
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # which errors of a write lack
+        raise

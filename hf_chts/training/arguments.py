@@ -16,6 +16,12 @@ class SparseTrainingArguments(TrainingArguments):
     Parameters that control which model is the best:
         best_at_any_sparsity: whether evaluations count for `load_best_model_at_end`, early stopping and save_strategy
             "best" from the first on, and not only from the step on at which the model is as sparse as was asked for.
+
+    Parameters that control what becomes of checkpoints that are there already:
+        overwrite_output_dir: whether a run may begin in a folder with whole checkpoints of another run. They are
+            passed over, also by resume_from_checkpoint=True, and overwritten where the run comes to the same steps.
+        skip_damaged_checkpoints: whether resume_from_checkpoint=True passes over checkpoints that are damaged, and
+            takes the newest one that is whole. Damaged ones are kept under another name.
     """
 
     _argument_group_name = "training, as in transformers.TrainingArguments"  # HfArgumentParser reads it
@@ -39,9 +45,27 @@ class SparseTrainingArguments(TrainingArguments):
         },
     )
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Begin anew in an output_dir that has whole checkpoints of another run. They are passed over, also "
+            "by resume_from_checkpoint true, and overwritten where this run comes to the same steps. Default: such a "
+            "folder is refused."
+        },
+    )
+    skip_damaged_checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "With resume_from_checkpoint true: where the newest checkpoint is damaged, go on from the newest "
+            "one that is whole. Damaged ones are renamed to damaged-checkpoint-STEP. Default: a damaged one is refused "
+            "by name."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.update_warmup_steps is not None and self.update_warmup_steps < 0:
             raise ValueError(f"update_warmup_steps is {self.update_warmup_steps}; it must be >= 0")
-        if not isinstance(self.best_at_any_sparsity, bool):
-            raise ValueError(f"best_at_any_sparsity is {self.best_at_any_sparsity!r}; it must be true or false")
+        for name in ("best_at_any_sparsity", "overwrite_output_dir", "skip_damaged_checkpoints"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} is {value!r}; it must be true or false")

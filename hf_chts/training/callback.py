@@ -30,7 +30,9 @@ from hf_chts.training.layer_lines import layer_lines
 from hf_chts.training.losses import UpdateLosses
 from hf_chts.training.not_finite import not_finite
 from hf_chts.training.regrown_adam import RegrownAdam
+from hf_chts.training.run_identity import RunIdentity
 from hf_chts.training.run_record import RunRecord
+from hf_chts.training.same_on_ranks import compare_begin
 from hf_chts.training.sharding import DenseGradient, Engine, engine_of, exchange, rank_and_world, share_out
 from hf_chts.training.update import TopologyUpdate, in_threads, update_cost
 from hf_chts.training.update_figures import LayerUpdate, overall_figures
@@ -59,7 +61,8 @@ class TopologyCallback(TrainerCallback):
         warmup: the steps over which the learning rate climbs back after each update; None: its schedule is not made.
         learning_rate: what the plan's line says about that.
         engine: what holds weights and moments; from the begin of training.
-        record: what writes down each layer's updates in the run's output_dir; on rank 0, from the begin of training.
+        record: what writes down each layer's updates in the run's folder; on rank 0, from the begin of training.
+        identity, run_dir: of the run, and where it writes; None: not known, and into output_dir.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class TopologyCallback(TrainerCallback):
         self.plan: SchedulePlan | None = None
         self.engine: Engine | None = None
         self.record: RunRecord | None = None
+        self.identity: RunIdentity | None = None
+        self.run_dir: str | None = None
         self.junctions: list[Junction] = []
         self.groups: list[list[str]] = []
         self.owner: dict[str, int] = {}
@@ -125,6 +130,7 @@ class TopologyCallback(TrainerCallback):
             softness=self.softness if self.config.adapts_softness else {},
             loss_before_update=self.losses.before,
             sparsity=self.reached,
+            run=self.identity.id if self.identity else None,
         )
 
     def _gathered(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -243,6 +249,7 @@ class TopologyCallback(TrainerCallback):
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
+        compare_begin(state.max_steps, self.sparse.masks())
         engine = engine_of(self.sparse.model, self.sparse.layers, optimizer)
         self._refuse_copies()
         if self.config.ages_links:
@@ -264,7 +271,8 @@ class TopologyCallback(TrainerCallback):
         if state.is_world_process_zero and args.output_dir:
             masks = self.sparse.masks()
             shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in masks.items()}
-            self.record = RunRecord(args.output_dir, shapes, self.plan)
+            run = self.identity.id if self.identity else None
+            self.record = RunRecord(self.run_dir or args.output_dir, shapes, self.plan, run)
             self.record.begin(state.global_step, masks)
 
     def on_train_end(

@@ -1,6 +1,7 @@
 """What a run writes down about its topology, beside its checkpoints: `OUTPUT_DIR/topology/`.
 
-`layers.jsonl`: a header with the shapes, then a line an update with counts of each layer (update_figures.py).
+`layers.jsonl`: a header with shapes and the run's id, then a line an update with counts of each layer
+(update_figures.py).
 `plans.jsonl`: a line where training begins, and where it goes on by another plan: from which step on it holds, how many
 steps the run has, its last update, and the sparsity below which it does not fall (0: its schedule alone says).
 `seconds.jsonl`: a line an update, and one at the end: wall-clock seconds since the last line, and those of the update.
@@ -40,13 +41,20 @@ class RunRecord:
         output_dir: of the run.
         shapes: (out, in) by layer name.
         plan: when the topology is updated.
+        run: the id of the run (run_identity.py); None: not known.
     """
 
-    def __init__(self, output_dir: str | Path, shapes: Mapping[str, tuple[int, int]], plan: SchedulePlan) -> None:
+    def __init__(
+        self, output_dir: str | Path, shapes: Mapping[str, tuple[int, int]], plan: SchedulePlan, run: str | None = None
+    ) -> None:
         self.directory = Path(output_dir) / RECORD_DIR
         self.pictured = snapshot_layers(list(shapes))
         self.steps = snapshot_steps(plan)
-        self.header = {"format": FORMAT, "layers": {name: list(shape) for name, shape in shapes.items()}}
+        self.header: dict[str, Any] = {
+            "format": FORMAT,
+            "layers": {name: list(shape) for name, shape in shapes.items()},
+            **({"run": run} if run else {}),
+        }
         self.plan = {
             "max_steps": plan.max_steps,
             "last_update": plan.last_update,
@@ -93,7 +101,7 @@ class RunRecord:
 
     def _begin(self, step: int, masks: Mapping[str, Tensor]) -> None:
         lines = read_lines(self.directory / LAYERS_NAME)
-        same_run = step > 0 and bool(lines) and lines[0] == self.header
+        same_run = step > 0 and bool(lines) and self._is_mine(lines[0])
         kept = [line for line in lines[1:] if line["step"] <= step] if same_run else []
         _rewrite(self.directory / LAYERS_NAME, [self.header, *kept])
         seconds = read_lines(self.directory / SECONDS_NAME) if same_run else []
@@ -111,6 +119,11 @@ class RunRecord:
                 path.unlink()
         if step == 0:
             self._snapshot(step, masks)
+
+    def _is_mine(self, header: Mapping[str, Any]) -> bool:
+        """Whether records with this header are of this run, as far as both say so: earlier versions had no ids."""
+        ids = {header.get("run"), self.header.get("run")} - {None}
+        return len(ids) < 2 and {**self.header, "run": None} == {**header, "run": None}
 
     def _update(
         self, step: int, layers: Mapping[str, LayerUpdate], masks: Mapping[str, Tensor], softness: Mapping[str, float]

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints, unwrap_peft_model
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, unwrap_peft_model
 from transformers.utils import can_return_loss, find_labels
 
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits, with_original_names
 from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.full_disk import size, told_where
 from hf_chts.layers.patching import SparseModel, follow_masks, sparsify
 from hf_chts.layers.shares import some
 from hf_chts.layers.wrappers import original_keys, original_name, saves_adapters_alone, uncompiled
-from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal, what_is_unsealed
+from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal
 from hf_chts.training.attempts import FreshAttempts
 from hf_chts.training.best_model import BestAtTargetSparsity
 from hf_chts.training.callback import TopologyCallback
@@ -32,6 +34,8 @@ from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.hub import HubPushes
 from hf_chts.training.lr_schedules import PAPER_WARMUP, add_update_warmup, warmup_steps
 from hf_chts.training.other_trainers import by_name, refuse_unloaded, start_reference
+from hf_chts.training.run_identity import RunIdentity
+from hf_chts.training.run_start import BeginsRuns, check_state_is_there
 from hf_chts.training.stored_names import names_of_model
 
 # The mixin goes before any Trainer class, and is not one itself
@@ -46,7 +50,7 @@ _LOST = re.compile(r"closed by peer|connection (was )?(reset|closed|refused)|tim
 
 
 class SparseTrainerMixin(
-    StopsOnDivergence, BestAtTargetSparsity, FreshAttempts, HubPushes, ResumableDataMixin, _AnyTrainer
+    StopsOnDivergence, BestAtTargetSparsity, FreshAttempts, BeginsRuns, HubPushes, ResumableDataMixin, _AnyTrainer
 ):
     """Sparse training for any `Trainer` subclass: `class MyTrainer(SparseTrainerMixin, Seq2SeqTrainer): pass`.
 
@@ -64,6 +68,7 @@ class SparseTrainerMixin(
 
     sparse: SparseModel
     topology: TopologyCallback | None
+    _saved: Path | None = None  # the last checkpoint of this training
 
     def __init__(self, *positional: Any, sparsity: SparsityConfig | SparseModel | None = None, **named: Any) -> None:
         self._sparsity = sparsity
@@ -123,7 +128,11 @@ class SparseTrainerMixin(
         self.topology = None
         if self.sparse.layers:
             self.topology = TopologyCallback(self.sparse, say=partial(say, self))
+            self.topology.identity, self.topology.run_dir = self.identity, self.run_dir
             self.add_callback(self.topology)
+            # what saves at SIGTERM does so in on_step_end, and a step is whole with its update
+            callbacks = self.callback_handler.callbacks
+            callbacks.sort(key=lambda callback: isinstance(callback, JITCheckpointCallback))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -145,31 +154,10 @@ class SparseTrainerMixin(
             RuntimeError: another rank died or hangs.
         """
         self.attempt_anew()
-        if self.topology is not None:
-            if not self.is_deepspeed_enabled:  # which makes fp32 master weights of any
-                trained = {name: x.weight for name, x in self.sparse.layers.items() if x.weight.requires_grad}
-                refuse_half_precision(trained)
-            if self.args.save_strategy != "no":
-                self._refuse_adapters_alone()
-            self.topology.restore(None)
-            self.topology.warmup = None
-        if resume_from_checkpoint is True:
-            output_dir = self.args.output_dir or "."
-            resume_from_checkpoint = last_sealed(output_dir)
-            if resume_from_checkpoint is None:
-                unsealed = sort_checkpoints(output_dir) if Path(output_dir).is_dir() else []
-                last = f" The last one, {unsealed[-1]}, {what_is_unsealed(unsealed[-1])}." if unsealed else ""
-                raise ValueError(
-                    f"there is no whole checkpoint in {output_dir} to resume from: start without "
-                    f"resume_from_checkpoint, or name a checkpoint.{last}"
-                )
-        if isinstance(resume_from_checkpoint, str | Path):
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            verify_seal(resume_from_checkpoint)
-            self.data_state(resume_from_checkpoint)  # refuses other data before anything is restored
-            self._restore_topology(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            trial = kwargs.get("trial", args[0] if args else None)
+            checkpoint = self.begin_run(resume_from_checkpoint or None, trial, self._prepare)
+            return super().train(checkpoint, *args, **kwargs)
         except RuntimeError as error:
             if dist.is_initialized() and _LOST.search(str(error)):
                 raise RuntimeError(
@@ -178,6 +166,23 @@ class SparseTrainerMixin(
                     f"{last_whole(last_sealed(self.args.output_dir or '.'))}"
                 ) from error
             raise
+        finally:
+            self.end_run()
+
+    def _prepare(self, checkpoint: str | None) -> None:
+        """Refuse what cannot be trained, and make a checkpoint's topology the model's; the weights are not loaded."""
+        if self.topology is not None:
+            if not self.is_deepspeed_enabled:  # which makes fp32 master weights of any
+                trained = {name: x.weight for name, x in self.sparse.layers.items() if x.weight.requires_grad}
+                refuse_half_precision(trained)
+            if self.args.save_strategy != "no":
+                self._refuse_adapters_alone()
+            self.topology.restore(None)
+            self.topology.warmup = None
+        if checkpoint is not None:
+            check_state_is_there(checkpoint, deepspeed=self.is_deepspeed_enabled)
+            self.data_state(checkpoint)  # refuses other data before anything is restored
+            self._restore_topology(checkpoint)
 
     def _saves_adapters_alone(self) -> bool:
         """Whether checkpoints have no weights of sparse layers."""
@@ -202,6 +207,12 @@ class SparseTrainerMixin(
             return
         saved_config = SparsityConfig.load(directory)
         state = with_original_names(load_topology(directory), self.sparse.layers)
+        run = RunIdentity.of_checkpoint(directory)
+        if run is not None and state.run not in (None, run.id):
+            raise ValueError(
+                f"{directory} is of {run}, and its masks are of run {state.run[:8]}: its files were put together from "
+                "checkpoints of two runs. Take another one"
+            )
         if saved_config == self.sparse.config:
             follow_masks(self.sparse, state.masks)
             self.sparse.ignore_masks_in_ddp(cast(nn.Module, self.model))
@@ -219,12 +230,14 @@ class SparseTrainerMixin(
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.watch_anew()
+        self._saved = None
         return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # the Trainer looks for the end after a step: resumed from its last checkpoint, a run would train one too many
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+            self.say_no_step_left()
             return
         super()._run_epoch(*args, **kwargs)
 
@@ -292,7 +305,7 @@ class SparseTrainerMixin(
             if self.args.should_save:
                 directory = Path(output_dir or self.args.output_dir or ".")
                 directory.mkdir(parents=True, exist_ok=True)
-                self.sparse.config.save(directory / CONFIG_NAME)
+                self.sparse.config.save(directory / CONFIG_NAME, measured=self.sparse.sparsity())
                 save_topology(directory, state)
         super().save_model(output_dir, _internal_call)
 
@@ -308,27 +321,41 @@ class SparseTrainerMixin(
             self._refuse_adapters_alone()
         run_dir = self._get_output_dir(trial=trial)
         directory = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._saved == directory:  # of this very state, and whole; asked for once more at a signal, for example
+            return
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this one is whole
+        then = partial(self._after_failed_save, run_dir)
         try:
-            if self.args.should_save and directory.is_dir():
-                shutil.rmtree(directory)  # what a run that died left there, temporary files too
-            self.accelerator.wait_for_everyone()
-            self.save_data_state(directory)
-            super()._save_checkpoint(model, trial)
-            self._seal(directory)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"{directory} could not be written: {error}. {last_whole(last_sealed(run_dir))}"
-            ) from error
+            with told_where(directory, then, needs=partial(self._size_of_checkpoint, run_dir)):
+                if self.args.should_save and directory.is_dir():
+                    shutil.rmtree(directory)  # what a run that died left there, temporary files too
+                self.accelerator.wait_for_everyone()
+                self.save_data_state(directory)
+                super()._save_checkpoint(model, trial)
+                self._seal(directory)
         finally:
             self.args.save_total_limit = limit
+        self._saved = directory
         if self.args.should_save:
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _after_failed_save(self, run_dir: str) -> str:
+        last = last_sealed(run_dir)
+        remedy = f"Make room, and resume with resume_from_checkpoint={last!r}" if last else "Make room, and begin anew"
+        return f"{last_whole(last)}. {remedy}; a checkpoint is written before an older one is removed"
+
+    def _size_of_checkpoint(self, run_dir: str) -> int:
+        """The bytes of one, as far as they are known: those of the last, or of what this process holds itself."""
+        if (last := last_sealed(run_dir)) is not None:
+            return size(last)
+        weights, state = cast(nn.Module, self.model).state_dict(), getattr(self.optimizer, "state", {})
+        moments = [value for of_one in state.values() for value in of_one.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in (*weights.values(), *moments) if isinstance(tensor, Tensor))
 
     def _seal(self, directory: Path) -> None:
         self.accelerator.wait_for_everyone()  # every rank has files of its own in there
         if self.args.should_save and not (directory / SEAL_NAME).exists():
-            seal(directory, self.state.global_step)
+            seal(directory, self.state.global_step, self.identity.to_dict() if self.identity else None)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._seal(Path(checkpoint_folder))  # what is pushed can be resumed from

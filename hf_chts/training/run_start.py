@@ -1,0 +1,219 @@
+"""How a run begins: which one it is, whether its folder is its own, and whether all ranks are about to do the same."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+from transformers import Trainer, TrainerState
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy, sort_checkpoints
+
+from hf_chts.full_disk import told_where
+from hf_chts.layers.patching import SparseModel
+from hf_chts.layers.wrappers import original_name
+from hf_chts.machine import version_of
+from hf_chts.seal import sealed, take_folder, verify_seal, what_is_unsealed
+from hf_chts.training.output_lock import OutputLock
+from hf_chts.training.run_identity import RunIdentity, passed_over, refuse_folder_of_another_run
+from hf_chts.training.same_on_ranks import decisive_arguments, together
+
+if TYPE_CHECKING:
+    from hf_chts.training.callback import TopologyCallback
+
+    _AnyTrainer = Trainer
+else:
+    _AnyTrainer = object
+
+_log = logging.getLogger(__name__)
+
+
+class BeginsRuns(_AnyTrainer):
+    """The part of SparseTrainer that knows which run it trains, and takes its folder.
+
+    Attributes:
+        made_of: what the run is made of beyond config and seeds, by name, as JSON can hold it: a run that is resumed
+            has to have the same. A script that builds model and data from options of its own says them here.
+        identity: of the run; None before it begins.
+        run_dir: where it writes: output_dir, or a folder in it for each trial of a hyperparameter search.
+    """
+
+    sparse: SparseModel
+    topology: "TopologyCallback | None"
+    made_of: dict[str, Any]
+    identity: RunIdentity | None = None
+    run_dir: str | None = None
+    _own_runs: frozenset[str | None] = frozenset()
+    _lock: OutputLock | None = None
+
+    def begin_run(self, resume: str | bool | None, trial: Any, prepare: Callable[[str | None], None]) -> str | None:
+        """Find out what to train, and take the folder for it. Collective.
+
+        Args:
+            resume: as in `train`.
+            prepare: what else can refuse the checkpoint, and then makes it the topology's; called before any rank has
+                written anything.
+
+        Returns:
+            The checkpoint to resume from, or None.
+
+        Raises:
+            FileNotFoundError, ValueError: it cannot be resumed, this would be another run than that of the folder,
+                another one is training there, or ranks differ.
+            OSError: the folder cannot be written.
+        """
+        run_dir = self._get_output_dir(trial) or "."
+        problem: Exception | None = None
+        checkpoint, identity, facts = None, None, None
+        damaged: list[Path] = []
+        try:
+            if self._writes() and self.is_world_process_zero():
+                self._lock = OutputLock()
+                self._lock.take(run_dir)
+            checkpoint, damaged = self._whole_checkpoint(resume, run_dir)
+            identity = self._identity(checkpoint, run_dir)
+            prepare(checkpoint)
+            facts = self._in_common(checkpoint, identity)
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+            problem = error
+        self.identity, self.run_dir = together(facts, problem, identity), run_dir
+        assert self.identity is not None
+        try:
+            self._take_folder(checkpoint, damaged)
+        except OSError as error:
+            problem = error
+        together({}, problem)
+        if self.topology is not None:
+            self.topology.identity, self.topology.run_dir = self.identity, run_dir
+        return checkpoint
+
+    def end_run(self) -> None:
+        """Training has ended, one way or another."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _writes(self) -> bool:
+        """Whether training writes anything into its folder: checkpoints, or records of the topology."""
+        return self.topology is not None or self.args.save_strategy != SaveStrategy.NO
+
+    def _whole_checkpoint(self, resume: str | bool | None, run_dir: str) -> tuple[str | None, list[Path]]:
+        """The checkpoint to resume from, every file of it read; and newer ones that are damaged, if they may be."""
+        if not resume:
+            return None, []
+        if not isinstance(resume, bool):
+            verify_seal(resume)
+            return str(resume), []
+        candidates = list(reversed(sealed(run_dir)))
+        if not candidates:
+            unsealed = sort_checkpoints(run_dir) if Path(run_dir).is_dir() else []
+            last = f" The last one, {unsealed[-1]}, {what_is_unsealed(unsealed[-1])}." if unsealed else ""
+            raise ValueError(
+                f"there is no whole checkpoint of this run in {run_dir} to resume from: start without "
+                f"resume_from_checkpoint, or name a checkpoint.{last}"
+            )
+        if not getattr(self.args, "skip_damaged_checkpoints", False):
+            try:
+                verify_seal(candidates[0])
+            except (ValueError, OSError) as error:
+                if len(candidates) == 1:
+                    raise
+                raise type(error)(
+                    f"{error}: name one, such as {candidates[1]}, or set skip_damaged_checkpoints, which takes the "
+                    "newest one that is whole"
+                ) from error
+            return str(candidates[0]), []
+        found: list[str] = []
+        for number, path in enumerate(candidates):
+            try:
+                verify_seal(path)
+                return str(path), candidates[:number]
+            except (ValueError, OSError) as error:
+                found.append(str(error))
+        raise ValueError(f"all checkpoints in {run_dir} are damaged: {'; '.join(found)}")
+
+    def _identity(self, checkpoint: str | None, run_dir: str) -> RunIdentity:
+        now = RunIdentity.new(self.args, self.sparse.config, getattr(self, "made_of", {}), begun=checkpoint is None)
+        mine: set[str | None] = {*self._own_runs}
+        if checkpoint is not None:
+            before = RunIdentity.of_checkpoint(checkpoint)
+            mine.add(before.id if before else None)
+            if before is not None:
+                now = before.check_same(now, checkpoint, data_anew=self.args.ignore_data_skip)
+                mine.add(None)  # earlier checkpoints of a run that a version without identities began
+        if self._writes() and self.is_world_process_zero():
+            refuse_folder_of_another_run(run_dir, mine, overwrite=getattr(self.args, "overwrite_output_dir", False))
+        self._own_runs = frozenset({*mine, now.id})
+        return now
+
+    def _in_common(self, checkpoint: str | None, identity: RunIdentity) -> dict[str, str]:
+        config = {f"sparsity's {name}": repr(value) for name, value in self.sparse.config.to_dict().items()}
+        model = cast(nn.Module, self.model)
+        shapes = sorted((original_name(name), tuple(weight.shape)) for name, weight in model.named_parameters())
+        return {
+            "hf_chts": version_of("hf_chts"),
+            "the model": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
+            "the checkpoint to resume from": f"{Path(checkpoint).name} of {identity}" if checkpoint else "none",
+            **decisive_arguments(self.args),
+            **config,
+        }
+
+    def _take_folder(self, checkpoint: str | None, damaged: list[Path]) -> None:
+        assert self.run_dir is not None
+        assert self.identity is not None
+        if not self._writes():
+            return
+        if self.args.should_save:
+            for path in damaged:
+                _set_aside(path, checkpoint)
+        if not self.is_world_process_zero():
+            return
+        step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step if checkpoint else 0
+        left = passed_over(self.run_dir, checkpoint, step)
+        later = [path for path in left if path in sealed(self.run_dir)]
+        with told_where(self.run_dir, "the name of the run could not be written there"):
+            take_folder(self.run_dir, self.identity.to_dict(), left)
+        if later:
+            _log.warning(
+                "%s: this run %s, so that it passes over %s, and resume_from_checkpoint=True will too. They stay until "
+                "they are overwritten or save_total_limit removes them",
+                self.run_dir,
+                f"goes on from step {step}" if checkpoint else "begins anew",
+                ", ".join(path.name for path in later),
+            )
+
+    def say_no_step_left(self) -> None:
+        """That a run was resumed at or after its end, so that nothing is trained."""
+        if self.is_world_process_zero():
+            _log.warning(
+                "The checkpoint is of step %d, and this run has %d steps: nothing is left to train. To train on, raise "
+                "max_steps",
+                self.state.global_step,
+                self.state.max_steps,
+            )
+
+
+def check_state_is_there(directory: str | Path, *, deepspeed: bool) -> None:
+    """Raises ValueError for a checkpoint without the state of its optimizer or schedule, as of save_only_model."""
+    there = [path.name for path in Path(directory).iterdir()]
+    has_optimizer = any(name.startswith(("optimizer", "global_step", "rank")) and "rng" not in name for name in there)
+    has_schedule = deepspeed or SCHEDULER_NAME in there
+    if has_optimizer and has_schedule:
+        return
+    what = [name for name, found in (("optimizer", has_optimizer), ("schedule", has_schedule)) if not found]
+    raise ValueError(
+        f"{directory} has no state of the {' and the '.join(what)}, as save_only_model leaves a checkpoint: resumed, "
+        "the moments would begin at 0 and the learning rate at its first step, in the midst of the run's topology "
+        f"updates. To train on with its weights and masks as a new run, take load_sparse({str(directory)!r}) as the "
+        "model, and leave out resume_from_checkpoint; to resume runs, save without save_only_model"
+    )
+
+
+def _set_aside(damaged: Path, whole: str | None) -> None:
+    """Under another name, for whoever wants to see what is left of it; its own is needed for a whole one."""
+    number = 0
+    while (target := damaged.with_name(f"damaged-{damaged.name}" + (f"-{number}" if number else ""))).exists():
+        number += 1
+    damaged.rename(target)
+    _log.warning("%s is damaged: it is %s now, and the run goes on from %s", damaged, target, whole)
