@@ -15,6 +15,7 @@ from hf_chts.methods import CHOICES, DEFAULTS, METHODS, ORIGINAL
 from hf_chts.schedule_plan import SchedulePlan
 
 CONFIG_NAME = "sparsity_config.json"
+_MEASURED = "measured_sparsity"  # beside the fields in a file: what a model has, where that is not what was asked for
 VERSION = 1
 
 
@@ -25,6 +26,11 @@ def _option(default: Any, help: str) -> Any:
 def _by_method(name: str, help: str) -> Any:
     otherwise = f", else {DEFAULTS[name]}" if DEFAULTS.get(name) is not None else ""
     return field(default=None, metadata={"help": f"{help} Default: the method's{otherwise}."})
+
+
+def differs(measured: float, asked: float) -> bool:
+    """Whether a model's sparsity is another than the one that was asked for, by more than layers round."""
+    return abs(measured - asked) > 1e-3
 
 
 @dataclass(frozen=True)
@@ -226,20 +232,27 @@ class SparsityConfig:
                 f"the sparsity config has version {version!r}, this hf_chts reads 1 to {VERSION}: upgrade hf_chts"
             )
         names = [item.name for item in dataclasses.fields(cls)]
+        values = {name: value for name, value in values.items() if name != _MEASURED}
         for name in values:
             if name not in names:
                 raise ValueError(_unknown("field", name, names))
         return cls(**values)
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON or YAML, by the file's suffix; a directory gets a sparsity_config.json."""
+    def save(self, path: str | Path, *, measured: float | None = None) -> None:
+        """Write JSON or YAML, by the file's suffix; a directory gets a sparsity_config.json.
+
+        Args:
+            measured: the sparsity of the model beside it. Where it is another than the one that is asked for, as before
+                the schedule has ended, the file says it too; it is no part of the config.
+        """
         path = Path(path)
         if path.is_dir():
             path = path / CONFIG_NAME
         as_yaml = path.suffix in (".yaml", ".yml")
-        text = (
-            yaml.safe_dump(self.to_dict(), sort_keys=False) if as_yaml else json.dumps(self.to_dict(), indent=2) + "\n"
-        )
+        values = self.to_dict()
+        if measured is not None and not self.is_dense and differs(measured, self.sparsity):
+            values[_MEASURED] = round(measured, 9)
+        text = yaml.safe_dump(values, sort_keys=False) if as_yaml else json.dumps(values, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
 
     @classmethod
