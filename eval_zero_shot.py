@@ -36,7 +36,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "models", nargs="+", metavar="DIR_OR_HUB_ID", help="exported directories, plain or packed, or Hub ids"
+        "models",
+        nargs="+",
+        metavar="DIR_OR_HUB_ID",
+        help="exported directories, plain or packed, checkpoints, or Hub ids",
     )
     parser.add_argument(
         "--suite",
@@ -85,6 +88,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="number format of the weights (default: auto, as saved)",
     )
+    parser.add_argument(
+        "--unsealed",
+        action="store_true",
+        help="evaluate checkpoints also where their seal is missing or is not that of their files (default: refuse)",
+    )
     parser.add_argument("--revision", default="main", help="branch, tag or commit of Hub ids (default: main)")
     parser.add_argument(
         "--output",
@@ -123,7 +131,11 @@ def main() -> int:
     baseline_index(options.models, options.baseline)
     for model in options.models:
         check_model(
-            model, revision=options.revision, tokenizer=options.tokenizer is None, max_length=options.max_length
+            model,
+            revision=options.revision,
+            tokenizer=options.tokenizer is None,
+            max_length=options.max_length,
+            unsealed=options.unsealed,
         )
 
     ranks, first = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
@@ -152,6 +164,7 @@ def main() -> int:
                 revision=options.revision,
                 task_data=options.task_data,
                 progress=True,
+                unsealed=options.unsealed,
             )
         except Exception as error:
             if ranks > 1 or len(options.models) == 1:

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import default_data_collator, set_seed
+from transformers import TrainerCallback, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
@@ -38,12 +38,12 @@ def main() -> None:
         use_one_device(args)
         trainer = build_trainer(model_args, data_args, sparsity, args)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"train_llama.py: {' '.join(str(error).split())}") from error  # one line, whoever raised it
+        raise refused(error) from error
 
     trainer.recipe = recipe(model_args, data_args, args) | {
         "warm-up steps after each topology update": trainer.update_warmup_steps,
     }
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    train(trainer, checkpoint_to_resume(args))
     metrics, no_metrics = evaluated(trainer)
     weights = trainer.whole_state_dict()
     if not trainer.is_world_process_zero():
@@ -112,6 +112,33 @@ def build_trainer(
     )
 
 
+def train(trainer: SparseTrainer, checkpoint: str | bool | None) -> None:
+    """What is refused as training starts, resumed or not, ends the program in one line, as divergence and files that
+    cannot be read or written do at any time; a ValueError in the midst of training is a fault, and has its traceback.
+    """
+    first_step = FirstStep()
+    trainer.add_callback(first_step)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, ValueError) and first_step.done:
+            raise
+        raise refused(error) from error
+
+
+class FirstStep(TrainerCallback):
+    """Whether a step of this run has been taken."""
+
+    done = False
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.done = True
+
+
+def refused(error: Exception) -> SystemExit:
+    return SystemExit(f"train_llama.py: {' '.join(str(error).split())}")  # one line, whoever raised it
+
+
 def evaluated(trainer: SparseTrainer) -> tuple[dict[str, float], str]:
     """What the trained model scores, or nothing and why: its weights are not to be lost over that."""
     if trainer.args.world_size > 1:
@@ -166,7 +193,7 @@ def push(trainer: SparseTrainer, export: Path) -> None:
             commit_message="End of training",
         )
     except OSError as error:
-        raise SystemExit(f"train_llama.py: {' '.join(str(error).split())}") from error
+        raise refused(error) from error
     print(f"hub         {commit.repo_url}")
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,18 +105,21 @@ def smallest(tmp_path_factory):
     return small(tmp_path_factory.mktemp("small"))
 
 
+def two_steps(model, text, output):
+    return [
+        "--model", model, "--dataset", text, "--block_size", 32, "--method", "static", "--max_steps", 2,
+        "--save_strategy", "no", "--eval_strategy", "no", "--per_device_train_batch_size", 4,
+        "--max_eval_tokens", 256, "--validation_fraction", 0.2, "--output_dir", output,
+        "--warmup_steps", 1, "--use_cpu", "true",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def main(smallest, tmp_path, monkeypatch, capsys):
     """Train for two steps in this process; returns the exit status or message, and what was printed."""
-    model, text = smallest
 
     def run_script(*options):
-        argv = [
-            "--model", model, "--dataset", text, "--block_size", 32, "--method", "static", "--max_steps", 2,
-            "--save_strategy", "no", "--eval_strategy", "no", "--per_device_train_batch_size", 4,
-            "--max_eval_tokens", 256, "--validation_fraction", 0.2, "--output_dir", tmp_path / "run",
-            "--warmup_steps", 1, "--use_cpu", "true",
-        ]  # fmt: skip
+        argv = two_steps(*smallest, tmp_path / "run")
         monkeypatch.setattr(sys, "argv", [str(ROOT / "train_llama.py"), *map(str, [*argv, *options])])
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -206,6 +210,127 @@ def test_what_would_fail_after_training_is_refused_before(main, tmp_path, monkey
     code, _ = main(*(option.format(file=tmp_path / "file") for option in options))
     assert code.startswith("train_llama.py: ")
     assert options[-1].format(file=tmp_path / "file") in code or "batch_eval_metrics" in code
+
+
+SIX_STEPS = ("--method", "set", "--update_interval", 2, "--update_warmup_steps", 1, "--max_steps", 6)
+
+
+@pytest.fixture(scope="module")
+def saved(smallest, tmp_path_factory):
+    """The directory of a run that was saved after its third and its last step."""
+    place = tmp_path_factory.mktemp("saved") / "run"
+    argv = [*two_steps(*smallest, place), *SIX_STEPS, "--save_strategy", "steps", "--save_steps", 3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(ROOT / "train_llama.py"), *map(str, argv)])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    return place
+
+
+@pytest.fixture
+def finished(saved, tmp_path):
+    """A copy of it, where `main` trains."""
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def flip(path):
+    """One bit of a file."""
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+# what is done to checkpoint-3, what is asked for, and what the refusal names
+REFUSED = {
+    "no such checkpoint": (
+        lambda place: None,
+        ("--resume_from_checkpoint", "{run}/checkpoint-4"),
+        "{run}/checkpoint-4",
+    ),
+    "not whole": (
+        lambda place: (place / "checkpoint_seal.json").unlink(),
+        ("--resume_from_checkpoint", "{run}/checkpoint-3"),
+        "{run}/checkpoint-3/checkpoint_seal.json is missing",
+    ),
+    "a flipped bit": (
+        lambda place: flip(place / "optimizer.pt"),
+        ("--resume_from_checkpoint", "{run}/checkpoint-3"),
+        "{run}/checkpoint-3/optimizer.pt is damaged",
+    ),
+    "a damaged seal": (
+        lambda place: (place / "checkpoint_seal.json").write_text("{"),
+        ("--resume_from_checkpoint", "{run}/checkpoint-3"),
+        "{run}/checkpoint-3/checkpoint_seal.json cannot be used",
+    ),
+    "another config": (
+        lambda place: None,
+        ("--resume_from_checkpoint", "{run}/checkpoint-3", "--sparsity", "0.8"),
+        "sparsity: 0.9 there, 0.8 here",
+    ),
+    "a dense run": (
+        lambda place: None,
+        ("--resume_from_checkpoint", "{run}/checkpoint-3", "--method", "dense"),
+        "{run}/checkpoint-3 is a checkpoint of a sparse model",
+    ),
+    "none to resume": (
+        lambda place: None,
+        ("--resume_from_checkpoint", "true", "--output_dir", "{run}-elsewhere"),
+        "{run}-elsewhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_refused_resume_is_one_line(main, finished, reason):
+    directory = finished
+    change, asked, named = REFUSED[reason]
+    change(directory / "checkpoint-3")
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    code, printed = main(*SIX_STEPS, *(option.format(run=directory) for option in asked))
+    assert isinstance(code, str)  # exit status 1
+    assert code.startswith("train_llama.py: ")
+    assert named.format(run=directory) in code
+    assert "\n" not in code
+    assert "Traceback" not in printed.err
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
+def test_faults_keep_their_traceback(main, monkeypatch):
+    step = SparseTrainer.training_step
+
+    def fails_at(number, error):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == number:
+                raise error
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(SparseTrainer, "training_step", training_step)
+
+    for number, error in ((1, ValueError("a fault")), (0, TypeError("a fault")), (1, RuntimeError("a fault"))):
+        fails_at(number, error)
+        with pytest.raises(type(error), match="a fault"):
+            main()
+    # these say what is wrong with the run, and not with the program
+    for error in (FloatingPointError("diverged"), OSError(28, "the disk is full")):
+        fails_at(1, error)
+        code, _ = main()
+        assert code == f"train_llama.py: {error}"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_refused_resume_of_several_ranks(smallest, finished):
+    directory = finished
+    flip(directory / "checkpoint-3/optimizer.pt")
+    config = ROOT / "configs/accelerate/cpu_ddp.yaml"
+    result = run(
+        [*LAUNCH, "--config_file", str(config), "--main_process_port", "0"],
+        *two_steps(*smallest, directory), *SIX_STEPS, "--resume_from_checkpoint", directory / "checkpoint-3",
+    )  # fmt: skip
+    assert result.returncode == 1
+    mine = [line for line in result.stderr.splitlines() if "train_llama.py: " in line and "optimizer.pt" in line]
+    assert mine
+    assert all(f"{directory}/checkpoint-3/optimizer.pt is damaged" in line for line in mine)
+    assert 'train_llama.py", line' not in result.stderr  # no traceback of it; the launcher has one of its own
 
 
 def test_a_console_without_unicode(main, tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ def evaluate_zero_shot(
     task_data: str | Path | None = None,
     bootstrap_iters: int = 1000,
     progress: bool = False,
+    unsealed: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a causal language model on a suite of lm-eval tasks.
 
@@ -70,6 +71,7 @@ def evaluate_zero_shot(
         bootstrap_iters: resamples for the standard errors of F1, Matthews correlation and perplexity where the
             harness gives them.
         progress: show progress: a line per task, and bars where stderr is a terminal.
+        unsealed: evaluate a checkpoint also where its seal is missing, or is not that of its files.
 
     Returns:
         A dict that `json` can write:
@@ -91,8 +93,10 @@ def evaluate_zero_shot(
         - `config`, `versions` ("unknown" where none can be found), `seconds`.
 
     Raises:
-        FileNotFoundError: there is no such directory or Hub model, or it has no tokenizer; before anything is loaded.
-        ValueError: an option is out of range, a name in `suite` is unknown, or model and tokenizer do not fit.
+        FileNotFoundError: there is no such directory or Hub model, it has no tokenizer, or a checkpoint has no seal;
+            before anything is loaded.
+        ValueError: an option is out of range, a name in `suite` is unknown, a checkpoint is damaged, or model and
+            tokenizer do not fit.
         ConnectionError: not one of the tasks has its data.
     """
     check_options(limit, num_fewshot, batch_size, device, task_data)
@@ -108,7 +112,8 @@ def evaluate_zero_shot(
         source, live_model = model_or_dir, model_or_dir
         name = model_or_dir.name_or_path or type(model_or_dir).__name__
     else:
-        source, live_model = check_model(model_or_dir, revision=revision, tokenizer=tokenizer is None), None
+        source = check_model(model_or_dir, revision=revision, tokenizer=tokenizer is None, unsealed=unsealed)
+        live_model = None
         name = str(model_or_dir)
     names = suite_tasks(suite)
 

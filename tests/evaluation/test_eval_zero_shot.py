@@ -18,7 +18,8 @@ from made_data import write_task
 
 import hf_chts.evaluation
 from hf_chts import SparsityConfig, export_sparse, sparsify
-from hf_chts.evaluation import SUITES, write_embedded_suite, write_results
+from hf_chts.evaluation import SUITES, check_model, evaluate_zero_shot, write_embedded_suite, write_results
+from hf_chts.seal import seal
 
 SCRIPT = Path(__file__).parents[2] / "eval_zero_shot.py"
 
@@ -277,12 +278,97 @@ def test_local_task_data(run, saved_models, tmp_path):
     ]
 
 
+@pytest.fixture
+def checkpoint(saved_models, tmp_path):
+    """A checkpoint of a run, with what only a resume reads."""
+    place = tmp_path / "run/checkpoint-3"
+    shutil.copytree(saved_models[0], place)
+    (place / "optimizer.pt").write_bytes(bytes(100))
+    (place / "trainer_state.json").write_text("{}")
+    seal(place, 3)
+    return place
+
+
+def damage(place):
+    contents = bytearray((place / "model.safetensors").read_bytes())
+    contents[-1] ^= 1  # of a weight
+    (place / "model.safetensors").write_bytes(contents)
+
+
+def unseal(place):
+    (place / "checkpoint_seal.json").unlink()
+    for name in ("masks.safetensors", "topology_history.json"):  # of a sparse run
+        (place / name).write_bytes(b"")
+
+
+def dense_unsealed(place):
+    shutil.copytree(place, place.parent / "checkpoint-2")  # which was written whole
+    (place / "checkpoint_seal.json").unlink()
+
+
+# what is done to a checkpoint, and what is named
+NOT_WHOLE = {
+    "damaged": (damage, "model.safetensors is damaged"),
+    "a file is missing": (
+        lambda place: (place / "generation_config.json").unlink(),
+        "generation_config.json is missing",
+    ),
+    "another file": (lambda place: (place / "config.json").write_text("{}"), "config.json has 2 bytes"),
+    "no seal": (unseal, "checkpoint_seal.json is missing"),
+    "no seal, dense": (dense_unsealed, "checkpoint_seal.json is missing"),
+    "a damaged seal": (
+        lambda place: (place / "checkpoint_seal.json").write_text("[]"),
+        "checkpoint_seal.json cannot be",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", NOT_WHOLE)
+def test_a_checkpoint_that_is_not_whole_is_refused(run, checkpoint, saved_models, tmp_path, monkeypatch, reason):
+    monkeypatch.chdir(checkpoint)
+    change, named = NOT_WHOLE[reason]
+    change(checkpoint)
+    for name in (checkpoint, "."):
+        code, printed = run(saved_models[1], name, "--output", tmp_path / "results.json")
+        assert code.startswith("eval_zero_shot.py: error: ")
+        assert named in code
+        assert "--unsealed" in code
+        assert "\n" not in code
+        assert printed == ""
+    assert not (tmp_path / "results.json").exists()
+    with pytest.raises((FileNotFoundError, ValueError), match=named):
+        evaluate_zero_shot(checkpoint)
+
+
+def test_a_damaged_checkpoint_on_request(run, checkpoint, tmp_path):
+    damage(checkpoint)
+    code, _ = run(checkpoint, *NEXT_LINE, "--unsealed", "--output", tmp_path / "results.json")
+    assert code == 0
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    assert result["samples"] == {"embedded_next_line": 2}
+
+
+def test_what_is_whole_or_none_of_ours_is_evaluated(checkpoint, saved_models, tmp_path):
+    assert check_model(checkpoint) == str(checkpoint)
+    # what only a resume reads may be gone
+    (checkpoint / "optimizer.pt").unlink()
+    assert check_model(checkpoint) == str(checkpoint)
+    # a plain Trainer's, and an export with its masks
+    plain, export = tmp_path / "plain/checkpoint-3", tmp_path / "run/export"
+    for place in (plain, export):
+        shutil.copytree(saved_models[0], place)
+    (plain / "trainer_state.json").write_text("{}")
+    (export / "masks.safetensors").write_bytes(b"")
+    assert check_model(plain) == str(plain)
+    assert check_model(export) == str(export)
+
+
 def test_help_names_every_suite_and_default(run):
     code, printed = run("--help")
     assert code == 0
     assert all(suite in printed for suite in SUITES)
     options = [part.split()[0] for part in printed.split("Local data:")[0].split("\n  --")[1:]]
-    assert len(options) == 12
+    assert len(options) == 13
     assert printed.count("default:") == len(options)
     assert "3, some tasks or models were left out" in printed
 
