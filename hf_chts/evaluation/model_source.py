@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME
-from hf_chts.seal import SEAL_NAME, verify_seal
+from hf_chts.seal import RUN_NAME, SEAL_NAME, verify_seal
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -77,13 +77,14 @@ def _evaluated(name: str) -> bool:
 
 
 def _is_of_a_run(path: Path) -> bool:
-    """Whether it is a checkpoint that a run of ours began to write. One of a dense run is known by those beside it."""
+    """Whether it is a checkpoint that a run of ours began to write. A dense one is known by what is beside it."""
     if (path / MASKS_NAME).is_file() and (path / HISTORY_NAME).is_file():
         return True
     path = path.resolve()
     if not path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
         return False
-    return any(path.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{SEAL_NAME}"))
+    known = (path.parent / RUN_NAME).is_file()  # which runs of earlier versions have not
+    return known or any(path.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{SEAL_NAME}"))
 
 
 def _found(model: str | Path, revision: str, tokenizer: bool) -> str:

@@ -301,8 +301,13 @@ def unseal(place):
         (place / name).write_bytes(b"")
 
 
-def dense_unsealed(place):
+def second_of_dense(place):
     shutil.copytree(place, place.parent / "checkpoint-2")  # which was written whole
+    (place / "checkpoint_seal.json").unlink()
+
+
+def first_of_dense(place):
+    (place.parent / "run_identity.json").write_text("{}")
     (place / "checkpoint_seal.json").unlink()
 
 
@@ -315,7 +320,8 @@ NOT_WHOLE = {
     ),
     "another file": (lambda place: (place / "config.json").write_text("{}"), "config.json has 2 bytes"),
     "no seal": (unseal, "checkpoint_seal.json is missing"),
-    "no seal, dense": (dense_unsealed, "checkpoint_seal.json is missing"),
+    "no seal, dense": (second_of_dense, "checkpoint_seal.json is missing"),
+    "no seal, the first of a dense run": (first_of_dense, "checkpoint_seal.json is missing"),
     "a damaged seal": (
         lambda place: (place / "checkpoint_seal.json").write_text("[]"),
         "checkpoint_seal.json cannot be",
