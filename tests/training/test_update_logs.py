@@ -110,7 +110,7 @@ def test_lines_of_the_console(tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     said = [(int(line[0]), line[1]) for line in lines if line and line[0].isdigit() and line[1] in ("loss", "done:")]
     assert said == [(4, "loss"), (8, "loss"), (12, "loss"), (16, "loss"), (24, "loss"), (24, "done:")]
-    said = [(i, int(line[0])) for i, line in enumerate(lines) if line[2:3] == ["sparse"]]
+    said = [(i, int(line[0])) for i, line in enumerate(lines) if line[2:3] == ["sparse"] and line[0].isdigit()]
     assert [step for _, step in said] == UPDATES
     # as late as the loss after it is known, which is before the next log
     assert [lines[i + 1][:2] for i, _ in said] == [["8", "loss"], ["12", "loss"], ["16", "loss"], ["24", "loss"]]
