@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from hf_chts import SparseModel, SparseTrainerMixin, SparsityConfig, export_sparse, load_sparse, sparsify
+from hf_chts.training.other_trainers import start_reference
 
 trl = pytest.importorskip("trl")
 from trl.experimental import cpo, orpo  # noqa: E402
@@ -235,6 +237,29 @@ def test_a_reference_of_the_users_own_stays_as_it_is(tmp_path, dense):
     assert abs(losses(run)[0] - math.log(2)) > 1e-4  # it is dense
 
 
+@pytest.mark.parametrize("how", ["sharded", "computed ahead under FSDP"])
+def test_a_reference_in_parts_has_to_come_from_a_sparse_model(tmp_path, dense, how):
+    """As engines leave it: only a name of the sparse weights stands for them then."""
+
+    def trainer(model):
+        reference = model_of(CASES["DPO"], dense)
+        for weight in reference.parameters():
+            weight.ds_id = 0
+        ahead = how != "sharded"
+        args = SimpleNamespace(precompute_ref_log_probs=ahead)
+        return SimpleNamespace(
+            model=model, ref_model=None if ahead else reference, args=args, is_fsdp_enabled=ahead
+        )  # fmt: skip
+
+    handle = sparsify(model_of(CASES["DPO"], dense), SPARSE)
+    with pytest.raises(ValueError, match=f"{dense['causal']}.*is not sparse, and shards it: write .* export_sparse"):
+        start_reference(trainer(handle.model), handle, given=False)
+    start_reference(trainer(handle.model), handle, given=True)
+    export_sparse(handle.model, tmp_path / "export")
+    loaded = load_sparse(tmp_path / "export")
+    start_reference(trainer(loaded), SparseModel.of(loaded), given=False)
+
+
 @pytest.mark.parametrize("name", ["SFT", "Reward", "DPO, precomputed", "GRPO"])
 def test_a_model_by_its_path(tmp_path, dense, name):
     case = CASES[name]
@@ -258,7 +283,7 @@ def test_paths_that_cannot_stand_for_a_sparse_model(tmp_path, dense):
         with pytest.raises(ValueError, match=r"load_sparse\('.*export"):
             build(case, tmp_path, place)
         # the remedy it names: the reference of trl comes from there too
-        run = build(CASES["DPO"], tmp_path / "run", load_sparse(place), max_steps=4)
+        run = build(CASES["DPO"], tmp_path / f"run{packed}", load_sparse(place), max_steps=4)
         assert same(run.sparse.masks(), handle.masks())
         run.train()
         assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -320,7 +345,9 @@ class NamesAlone(Trainer):
 
 
 def test_arguments_arrive_where_each_class_has_them(tmp_path, dense):
-    settings = TrainingArguments(str(tmp_path), max_steps=4, use_cpu=True, report_to="none", disable_tqdm=True)
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=4, save_strategy="no", use_cpu=True, report_to="none", disable_tqdm=True
+    )
     options = {"sparsity": SPARSE, "train_dataset": random_blocks(8)}
     runs = [
         sparse_of(Weighted)(0.5, tiny_llama(), settings, **options),
