@@ -19,7 +19,7 @@ class Architecture:
         settings: of its config.
         task: what it is trained on.
         sparse: the layers that are to be sparse, as `layers` reads them; empty where the model is only refused.
-        tied: whether the output layer has the weight of the input embeddings.
+        tied: whether several layers share a weight, mostly the output layer and the input embeddings.
         target_modules: of the config with which it is trained; None: the default.
         refused: what the default is refused with, as a regular expression; None: it is not.
         note: what is particular about it, or why it is refused, in the words of docs/architectures.md.

@@ -190,5 +190,5 @@ ENCODER_DECODERS = {
     "bart": Architecture(t.BartForConditionalGeneration, BART, SEQ2SEQ, BART_LAYERS, tied=True),
     "marian": Architecture(t.MarianMTModel, BART, SEQ2SEQ, BART_LAYERS, tied=True),
     "pegasus": Architecture(t.PegasusForConditionalGeneration, BART, SEQ2SEQ, BART_LAYERS, tied=True),
-    "mbart, questions": Architecture(t.MBartForQuestionAnswering, BART, QUESTIONS, BART_LAYERS),
+    "mbart, questions": Architecture(t.MBartForQuestionAnswering, BART, QUESTIONS, BART_LAYERS, tied=True),
 }

@@ -121,6 +121,9 @@ def test_train_export_and_load(tmp_path, name, method):
             assert shared(one) == shared(model)
             assert bool(shared(one)) == architecture.tied
         assert f"model = {architecture.task.auto}.from_pretrained(" in (directory / "README.md").read_text()
+    resumed = trainer(name, tmp_path / "resumed", method, architecture.model(seed=5))
+    resumed._load_from_checkpoint(str(tmp_path / "export False"))
+    assert all(resumed.model.state_dict()[key].equal(value) for key, value in weights.items())
     bits = load_file(tmp_path / "export False/masks.safetensors")
     stored = {layer: int(numpy.unpackbits(bits[f"{layer}.mask"].numpy()).sum()) for layer in expected}
     assert sum(stored.values()) == links
