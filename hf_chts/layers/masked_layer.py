@@ -115,9 +115,7 @@ class MaskedLayer(nn.Module):
         if type(layer) is not cls.plain:
             raise TypeError(f"only {cls.plain.__name__} itself can become a {cls.__name__}, got {type(layer).__name__}")
         weight = layer.get_parameter("weight")
-        # a weight without data gets it from another rank, but not its mask
-        device = "cpu" if weight.is_meta else weight.device
-        empty = torch.zeros(weight_shape(weight), dtype=torch.bool, device=device)
+        empty = torch.zeros(weight_shape(weight), dtype=torch.bool, device=weight.device)
         _check_mask(mask, cls.matrix(empty).shape)
         cls.matrix(empty).copy_(mask)
         layer.register_buffer("mask", empty, persistent=False)

@@ -6,8 +6,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_fsdp_enabled
-from transformers.modeling_utils import is_local_dist_rank_0
 
 from hf_chts.config import SparsityConfig
 from hf_chts.layers.conversion import convert_layers
@@ -151,7 +149,7 @@ def sparsify(
     if SparseModel.of(model) is not None:
         raise ValueError("the model is sparse already: call unsparsify() on its handle, SparseModel.of(model)")
     targets = {} if config.is_dense else _targets(model, config, masks)
-    _refuse_meta(targets, config)
+    _refuse_meta(targets)
     if config.percolation and targets:
         couplings(cast(PreTrainedModel, model), list(targets))  # refuses architectures whose coupling is not known
     shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
@@ -207,23 +205,14 @@ def _earlier(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tenso
     return earlier if set(earlier) == set(masks) else None
 
 
-def _refuse_meta(targets: Mapping[str, nn.Module], config: SparsityConfig) -> None:
-    """Raises ValueError for weights without data: what fills them later knows nothing of masks.
-
-    But FSDP's efficient loading does: all ranks but the first have such weights, and get them, with zeros, from it.
-    """
+def _refuse_meta(targets: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError for weights without data: what fills them later knows nothing of masks."""
     for name, layer in targets.items():
-        if not layer.get_parameter("weight").is_meta:
-            continue
-        if not (is_fsdp_enabled() and not is_local_dist_rank_0()):
+        if layer.get_parameter("weight").is_meta:
             raise ValueError(
                 f"{name} is on the meta device, where weights have no values and masks would be lost: give the model "
-                "its weights first (from_pretrained, or to_empty and init_weights on a real device)"
-            )
-        if config.allocation == "global":
-            raise ValueError(
-                f"allocation is 'global', which reads weights, but {name} has none on this rank: set "
-                "fsdp_cpu_ram_efficient_loading to false"
+                "its weights first (from_pretrained, or to_empty and init_weights on a real device; where FSDP leaves "
+                "ranks without them, fsdp_cpu_ram_efficient_loading: false)"
             )
 
 

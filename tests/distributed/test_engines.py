@@ -58,3 +58,7 @@ def test_trainer_on_each_engine_and_resumed(tmp_path, config, options, engine):
     _, losses_again, weights_again = torch.load(tmp_path / "resumed.pt")
     assert losses_again == losses
     assert all(weights_again[name].equal(weight) for name, weight in weights.items())
+
+
+def test_efficient_loading_keeps_masks(tmp_path):
+    accelerate("cpu_fsdp2", "efficient_loading_worker.py", str(tmp_path))
