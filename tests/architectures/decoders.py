@@ -190,6 +190,15 @@ STATES = {
         tied=True,
         note=MAMBA_NOTE,
     ),
+    "mamba, all layers": Architecture(
+        t.MambaForCausalLM,
+        MAMBA,
+        CAUSAL,
+        "backbone.layers.{2}.mixer: in_proj 72x32, x_proj 24x36, dt_proj 36x16, out_proj 32x36",
+        tied=True,
+        target_modules=["in_proj", "x_proj", "dt_proj", "out_proj"],
+        note="all its layers, by `target_modules`; it multiplies with the weight of `dt_proj` itself",
+    ),
     "falcon_mamba": Architecture(
         t.FalconMambaForCausalLM,
         MAMBA,

@@ -41,7 +41,6 @@ ENCODERS = {
         deberta.encoder.layer.{2}.intermediate: dense 22x18
         deberta.encoder.layer.{2}.output: dense 18x22
         """,
-        note="its attention reads the weight of `in_proj` in parts",
     ),
     "deberta_v2, tokens": Architecture(
         t.DebertaV2ForTokenClassification,
