@@ -11,11 +11,13 @@ from transformers import Trainer
 
 from hf_chts.layers.shares import some
 from hf_chts.seal import last_sealed
-from hf_chts.training.not_finite import not_finite, weights_and_moments, weights_of
+from hf_chts.training.not_finite import MASTER, not_finite, weights_and_moments, weights_of
 from hf_chts.training.sharding.ranks import rank_and_world
 from hf_chts.training.unlabelled import UnlabelledEvaluation, excused, without_labels
 
 if TYPE_CHECKING:
+    from hf_chts.training.callback import TopologyCallback
+
     _AnyTrainer = Trainer
 else:
     _AnyTrainer = object
@@ -81,6 +83,7 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
     end of training.
     """
 
+    topology: "TopologyCallback | None"
     _watch: Watch | None = None
     unlabelled: Tensor | None = None  # whether the labels of the last micro-batch are all -100
     _unlabelled_said: int = 0
@@ -127,6 +130,10 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
         self._refuse_divergence(together=True)
         held = weights_and_moments(cast(nn.Module, self.model), self.optimizer)
         if bad := not_finite(held, self.args.device):
+            if MASTER in bad and self.topology is not None and self.topology.engine is not None:
+                engine = self.topology.engine
+                parts = {name: list(engine.held(layer).values()) for name, layer in self.topology.sparse.layers.items()}
+                bad = [*not_finite(parts, self.args.device), *bad]  # whose parts they are, where that is known
             raise diverged(self.state.global_step, bad, self.args.output_dir, what)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:

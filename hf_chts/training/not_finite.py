@@ -12,7 +12,7 @@ from hf_chts.layers.wrappers import original_name
 from hf_chts.training.sharding.ranks import rank_and_world
 
 _MOMENTS = "optimizer state of "
-_MASTER = "master weights or moments that the optimizer holds in parts"
+MASTER = "master weights or moments that the optimizer holds in parts"
 
 
 @torch.no_grad()
@@ -50,8 +50,14 @@ def weights_and_moments(model: nn.Module, optimizer: Any) -> dict[str, list[Tens
         if weight.requires_grad:
             own.add(id(weight))
             found[_MOMENTS + original_name(name)] = _tensors(state.get(weight))
-    others = [weight for group in groups for weight in group["params"] if id(weight) not in own]
-    found[_MASTER] = [tensor for weight in others for tensor in (_held(weight), *_tensors(state.get(weight)))]
+    # ZeRO stage 3 shows its partitions to the optimizer in a step alone, and only its state has them always
+    others = {id(weight): weight for weight in (*state, *(weight for group in groups for weight in group["params"]))}
+    found[MASTER] = [
+        tensor
+        for key, weight in others.items()
+        if key not in own and isinstance(weight, Tensor)
+        for tensor in (_held(weight), *_tensors(state.get(weight)))
+    ]
     return found
 
 
