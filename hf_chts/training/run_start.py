@@ -172,7 +172,7 @@ class BeginsRuns(_AnyTrainer):
         step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step if checkpoint else 0
         left = passed_over(self.run_dir, checkpoint, step)
         later = [path for path in left if path in sealed(self.run_dir)]
-        with told_where(self.run_dir, "the name of the run could not be written there"):
+        with told_where(self.run_dir, "Make room there, or give the run another output_dir; nothing has been trained"):
             take_folder(self.run_dir, self.identity.to_dict(), left)
         if later:
             _log.warning(
