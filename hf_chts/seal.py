@@ -16,7 +16,7 @@ from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME, write_whole
 
 SEAL_NAME, RUN_NAME = "checkpoint_seal.json", "run_identity.json"
 _FORMAT, _RUN_FORMAT = "hf_chts checkpoint, 1", "hf_chts run, 1"
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 def seal(directory: str | Path, step: int, run: Mapping[str, Any] | None = None) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure  # and not pyplot, whose choice of a display is the user's
 
 from hf_chts.evaluation.column_names import column_names
@@ -26,6 +27,7 @@ def results_figure(results: Sequence[dict[str, Any]], path: str | Path) -> Path:
     return Path(path)
 
 
+@rc_context({"text.parse_math": False})  # a $ in a name is a $
 def draw_results(results: Sequence[dict[str, Any]]) -> Figure:
     """Bars of each metric: a group per task, a bar per model, with standard errors.
 

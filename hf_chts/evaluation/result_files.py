@@ -10,6 +10,7 @@ from typing import Any
 from hf_chts.evaluation.comparison import compare_models
 from hf_chts.evaluation.tables import results_table
 from hf_chts.machine import check_can_write
+from hf_chts.markdown import picture
 
 
 def write_results(results: Sequence[dict[str, Any]], path: Path, *, baseline: str | None = None) -> None:
@@ -35,7 +36,7 @@ def write_report(results: Sequence[dict[str, Any]], path: Path, *, baseline: str
     markdown, figure = report_paths(path)
     table = results_table(results, style="markdown", baseline=baseline)
     _replace(figure, lambda unfinished: results_figure(results, unfinished))
-    text = f"# Results\n\n{table}\n\n![Scores, with their standard errors]({figure.name})\n"
+    text = f"# Results\n\n{table}\n\n{picture('Scores, with their standard errors', figure.name)}\n"
     _replace(markdown, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
     return markdown, figure
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from hf_chts.evaluation.averages import suite_averages
 from hf_chts.evaluation.column_names import column_names
 from hf_chts.evaluation.comparison import baseline_index, common_tasks, compare_models
+from hf_chts.markdown import inline
 
 _MISSING = "–"
 _NOT_BEATEN, _OUTSIDE = "·", "*"
@@ -65,7 +66,11 @@ def results_table(
     else:
         table = "\n\n".join(_text(heads, block) for block in blocks)
     notes = [*_legend(entries, models[reference]), *_notes(results)]
-    lines = notes if style == "markdown" else [line for note in notes for line in textwrap.wrap(note, width)]
+    lines = (
+        list(map(inline, notes))
+        if style == "markdown"
+        else [line for note in notes for line in textwrap.wrap(note, width)]
+    )
     separator = "\n\n" if style == "markdown" else "\n"
     return table + ("\n\n" + separator.join(lines) if lines else "")
 
@@ -163,8 +168,7 @@ def _text(heads: list[list[str]], columns: list[Column]) -> str:
 
 def _markdown(lines: list[list[str]]) -> str:
     rule = ["---"] * 2 + ["---:"] * (len(lines[0]) - 2)
-    # a * is Markdown's own
-    escaped = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in lines]
+    escaped = [[inline(cell) for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in [escaped[0], rule, *escaped[1:]])
 
 

@@ -9,10 +9,25 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_chts.export.auto_class import auto_class
+from hf_chts.export.auto_class import class_to_load
 from hf_chts.export.model_facts import ModelFacts
 
 TASK = "text-generation"  # what a causal LM does, in the Hub's words
+# and others, by what follows AutoModelFor
+_TASKS = {
+    "CausalLM": TASK,
+    "MaskedLM": "fill-mask",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+    "ImageClassification": "image-classification",
+    "SemanticSegmentation": "image-segmentation",
+    "ObjectDetection": "object-detection",
+    "ImageTextToText": "image-text-to-text",
+    "AudioClassification": "audio-classification",
+    "SpeechSeq2Seq": "automatic-speech-recognition",
+    "CTC": "automatic-speech-recognition",
+}
 
 _EMBEDDED = "Python standard library sources (embedded corpus of hf_chts)"
 
@@ -24,17 +39,17 @@ def card_data(
 
     A model trained from scratch has no `base_model`.
     """
-    loaded_by = auto_class(facts.architecture).__name__
+    task = _TASKS.get(class_to_load(facts.architecture).removeprefix("AutoModelFor"))
     corpus = str(training.get("dataset", ""))
     given = dict(metadata)
     datasets = [*hub_ids([corpus]), *_listed(given.pop("datasets", None))]
     fields: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": TASK if loaded_by == "AutoModelForCausalLM" else None,
+        "pipeline_tag": task,
         "tags": list(dict.fromkeys([*_tags(facts), *_listed(given.pop("tags", None))])),
         "datasets": list(dict.fromkeys(datasets)) or None,
     }
-    results = validation_results(metrics, corpus)
+    results = validation_results(metrics, corpus, task or TASK)
     if results:
         # the Hub groups results by the model's name
         fields |= {"model_name": f"{facts.architecture}-{facts.sparsity.method}", "eval_results": results}
@@ -58,13 +73,13 @@ def hub_ids(names: Iterable[str]) -> list[str]:
     return found
 
 
-def validation_results(metrics: Mapping[str, Any], corpus: str) -> list[EvalResult]:
+def validation_results(metrics: Mapping[str, Any], corpus: str, task: str = TASK) -> list[EvalResult]:
     """What was measured on the validation data of `corpus`, as the Hub's `model-index` has it."""
     known = hub_ids([corpus])
     name = _EMBEDDED if corpus == "embedded" else corpus if known else Path(corpus).name or "validation data"
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=task,
             dataset_type=known[0] if known else "embedded" if corpus == "embedded" else "local",
             dataset_name=name,
             dataset_split="validation",

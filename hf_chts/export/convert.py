@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from hf_chts.checkpoint import MASKS_NAME, MaskFile, mask_metadata
 from hf_chts.config import SparsityConfig
 from hf_chts.export import packed_format
-from hf_chts.export.auto_class import auto_class
+from hf_chts.export.auto_class import empty_model
+from hf_chts.export.checksums import CHECKSUMS_NAME, verify_checksums, write_checksums
+from hf_chts.export.exported_values import check_stored
 from hf_chts.export.model_card import with_loading
 from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed, pack_values, packed_config, plain_config
@@ -47,6 +48,7 @@ _NOT_COPIED = (
     "topology_history.json",
     "checkpoint_seal.json",
     "adapter_config.json",
+    CHECKSUMS_NAME,
 )
 
 
@@ -71,7 +73,7 @@ def pack_directory(
     Raises:
         FileNotFoundError: `source` lacks weights, masks or a config.
         FileExistsError: `target` is not empty.
-        ValueError: `source` is dense or packed already, or damaged, or has weights off its masks.
+        ValueError: `source` is dense or packed already, or damaged, or has weights off its masks or not finite ones.
     """
     source = Path(source)
     if not (source / "config.json").is_file():
@@ -82,13 +84,14 @@ def pack_directory(
         raise ValueError(f"{source} is {state} already: pack a plain export of a sparse model")
     if SparsityConfig.load(source).is_dense:
         raise ValueError(f"{source} is a dense model: there is nothing to pack, use it as it is")
+    verify_checksums(source, PLAIN_STEM)
     masks, files = MaskFile(source), WeightFiles(source, PLAIN_STEM)
     layers = {f"{name}.weight": name for name in masks.shapes}
     for key, name in layers.items():
         if key not in files.entries:
             raise ValueError(
                 f"{source} has a mask of {name} and no weight {key}: its tensors are stored under other names than the "
-                "model's, so it cannot be packed. Use the plain directory"
+                "model's. Load it with load_sparse, and pack it with export_sparse(model, directory, packed=True)"
             )
     if transposed is None:
         transposed = _transposed_layers(source, config)
@@ -98,11 +101,14 @@ def pack_directory(
         return packed_format.metadata(key for key, name in layers.items() if name in transposed and key in here)
 
     groups = [
-        _packed(files, masks, key, layers[key], layers[key] in transposed) if key in layers else [_copied(files, key)]
+        _packed(files, masks, key, layers[key], layers[key] in transposed)
+        if key in layers
+        else [_copied(files, key, finite=True)]
         for key in files.entries
     ]
     with _new_directory(target) as new:
         write_shards(new, PACKED_STEM, groups, max_shard_size=max_shard_size, metadata=metadata, single=False)
+        write_checksums(new, PACKED_STEM)
         _copy_others(source, new, packed_config(config), packed=True)
     return Path(target)
 
@@ -120,7 +126,7 @@ def unpack_directory(source: str | Path, target: str | Path, *, max_shard_size: 
     if not is_packed(config):
         raise ValueError(f"{source} is not packed: its config.json has no quantization_config of hf_chts")
     packed = PackedFiles(source)
-    packed.check_links()
+    packed.check_contents()
     groups = [[_dense(packed, key)] for key in packed.weights] + [[_copied(packed.files, key)] for key in packed.others]
     with _new_directory(target) as new:
         write_shards(
@@ -131,6 +137,7 @@ def unpack_directory(source: str | Path, target: str | Path, *, max_shard_size: 
             metadata=lambda tensors: {"format": "pt"},
             single=True,
         )
+        write_checksums(new, PLAIN_STEM)
         masks = _MaskBits(packed)
         shapes = {name: masks.shape(name) for name in masks.keys_by_name}
         tensors = [
@@ -157,12 +164,14 @@ def _packed(files: WeightFiles, masks: MaskFile, key: str, name: str, transposed
 
     def values() -> Tensor:
         try:
-            return pack_values(files.read(key), mask())
+            links = pack_values(files.read(key), mask())
         except ValueError as error:
             raise ValueError(
                 f"{entry.path}: {name} {error}, so weights and masks are of different models: restore both from one "
                 "export"
             ) from error
+        check_stored(entry.path, {key: links})
+        return links
 
     def bits() -> Tensor:
         return pack_bits(mask()) if transposed else masks.tensors[f"{name}.mask"]
@@ -180,9 +189,16 @@ def _dense(packed: PackedFiles, key: str) -> Planned:
     return Planned(key, weight.dtype, weight.shape, lambda: packed.weight(key))
 
 
-def _copied(files: WeightFiles, key: str) -> Planned:
+def _copied(files: WeightFiles, key: str, *, finite: bool = False) -> Planned:
     entry = files.entries[key]
-    return Planned(key, entry.dtype, entry.shape, lambda: files.read(key))
+
+    def tensor() -> Tensor:
+        found = files.read(key)
+        if finite:
+            check_stored(entry.path, {key: found})
+        return found
+
+    return Planned(key, entry.dtype, entry.shape, tensor)
 
 
 def _reader(tensors: Mapping[str, Tensor], key: str) -> Callable[[], Tensor]:
@@ -217,14 +233,13 @@ class _MaskBits(Mapping[str, Tensor]):
 
 def _transposed_layers(source: Path, config: dict[str, Any]) -> set[str]:
     """The names of layers whose weight lies as (in, out); told by the model's classes, made without memory."""
-    name = architecture(config)
     try:
         with torch.device("meta"):
-            model = auto_class(name).from_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
+            model = empty_model(config, source)
     except Exception as error:
         raise ValueError(
-            f"{source}: no {name} can be made of its config.json, which tells how weights lie: {error}. Load the model "
-            "and use export_sparse(model, directory, packed=True)"
+            f"{source}: no {architecture(config)} can be made of its config.json, which tells how weights lie: {error}"
+            ". Load the model and use export_sparse(model, directory, packed=True)"
         ) from error
     return {
         name
@@ -243,8 +258,8 @@ def _copy_others(source: Path, target: Path, config: dict[str, Any], *, packed: 
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     card = target / _CARD
     if card.is_file():
-        loader = auto_class(architecture(config)).__name__
-        card.write_text(with_loading(card.read_text(encoding="utf-8"), loader, packed=packed), encoding="utf-8")
+        text = with_loading(card.read_text(encoding="utf-8"), architecture(config), packed=packed)
+        card.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A Hugging Face directory of a sparse model, plain or packed, and back."""
+"""export_sparse: a Hugging Face directory of a sparse model, plain or packed."""
 
 import logging
 import os
@@ -6,28 +6,25 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from hf_chts.checkpoint import MASKS_NAME, TopologyState, load_masks, save_masks, write_whole
-from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.checkpoint import MASKS_NAME, TopologyState, save_masks, write_whole
+from hf_chts.config import CONFIG_NAME
 from hf_chts.export.adapters import Adapters, check_adapters, has_adapters, plain_model
-from hf_chts.export.auto_class import auto_class
+from hf_chts.export.checksums import forget_checksums, write_checksums
 from hf_chts.export.convert import SHARD_SIZE, pack_directory
+from hf_chts.export.exported_values import check_values
 from hf_chts.export.hub import push_directory
 from hf_chts.export.model_card import model_card
 from hf_chts.export.model_facts import ModelFacts
-from hf_chts.export.packed_files import PackedFiles
-from hf_chts.export.packed_format import is_packed
 from hf_chts.export.packed_loading import forget_packing
 from hf_chts.export.pushed_card import FIGURES, with_figures, with_results
-from hf_chts.export.sources import architecture, checked_config, local_directory
-from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, DamagedFile, remove_weights
+from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, WeightFiles, remove_weights
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published
-from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
-from hf_chts.layers.patching import SparseModel, sparsify
+from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_keys, original_name
 
 _log = logging.getLogger(__name__)
@@ -85,7 +82,9 @@ def export_sparse(
 
     Raises:
         ValueError: the model was never sparsified, is dense and to be packed, has adapters and `adapters` does not say
-            what is to become of them, or something else has taken hold of a weight. Nothing is written then.
+            what is to become of them, is quantized, or something else has taken hold of a weight. Nothing is written
+            then.
+        FloatingPointError: a weight is NaN or infinite. Nothing is written then.
         NotADirectoryError: `directory` is a file.
         FileNotFoundError: a figure is missing. Nothing is written then.
         RuntimeError: a weight is not 0 off its mask. Nothing is written then.
@@ -102,6 +101,16 @@ def export_sparse(
         raise NotADirectoryError(f"{directory} is a file: export to a directory")
     if packed and sparse.config.is_dense:
         raise ValueError("a dense model has nothing to pack: export it plain")
+    settings: Any = getattr(sparse.model, "config", None)
+    forget_packing(settings)
+    if getattr(settings, "quantization_config", None) is not None:
+        raise ValueError(
+            "the config of the model has a quantization_config, and an export has plain weights alone: export a model "
+            "that was not quantized, and quantize what is exported"
+        )
+    # before zeros are looked for, which NaN would be taken for something else by
+    values = sparse.model.state_dict() if state_dict is None else state_dict
+    check_values({original_name(key): value for key, value in values.items()})
     adapted = has_adapters(model)
     check_adapters(model, adapters)
     if state_dict is not None:
@@ -121,6 +130,7 @@ def export_sparse(
     if adapted:
         plain = plain_model(sparse, adapters)
         state_dict, masks = plain.state, plain.masks
+        check_values(state_dict)
         training = {**(training or {}), "adapters": plain.said}
         _log.warning("%s: %s", directory, plain.said)
     facts = ModelFacts.of_model(sparse, masks)
@@ -128,12 +138,13 @@ def export_sparse(
     if zero_shot is not None:
         card = with_results(card, zero_shot)
     card = with_figures(card, [path.name for path in pictures])
-    forget_packing(cast(PreTrainedModel, sparse.model).config)
     if packed:
         _write_packed(sparse, masks, directory, tokenizer, card, max_shard_size, state_dict)
     else:
+        forget_checksums(directory)
         _write_plain(sparse, masks, directory, tokenizer, card, max_shard_size, state_dict)
         remove_weights(directory, PACKED_STEM)
+        write_checksums(directory, PLAIN_STEM)
     _write_evidence(directory, zero_shot, pictures)
     if push_to_hub:
         push_directory(
@@ -160,9 +171,16 @@ def _write_packed(
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
         plain, new = Path(temporary) / "plain", Path(temporary) / "packed"
         _write_plain(sparse, masks, plain, tokenizer, card, max_shard_size, state_dict)
+        stored = WeightFiles(plain, PLAIN_STEM).entries
+        if not all(f"{name}.weight" in stored for name in masks):
+            # packed are weights of layers, and not the pieces, by other names, that some architectures store; which
+            # they load all the same
+            remove_weights(plain, PLAIN_STEM)
+            _write_plain(sparse, masks, plain, tokenizer, card, max_shard_size, state_dict, as_stored=False)
         transposed = [name for name, layer in sparse.layers.items() if layer.transposed]
         pack_directory(plain, new, max_shard_size=max_shard_size, transposed=transposed)
         directory.mkdir(exist_ok=True)
+        forget_checksums(directory)
         for stem in (PLAIN_STEM, PACKED_STEM):
             remove_weights(directory, stem)
         (directory / MASKS_NAME).unlink(missing_ok=True)
@@ -180,13 +198,19 @@ def _write_plain(
     card: str,
     max_shard_size: int | str,
     state_dict: dict[str, Tensor] | None,
+    *,
+    as_stored: bool = True,
 ) -> None:
     model: Any = sparse.model
     with original_keys(model), _without_peft(model):
-        model.save_pretrained(directory, max_shard_size=max_shard_size, state_dict=state_dict)
+        model.save_pretrained(
+            directory, max_shard_size=max_shard_size, state_dict=state_dict, save_original_format=as_stored
+        )
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    sparse.config.save(directory / CONFIG_NAME)
+    possible = sum(mask.numel() for mask in masks.values())
+    links = sum(int(mask.count_nonzero()) for mask in masks.values())
+    sparse.config.save(directory / CONFIG_NAME, measured=1 - links / possible if possible else None)
     save_masks(directory, TopologyState(masks))
     (directory / "README.md").write_text(card, encoding="utf-8")
 
@@ -223,48 +247,3 @@ def _check_whole(sparse: SparseModel, state_dict: dict[str, Tensor]) -> None:
             raise RuntimeError(f"state_dict has {found} for {name}.weight, which is {tuple(layer.mask.shape)}")
         if weight[~layer.mask.to(weight.device)].any():
             raise RuntimeError(f"{name} has weights off its mask in state_dict: something wrote past the mask")
-
-
-def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load an export, plain or packed, with its masks, to train on.
-
-    The model is patched, `SparseModel.of(model)` is its handle. Only to use the model, `from_pretrained` of its Auto
-    class is enough: AutoModelForCausalLM for a causal LM, AutoModelForSeq2SeqLM for an encoder-decoder. The class is
-    told by `architectures` in its config. Nothing that a file says is run, or taken for the name of another file.
-
-    Args:
-        source: a directory or a Hub id.
-        kwargs: for `from_pretrained`; with a Hub id also revision, token and the like.
-
-    Raises:
-        FileNotFoundError, ValueError: weights, masks or config are missing, damaged or do not fit each other.
-    """
-    directory = local_directory(source, kwargs)
-    contents = checked_config(directory)
-    config = SparsityConfig.load(directory)
-    packed = PackedFiles(directory) if is_packed(contents) else None
-    masks = {} if packed else load_masks(directory).masks
-    options = {"trust_remote_code": False} | kwargs | {"output_loading_info": True}
-    model, info = auto_class(architecture(contents)).from_pretrained(directory, **options)
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{directory} has no weights for {sorted(info['missing_keys'])[:3]} of a {type(model).__name__}: its "
-            "config.json is of another model, or it was not copied whole"
-        )
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PLAIN_LAYERS)}
-    if packed:
-        for key, stored in packed.weights.items():
-            name = key.removesuffix(".weight")
-            if name in layers and masked_class(layers[name]).transposed != stored.transposed:
-                raise DamagedFile(packed.files.entries[f"{key}_bits"].path, f"{key} lies the other way in the model")
-            masks[name] = packed.mask(key)
-    for name in [] if packed else sorted(masks.keys() & layers.keys()):
-        layer, mask = layers[name], masks[name]
-        weight = masked_class(layer).matrix(layer.get_parameter("weight").detach())
-        if weight.shape == mask.shape and (weight[~mask.to(weight.device)] != 0).any():
-            raise ValueError(
-                f"{directory}: {name} has weights off its mask, so weights and masks are of different models: "
-                "restore both from one export"
-            )
-    sparsify(model, config, masks=masks)  # refuses masks that no layer is for
-    return model

@@ -8,6 +8,8 @@ from typing import Any
 
 from hf_chts.checkpoint import MASKS_NAME, MaskFile
 from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.export.checksums import CHECKSUMS_NAME, verify_checksums
+from hf_chts.export.exported_values import check_all_stored
 from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed, pack_values
 from hf_chts.export.pushed_card import FIGURES
@@ -63,7 +65,7 @@ def export_files(directory: str | Path) -> ExportFiles:
     packed = is_packed(config)
     stem = PACKED_STEM if packed else PLAIN_STEM
     shards, places = find_shards(directory, stem)
-    names = ["config.json", CONFIG_NAME, CARD, RESULTS_NAME, *(shard.name for shard in shards)]
+    names = ["config.json", CONFIG_NAME, CARD, RESULTS_NAME, CHECKSUMS_NAME, *(shard.name for shard in shards)]
     if places is not None:
         names.append(index_path(directory, stem).name)
     if not packed and sparsity is not None and not sparsity.is_dense and not (directory / MASKS_NAME).is_file():
@@ -85,12 +87,16 @@ def check_contents(export: ExportFiles) -> None:
 
     Raises:
         FileNotFoundError: a shard is missing.
-        ValueError: a file is damaged, or weights and masks are of different models.
+        ValueError: a file is damaged, weights are not finite, or weights and masks are of different models.
     """
     if export.packed:
-        PackedFiles(export.directory).check_links()
+        packed = PackedFiles(export.directory)
+        packed.check_contents()
+        check_all_stored(packed.files, packed.files.entries)
         return
+    verify_checksums(export.directory, PLAIN_STEM)
     files = WeightFiles(export.directory, PLAIN_STEM)
+    check_all_stored(files, files.entries)
     if MASKS_NAME not in export.paths:
         return
     masks = MaskFile(export.directory)
@@ -112,7 +118,7 @@ def _is_ours(name: str) -> bool:
     folder, _, file = name.rpartition("/")
     if folder:
         return folder == FIGURES and file.lower().endswith(PICTURES)
-    return bool(_WEIGHTS.fullmatch(name)) or name in (MASKS_NAME, RESULTS_NAME)
+    return bool(_WEIGHTS.fullmatch(name)) or name in (MASKS_NAME, RESULTS_NAME, CHECKSUMS_NAME)
 
 
 def _pictures(folder: Path) -> Iterator[Path]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from hf_chts.config import SparsityConfig
-from hf_chts.export.auto_class import auto_class
+from hf_chts.config import differs
+from hf_chts.export.auto_class import class_to_load, preprocessor
 from hf_chts.export.card_metadata import card_data
 from hf_chts.export.model_facts import ModelFacts
+from hf_chts.markdown import code, inline
 
 _TEMPLATE = """\
 ---
@@ -55,10 +56,10 @@ _ARCHITECTURE = (
 
 _PLAIN = """\
 ```python
-from transformers import {loader}, AutoTokenizer
+from transformers import {loader}, {reader}
 
 model = {loader}.from_pretrained(DIRECTORY_OR_HUB_ID)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY_OR_HUB_ID)
+{variable} = {reader}.from_pretrained(DIRECTORY_OR_HUB_ID)
 ```
 
 The weights are ordinary dense tensors in which the missing links are exactly 0, so nothing but `transformers` is
@@ -68,10 +69,10 @@ as bits; `hf_chts.load_sparse` loads both, to train on."""
 _PACKED = """\
 ```python
 import hf_chts  # pip install hf_chts; transformers refuses to load the model without it
-from transformers import {loader}, AutoTokenizer
+from transformers import {loader}, {reader}
 
 model = {loader}.from_pretrained(DIRECTORY_OR_HUB_ID)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY_OR_HUB_ID)
+{variable} = {reader}.from_pretrained(DIRECTORY_OR_HUB_ID)
 ```
 
 The weights are packed: of each sparse layer, one bit a weight says where its links are, and only their values are
@@ -98,13 +99,12 @@ def model_card(
     Raises:
         ValueError: `metadata` has a value that is none of that field.
     """
-    method = facts.sparsity.method
-    loaded_by = auto_class(facts.architecture).__name__
+    method, name = facts.sparsity.method, inline(facts.architecture)
     if facts.sparsity.is_dense:
-        summary = f"A dense {facts.architecture} trained with `hf_chts`, as a baseline."
+        summary = f"A dense {name} trained with `hf_chts`, as a baseline."
     else:
         summary = (
-            f"A {facts.architecture} pretrained sparse from the first step with `hf_chts`, method `{method}`: "
+            f"A {name} pretrained sparse from the first step with `hf_chts`, method `{method}`: "
             f"{facts.missing:.2%} of the weights of its {len(facts.layers)} sparse layers are missing links."
         )
     size = {name: facts.config[name] for name in _ARCHITECTURE if facts.config.get(name) is not None}
@@ -112,22 +112,28 @@ def model_card(
     card = ModelCard.from_template(
         card_data(facts, training=training, metrics=metrics, metadata=metadata or {}),
         template_str=_TEMPLATE,
-        title=f"{facts.architecture} · {method}",
+        title=f"{name} · {method}",
         summary=summary,
-        loading=(_PACKED if facts.packed else _PLAIN).format(loader=loaded_by),
+        loading=_loading(facts.architecture, packed=facts.packed),
         sparsity=_sparsity_table(facts),
         sections=sections,
     )
     return str(card)
 
 
-def with_loading(card: str, loader: str, *, packed: bool) -> str:
+def with_loading(card: str, architecture: str | None, *, packed: bool) -> str:
     """The model card of a packed or plain directory, from that of the other; any other text stays as it is."""
     before, heading, after = card.partition(_HEADING)
     if not heading:
         return card
     _, next_heading, rest = after.partition("\n## ")
-    return f"{before}{heading}\n{(_PACKED if packed else _PLAIN).format(loader=loader)}\n{next_heading}{rest}"
+    return f"{before}{heading}\n{_loading(architecture, packed=packed)}\n{next_heading}{rest}"
+
+
+def _loading(architecture: str | None, *, packed: bool) -> str:
+    reader = preprocessor(architecture)
+    names = {"loader": class_to_load(architecture), "reader": reader}
+    return (_PACKED if packed else _PLAIN).format(variable=reader.removeprefix("Auto").lower(), **names)
 
 
 def _sparsity_table(facts: ModelFacts) -> str:
@@ -139,15 +145,15 @@ def _sparsity_table(facts: ModelFacts) -> str:
     lines = ["| layers | number | shape (out × in) | links in all | sparsity |", "| --- | --- | --- | --- | --- |"]
     for (kind, shape), links in kinds.items():
         possible = len(links) * shape[0] * shape[1]
-        lines.append(
-            f"| `{kind}` | {len(links)} | {shape[0]} × {shape[1]} | {sum(links):,} | {1 - sum(links) / possible:.2%} |"
-        )
+        size = f"{len(links)} | {shape[0]} × {shape[1]} | {sum(links):,}"
+        lines.append(f"| {code(kind)} | {size} | {1 - sum(links) / possible:.2%} |")
     lines.append(f"| all sparse layers | {len(facts.layers)} | | {facts.links:,} | {facts.missing:.2%} |")
-    return "\n".join([*lines, "", _topology(facts.sparsity)])
+    return "\n".join([*lines, "", _topology(facts)])
 
 
-def _topology(config: SparsityConfig) -> str:
+def _topology(facts: ModelFacts) -> str:
     """How the topology came about, in a sentence."""
+    config = facts.sparsity
     parts = [f"initial topology `{config.initial_topology}`"]
     if config.sparsity_schedule != "constant":
         parts.append(
@@ -160,7 +166,11 @@ def _topology(config: SparsityConfig) -> str:
         parts.append(f"updates every {config.update_interval} steps until {config.update_until:.0%} of the run")
     else:
         parts.append("never changed")
-    return f"Topology: {', '.join(parts)}. `sparsity_config.json` has every setting."
+    text = f"Topology: {', '.join(parts)}. `sparsity_config.json` has every setting."
+    # before the schedule has ended, or where layers have a sparsity of their own
+    if config.evolves and differs(facts.missing, config.sparsity):
+        text += f" A sparsity of {config.sparsity:.2%} was asked for of the model; {facts.missing:.2%} is what it has."
+    return text
 
 
 def _section(title: str, values: Mapping[str, Any]) -> str:
@@ -176,4 +186,4 @@ def _shown(value: Any) -> str:
     if isinstance(value, str) and Path(value).is_absolute():
         value = Path(value).name  # a card is for everybody, and this machine's folders are not
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return inline(text)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hf_chts.export.checksums import verify_checksums
 from hf_chts.export.packed_format import KINDS, METHOD, VERSION, unpack_weight
 from hf_chts.export.weight_files import FLOATS, PACKED_STEM, DamagedFile, WeightFiles, strays
 from hf_chts.topology.bits import count_bits, unpack_bits
@@ -59,8 +60,12 @@ class PackedFiles:
         """The weight as it lies, with zeros off its links."""
         return unpack_weight(self.bits(key), self.files.read(f"{key}_values"), self.weights[key].shape)
 
-    def check_links(self) -> None:
-        """Raises DamagedFile if a mask has not as many links as there are values, or one after its end."""
+    def check_contents(self) -> None:
+        """Raises DamagedFile if a mask has not as many links as there are values, or checksums are not those of then.
+
+        All files are read.
+        """
+        verify_checksums(self.files.directory, PACKED_STEM)
         for key, weight in self.weights.items():
             bits, path = self.bits(key), self.files.entries[f"{key}_bits"].path
             n = weight.shape[0] * weight.shape[1]

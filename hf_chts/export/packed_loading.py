@@ -84,7 +84,7 @@ class PackedLoader(HfQuantizer):
         """
         directory = _common_directory(checkpoint_files or [], model.config.name_or_path or "")
         packed = PackedFiles(directory)
-        packed.check_links()
+        packed.check_contents()
         parameters, prefix = dict(model.named_parameters(remove_duplicate=False)), f"{model.base_model_prefix}."
         for key, weight in packed.weights.items():
             # transformers loads a model with a head from one without, and the other way round

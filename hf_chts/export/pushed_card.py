@@ -1,5 +1,6 @@
 """The model card as it is pushed: that of the directory, with the repository's name, results and figures."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hf_chts.export.card_metadata import merged_results
 from hf_chts.export.zero_shot_results import TITLE, eval_results, results_section
+from hf_chts.markdown import picture
 
 FIGURES = "figures"  # the folder of an export that holds them
 PLACEHOLDER = "DIRECTORY_OR_HUB_ID"
@@ -29,13 +31,13 @@ def with_results(card: str, results: Mapping[str, Any]) -> str:
 
 def with_figures(card: str, names: Iterable[str]) -> str:
     """A card with a section that shows the files of these names in the folder of figures."""
-    lines = [f"![{name.rsplit('.', 1)[0].replace('_', ' ')}]({FIGURES}/{name})" for name in names]
+    lines = [picture(name.rsplit(".", 1)[0].replace("_", " "), FIGURES, name) for name in names]
     return with_section(card, "Figures", "\n\n".join(lines)) if lines else card
 
 
 def with_repository(card: str, repo_id: str, revision: str | None) -> str:
     """A card whose code can be copied and run: it names this repository."""
-    source = f'"{repo_id}"' if revision in (None, "main") else f'"{repo_id}", revision="{revision}"'
+    source = f'"{repo_id}"' if revision in (None, "main") else f'"{repo_id}", revision={json.dumps(revision)}'
     return card.replace(PLACEHOLDER, source)
 
 

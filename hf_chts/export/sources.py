@@ -9,6 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_chts.checkpoint import MASKS_NAME
 from hf_chts.config import CONFIG_NAME
+from hf_chts.export.checksums import CHECKSUMS_NAME
 from hf_chts.export.packed_format import is_packed
 from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, DamagedFile, find_shards, read_json
 
@@ -18,6 +19,7 @@ _DOWNLOADED = [
     "generation_config.json",
     CONFIG_NAME,
     MASKS_NAME,
+    CHECKSUMS_NAME,
     *(f"{stem}{suffix}" for stem in (PLAIN_STEM, PACKED_STEM) for suffix in ("-*.safetensors", ".safetensors*")),
 ]
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from hf_chts.export.card_metadata import TASK, is_figure
+from hf_chts.markdown import inline
 
 RESULTS_NAME = "zero_shot.json"  # beside the weights
 TITLE = "Zero-shot"
@@ -61,15 +62,17 @@ def results_section(result: Mapping[str, Any]) -> str:
     for task, metric, value, stderr in _values(result):
         shown = _shown(value) + (f" ± {_shown(stderr)}" if is_figure(stderr) else "")
         trivial = _trivial(result, task, metric)
-        lines.append(f"| {_cell(task)} | {_cell(metric)} | {shown} | {'' if trivial is None else _shown(trivial)} |")
+        lines.append(f"| {inline(task)} | {inline(metric)} | {shown} | {'' if trivial is None else _shown(trivial)} |")
     settings = result.get("config") or {}
     notes = ["trivial: the best score of giving one and the same answer to everything, or of guessing."]
     if settings.get("limit") is not None:
-        notes.append(f"Only the first {settings['limit']} documents of each task were used.")
+        notes.append(f"Only the first {inline(settings['limit'])} documents of each task were used.")
     skipped = result.get("skipped") or {}
-    notes += [f"Skipped, since their data could not be loaded: {', '.join(sorted(skipped))}."] if skipped else []
+    notes += (
+        [f"Skipped, since their data could not be loaded: {inline(', '.join(sorted(skipped)))}."] if skipped else []
+    )
     harness = (result.get("versions") or {}).get("lm_eval")
-    notes += [f"Measured with lm-eval {harness}."] if harness else []
+    notes += [f"Measured with lm-eval {inline(harness)}."] if harness else []
     return "\n".join([*lines, "", *notes])
 
 
@@ -144,7 +147,3 @@ def _place(name: str) -> str:
 
 def _shown(value: Any) -> str:
     return f"{value:.4f}" if is_figure(value) else "not finite"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

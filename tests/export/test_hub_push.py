@@ -22,6 +22,7 @@ from hf_chts.export.hub_errors import TRIES
 
 IDS = torch.arange(30).view(2, 15) % VOCABULARY
 PLAIN = {"config.json", "generation_config.json", "model.safetensors", "masks.safetensors", "sparsity_config.json"}
+PLAIN |= {"weights_checksums.json"}
 PLAIN |= {"README.md"}
 RESULT = {
     "model": "somewhere/else",
@@ -352,9 +353,17 @@ def test_no_export(hub, waits, exports, tmp_path):
     def other_weights(directory):
         tensors = load_file(directory / "model.safetensors")
         tensors["model.layers.1.mlp.up_proj.weight"].fill_(1)
+        (directory / "weights_checksums.json").unlink()
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+    def diverged(directory):
+        tensors = load_file(directory / "model.safetensors")
+        tensors["lm_head.weight"][1, 2] = float("inf")
+        (directory / "weights_checksums.json").unlink()
         save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
     refused(ValueError, "model.layers.1.mlp.up_proj has weights off its mask", other_weights)
+    refused(ValueError, "model.safetensors: there is NaN or infinity in lm_head.weight,", diverged)
     refused(
         ValueError, "README.md: the metadata at the head of the model card cannot be read",
         lambda directory: (directory / "README.md").write_text("---\ntags: [a\n---\n# x\n"),

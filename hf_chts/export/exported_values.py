@@ -1,0 +1,45 @@
+"""What may be exported and pushed: plain numbers that are finite."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from hf_chts.export.weight_files import WeightFiles
+from hf_chts.finite import not_finite
+from hf_chts.layers.plain_weight import own_class
+from hf_chts.layers.shares import some
+
+
+def check_values(state: Mapping[str, Tensor]) -> None:
+    """Raises of a model's weights and buffers by name, before anything is written:
+
+    ValueError: one is quantized.
+    FloatingPointError: some hold NaN or infinity.
+    """
+    for name, tensor in state.items():
+        if kind := own_class(tensor):
+            raise ValueError(
+                f"{name} is of the class {kind}, and an export has plain weights alone: export before the model "
+                "is quantized, and quantize what is exported"
+            )
+    if bad := not_finite(state):
+        raise FloatingPointError(
+            f"there is NaN or infinity in {some(bad)}, so nothing is exported: training has diverged, go on from an "
+            "earlier checkpoint"
+        )
+
+
+def check_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where tensors that a file holds are not finite."""
+    if bad := not_finite(tensors):
+        raise ValueError(
+            f"{path}: there is NaN or infinity in {some(bad)}, since the training that wrote it had diverged. Take an "
+            "earlier checkpoint"
+        )
+
+
+def check_all_stored(files: WeightFiles, keys: Iterable[str]) -> None:
+    """The same for all of these tensors, one at a time in memory."""
+    for key in keys:
+        check_stored(files.entries[key].path, {key: files.read(key)})

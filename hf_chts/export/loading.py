@@ -1,0 +1,102 @@
+"""load_sparse: the model of an export, as it was, with its masks."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_chts.checkpoint import load_masks
+from hf_chts.config import SparsityConfig
+from hf_chts.export.auto_class import model_class
+from hf_chts.export.checksums import verify_checksums
+from hf_chts.export.packed_files import PackedFiles
+from hf_chts.export.packed_format import is_packed
+from hf_chts.export.sources import architecture, checked_config, local_directory
+from hf_chts.export.weight_files import PLAIN_STEM, DamagedFile, WeightFiles
+from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
+from hf_chts.layers.patching import sparsify
+
+_QUANTIZING = ("quantization_config", "load_in_8bit", "load_in_4bit")
+
+
+def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load an export, plain or packed, with its masks, to train on.
+
+    The model is of the class that `architectures` in its config names, with its head: one of transformers, or another
+    that has been imported. It is patched, `SparseModel.of(model)` is its handle. Only to use the model,
+    `from_pretrained` is enough. Nothing that a file says is run, or taken for the name of another file.
+
+    Args:
+        source: a directory or a Hub id.
+        kwargs: for `from_pretrained`; with a Hub id also revision, token and the like. Code in the directory is run
+            with trust_remote_code=True alone.
+
+    Raises:
+        FileNotFoundError, ValueError: weights, masks or config are missing, damaged or do not fit each other, nobody
+            knows the class, or the model is to be quantized.
+    """
+    for name in _QUANTIZING:
+        if kwargs.get(name):
+            raise ValueError(
+                f"load_sparse got {name}, but quantized weights take no masks and cannot be trained on: leave it out. "
+                "Only to use the model quantized, give it to from_pretrained, with a plain export"
+            )
+    directory = local_directory(source, kwargs)
+    contents = checked_config(directory)
+    config = SparsityConfig.load(directory)
+    packed = PackedFiles(directory) if is_packed(contents) else None
+    masks = {} if packed else load_masks(directory).masks
+    options = {"trust_remote_code": False} | kwargs | {"output_loading_info": True}
+    try:
+        loader = model_class(contents, trust_remote_code=options["trust_remote_code"])
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+    if not packed:  # those are checked as they are loaded, however they are
+        verify_checksums(directory, PLAIN_STEM)
+        WeightFiles(directory, PLAIN_STEM)  # refuses what is cut or mixed, by its name
+    model, info = loader.from_pretrained(directory, **options)
+    _check_class(directory, model, architecture(contents), info)
+    layers: dict[str, nn.Module] = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, PLAIN_LAYERS)
+    }
+    if packed:
+        masks = _packed_masks(packed, layers)
+    else:
+        _check_zeros(directory, masks, layers)
+    sparsify(model, config, masks=masks)  # refuses masks that no layer is for
+    return model
+
+
+def _check_class(directory: Path, model: PreTrainedModel, name: str | None, info: dict[str, Any]) -> None:
+    """Raises ValueError where a model is not of the class that was asked for, or not made of these weights alone."""
+    kind = type(model).__name__
+    if kind != name:
+        raise ValueError(f"{directory}: config.json is of a {name}, and what transformers makes of it is a {kind}")
+    for keys, what in (("missing_keys", "no weights for"), ("unexpected_keys", "weights that have no place, for")):
+        if info[keys]:
+            raise ValueError(
+                f"{directory} has {what} {sorted(info[keys])[:3]} of a {kind}: its config.json is of another model "
+                "or version of it, or it was not copied whole. Restore config.json and weights from one export"
+            )
+
+
+def _packed_masks(packed: PackedFiles, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    masks = {}
+    for key, stored in packed.weights.items():
+        name = key.removesuffix(".weight")
+        if name in layers and masked_class(layers[name]).transposed != stored.transposed:
+            raise DamagedFile(packed.files.entries[f"{key}_bits"].path, f"{key} lies the other way in the model")
+        masks[name] = packed.mask(key)
+    return masks
+
+
+def _check_zeros(directory: Path, masks: dict[str, Tensor], layers: dict[str, nn.Module]) -> None:
+    for name in sorted(masks.keys() & layers.keys()):
+        layer, mask = layers[name], masks[name]
+        weight = masked_class(layer).matrix(layer.get_parameter("weight").detach())
+        if weight.shape == mask.shape and (weight[~mask.to(weight.device)] != 0).any():
+            raise ValueError(
+                f"{directory}: {name} has weights off its mask, so weights and masks are of different models: "
+                "restore both from one export"
+            )
