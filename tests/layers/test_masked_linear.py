@@ -126,3 +126,21 @@ def test_masking_by_hook_gives_the_forward_the_weight_itself():
     plain.weight.grad = None
     plain(inputs).square().sum().backward()
     assert plain.weight.grad[~mask].count_nonzero()
+
+
+def test_a_replica_of_data_parallel_is_masked_where_its_gradient_is_added_up():
+    masked = layer()
+    masked.dense_gradient = torch.zeros(6, 9)
+    inputs = torch.randn(4, 9)
+    replicas = [masked._replicate_for_data_parallel() for _ in range(2)]
+    outputs = []
+    for replica, part in zip(replicas, inputs.chunk(2), strict=True):
+        replica.weight, replica.bias = masked.weight * 1.0, masked.bias * 1.0  # as torch's broadcast of them
+        assert replica.masked_weight() is replica.weight
+        outputs.append(replica(part))
+    torch.cat(outputs).square().sum().backward()
+    dense = copy.deepcopy(masked).revert()
+    dense.zero_grad()
+    dense(inputs).square().sum().backward()
+    torch.testing.assert_close(masked.weight.grad, dense.weight.grad * MASK)
+    torch.testing.assert_close(masked.dense_gradient, dense.weight.grad)

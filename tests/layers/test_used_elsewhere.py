@@ -169,3 +169,17 @@ def test_mamba(tmp_path, case):
     with torch.no_grad():
         expected = whole.model.eval()(input_ids=ids).logits
         assert load_sparse(export_sparse(whole.model, tmp_path / "export"))(input_ids=ids).logits.equal(expected)
+
+
+def test_attention_of_torch():
+    """It is the attention that multiplies with the weight of its output, whose class only has another name."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.TransformerEncoderLayer(32, 2, 48, dropout=0.0, batch_first=True)])
+    sparse = sparsify(model, CONFIG)
+    names = ["blocks.0.self_attn.out_proj", "blocks.0.linear1", "blocks.0.linear2"]
+    assert list(sparse.layers) == names
+    model.blocks[0](torch.randn(2, 5, 32)).square().sum().backward()
+    for name, layer in sparse.layers.items():
+        assert layer.weight.grad[~layer.mask].eq(0).all(), name
+        assert layer.weight.grad[layer.mask].ne(0).all(), name
