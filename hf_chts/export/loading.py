@@ -37,7 +37,7 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
             knows the class, or the model is to be quantized.
     """
     for name in _QUANTIZING:
-        if kwargs.get(name):
+        if kwargs.pop(name, None):
             raise ValueError(
                 f"load_sparse got {name}, but quantized weights take no masks and cannot be trained on: leave it out. "
                 "Only to use the model quantized, give it to from_pretrained, with a plain export"
