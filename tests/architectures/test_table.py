@@ -46,7 +46,7 @@ def trained_line(architecture):
 
 def refused_line(architecture):
     patterns = architecture.target_modules
-    return f"| `{architecture.kind.__name__}` | {architecture.note} | {code(patterns) if patterns else 'nothing'} |"
+    return f"| `{architecture.kind.__name__}` | {architecture.note} | {code(patterns) if patterns else 'none tried'} |"
 
 
 def code(names):
