@@ -104,7 +104,7 @@ def test_names_stay_readable():
 
 def test_tables_of_results(tmp_path):
     rest = {"suite": "", "skipped": {}, "config": {"limit": None}, "versions": {"tasks": {}}}
-    results = [{"model": f"{SCRIPT} $x_{n}^$ $", "tasks": {SCRIPT: {"acc": 0.5}}, **rest} for n in range(2)]
+    results = [{"model": f"{SCRIPT} $x_{n}^$", "tasks": {SCRIPT: {"acc": 0.5}}, **rest} for n in range(2)]
     table = results_table(results, style="markdown")
     assert "<script>" not in table
     assert SAFE in table
