@@ -28,7 +28,7 @@ from hf_chts.training.first_step import check_first_step
 from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.layer_lines import layer_lines
 from hf_chts.training.losses import UpdateLosses
-from hf_chts.training.not_finite import not_finite
+from hf_chts.training.not_finite import not_finite, read_by_update
 from hf_chts.training.regrown_adam import RegrownAdam
 from hf_chts.training.run_identity import RunIdentity
 from hf_chts.training.run_record import RunRecord
@@ -414,13 +414,7 @@ class TopologyCallback(TrainerCallback):
     def _refuse_not_finite(self, step: int) -> None:
         """Raises FloatingPointError, naming them, for layers of which an update would read NaN or infinity."""
         assert self.engine is not None
-        read: dict[str, list[Tensor]] = {}
-        for name, layer in self.sparse.layers.items():
-            held = self.engine.held(layer)
-            read[f"weight of {name}"] = [held[key] for key in ("weight", "working") if key in held]
-            read[f"stored weights of {name}"] = [self.stored[name]] if name in self.stored else []
-            total = getattr(layer.dense_gradient, "sum", None)
-            read[f"dense gradient of {name}"] = [] if total is None else [total]
+        read = read_by_update(self.sparse.layers, self.engine, self.stored)
         if bad := not_finite(read, next(iter(self.sparse.layers.values())).mask.device):
             raise diverged(step, bad, self._output_dir, "the topology is not updated by them")
 

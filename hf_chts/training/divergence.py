@@ -60,7 +60,8 @@ class Watch:
 
     @staticmethod
     def _earliest(first: Tensor, step: int, value: Tensor) -> Tensor:
-        finite = torch.isfinite(value.detach()).all().to(first.device)
+        finite = torch.isfinite(value.detach()).to(first.device)
+        finite = finite.all() if finite.dim() else finite
         return torch.where(finite, first, first.clamp(max=step))
 
     def look(self, *, together: bool) -> tuple[int, int, int]:

@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_chts.finite import holds_not_finite
+from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.wrappers import original_name
+from hf_chts.training.sharding.interface import Engine
 from hf_chts.training.sharding.ranks import rank_and_world
 
 _MOMENTS = "optimizer state of "
@@ -59,6 +61,27 @@ def weights_and_moments(model: nn.Module, optimizer: Any) -> dict[str, list[Tens
         for tensor in (_held(weight), *_tensors(state.get(weight)))
     ]
     return found
+
+
+def read_by_update(
+    layers: Mapping[str, MaskedLayer], engine: Engine, stored: Mapping[str, Tensor]
+) -> dict[str, list[Tensor]]:
+    """By name, what this rank holds of all that a topology update may read.
+
+    Args:
+        stored: the weights of what is no link, by layer name, where they are kept.
+    """
+    read: dict[str, list[Tensor]] = {}
+    for name, layer in layers.items():
+        held = engine.held(layer)
+        read[f"weight of {name}"] = [held[key] for key in ("weight", "working") if key in held]
+        read[f"stored weights of {name}"] = [stored[name]] if name in stored else []
+        total = getattr(layer.dense_gradient, "sum", None)
+        if total is not None and engine.loss_scale() != 1:
+            # infinite because the loss is scaled, which is no divergence: the scaler has left out the step
+            total.nan_to_num_(0.0, 0.0, 0.0)
+        read[f"dense gradient of {name}"] = [] if total is None else [total]
+    return read
 
 
 def _tensors(state: Any) -> list[Tensor]:

@@ -182,6 +182,21 @@ def test_an_update_reads_nothing_that_is_not_finite(tmp_path, case, what, spoil)
     assert [line["step"] for line in run.topology.history] == [INTERVAL]
 
 
+def test_a_scaled_loss_may_overflow_in_an_update(tmp_path):
+    """As with fp16, whose scaler leaves out the step: its dense gradient is infinite, and nothing has diverged."""
+    run = trainer(tmp_path, "rigl", save_strategy="no")
+    run.callback_handler.callbacks.insert(0, After(2 * INTERVAL, spoil_dense_gradient(run)))
+
+    class Scaled(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            run.topology.engine.loss_scale = lambda: 2.0**16
+
+    run.add_callback(Scaled())
+    run.train()
+    assert [line["step"] for line in run.topology.history] == [4, 8, 12, 16]
+    run.sparse.check()
+
+
 def test_nothing_that_is_not_finite_is_pushed(hub, waits, tmp_path):
     run = poisoned(
         tmp_path / "run", "chtss", 15, max_steps=16, save_steps=8, push_to_hub=True, hub_model_id="me/run",
