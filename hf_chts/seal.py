@@ -16,6 +16,7 @@ from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME, write_whole
 
 SEAL_NAME, RUN_NAME = "checkpoint_seal.json", "run_identity.json"
 _FORMAT, _RUN_FORMAT = "hf_chts checkpoint, 1", "hf_chts run, 1"
+_IN_PROGRESS = "checkpoint-is-incomplete.txt"  # which the Trainer removes when a save at SIGTERM is done
 _CHUNK = 1 << 20
 
 
@@ -25,7 +26,7 @@ def seal(directory: str | Path, step: int, run: Mapping[str, Any] | None = None)
     files = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name != SEAL_NAME:
+        if path.is_file() and name not in (SEAL_NAME, _IN_PROGRESS):
             files[name] = [path.stat().st_size, crc32(path)]
     contents = {"format": _FORMAT, "step": step, "files": files, **({"run": dict(run)} if run else {})}
     contents["checksum"] = _checksum(contents)

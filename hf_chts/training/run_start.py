@@ -47,6 +47,7 @@ class BeginsRuns(_AnyTrainer):
     run_dir: str | None = None
     _own_runs: frozenset[str | None] = frozenset()
     _lock: OutputLock | None = None
+    _resumed_at: int | None = None  # on rank 0, after which step
 
     def begin_run(self, resume: str | bool | None, trial: Any, prepare: Callable[[str | None], None]) -> str | None:
         """Find out what to train, and take the folder for it. Collective.
@@ -169,7 +170,11 @@ class BeginsRuns(_AnyTrainer):
                 _set_aside(path, checkpoint)
         if not self.is_world_process_zero():
             return
-        step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step if checkpoint else 0
+        step, self._resumed_at = 0, None
+        if checkpoint is not None:
+            earlier = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            step = self._resumed_at = earlier.global_step
+            self._say_other_length(earlier.max_steps)
         left = passed_over(self.run_dir, checkpoint, step)
         later = [path for path in left if path in sealed(self.run_dir)]
         with told_where(self.run_dir, "Make room there, or give the run another output_dir; nothing has been trained"):
@@ -183,15 +188,27 @@ class BeginsRuns(_AnyTrainer):
                 ", ".join(path.name for path in later),
             )
 
-    def say_no_step_left(self) -> None:
-        """That a run was resumed at or after its end, so that nothing is trained."""
-        if self.is_world_process_zero():
+    def _say_other_length(self, earlier: int) -> None:
+        """Where updates of a topology depend on the length, the plan says more (begin_lines.py)."""
+        now = self.args.max_steps
+        if now > 0 and earlier not in (0, now) and not (self.topology and self.sparse.config.evolves):
             _log.warning(
-                "The checkpoint is of step %d, and this run has %d steps: nothing is left to train. To train on, raise "
-                "max_steps",
-                self.state.global_step,
+                "The run goes on to step %d, that of the checkpoint would have gone to %d: the learning rate follows "
+                "the schedule of the new length",
+                now,
+                earlier,
+            )
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._inner_training_loop(*args, **kwargs)
+        if self._resumed_at is not None and self.state.max_steps <= self._resumed_at and self.is_world_process_zero():
+            _log.warning(
+                "The checkpoint is of step %d, and this run has %d steps: nothing was left to train. To train on, "
+                "raise max_steps",
+                self._resumed_at,
                 self.state.max_steps,
             )
+        return result
 
 
 def check_state_is_there(directory: str | Path, *, deepspeed: bool) -> None:

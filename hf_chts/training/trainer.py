@@ -20,6 +20,7 @@ from transformers.utils import can_return_loss, find_labels
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits, with_original_names
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.full_disk import size, told_where
+from hf_chts.export.checksums import forget_checksums
 from hf_chts.layers.patching import SparseModel, follow_masks, sparsify
 from hf_chts.layers.shares import some
 from hf_chts.layers.wrappers import original_keys, original_name, saves_adapters_alone, uncompiled
@@ -237,7 +238,6 @@ class SparseTrainerMixin(
         # the Trainer looks for the end after a step: resumed from its last checkpoint, a run would train one too many
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-            self.say_no_step_left()
             return
         super()._run_epoch(*args, **kwargs)
 
@@ -312,6 +312,7 @@ class SparseTrainerMixin(
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:
             state_dict = {original_name(key): value for key, value in state_dict.items()}
+        forget_checksums(Path(output_dir or self.args.output_dir or "."))  # of an export that was there before
         with original_keys(cast(nn.Module, self.model)):
             super()._save(output_dir, state_dict)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from cases import arguments, losses, same_weights, trainer, weights
 from tiny import random_blocks, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from hf_chts import export_sparse
-from hf_chts.seal import SEAL_NAME, last_sealed, seal
+from hf_chts import export_sparse, load_sparse
+from hf_chts.checkpoint import load_masks
+from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal
 
 FILES = [
     "masks.safetensors", "topology_history.json", "sparsity_config.json", "model.safetensors", "optimizer.pt",
@@ -294,3 +297,122 @@ def test_save_model_alone_writes_masks_beside_the_weights(tmp_path):
     fresh = trainer(tmp_path / "fresh")
     fresh.save_model(str(tmp_path / "untrained"))
     assert (tmp_path / "untrained" / "masks.safetensors").is_file()
+
+
+@pytest.mark.parametrize("case", ["chtss", "dense"])
+def test_a_checkpoint_without_optimizer_state_is_refused_with_what_that_means(tmp_path, case):
+    trainer(tmp_path / "run", case, save_only_model=True, max_steps=16, save_steps=8).train()
+    for resume in (True, str(tmp_path / "run/checkpoint-8")):
+        run = trainer(tmp_path / "run", case, model=tiny_llama(seed=5), max_steps=16)
+        before = weights(run)
+        with pytest.raises(ValueError, match="no state of the optimizer and the schedule, .*save_only_model") as error:
+            run.train(resume_from_checkpoint=resume)
+        assert "load_sparse" in str(error.value)
+        assert same_weights(before, weights(run))
+    # the remedy that is named
+    if case != "dense":
+        masks = load_masks(tmp_path / "run/checkpoint-8").masks
+        model = load_sparse(tmp_path / "run/checkpoint-8")
+        new = trainer(tmp_path / "new", model=model, max_steps=16)
+        assert all(mask.equal(masks[name]) for name, mask in new.sparse.masks().items())
+        new.train()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_that_lacks_one_of_them_is_refused_by_it(tmp_path, checkpoint, name):
+    copy_of = shutil.copytree(checkpoint, tmp_path / "checkpoint-8")
+    remove(copy_of / name)
+    seal(copy_of, 8)
+    refused(trainer(tmp_path / "run"), copy_of, f"no state of the {'schedule' if 'sch' in name else 'optimizer'}, as")
+
+
+def test_damaged_checkpoints_are_passed_over_where_that_is_asked_for(tmp_path, caplog):
+    whole = trainer(tmp_path, save_steps=6)
+    whole.train()
+    flip(tmp_path / "checkpoint-24/optimizer.pt")
+    remove(tmp_path / "checkpoint-18/model.safetensors")
+    damaged = (tmp_path / "checkpoint-24/optimizer.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"checkpoint-24/optimizer.pt is damaged.*skip_damaged_checkpoints"):
+        trainer(tmp_path, save_steps=6).train(resume_from_checkpoint=True)
+    named = trainer(tmp_path, save_steps=6, skip_damaged_checkpoints=True)
+    with pytest.raises(ValueError, match="checkpoint-24/optimizer.pt is damaged"):  # what is named is not replaced
+        named.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
+    assert (tmp_path / "checkpoint-24/optimizer.pt").read_bytes() == damaged
+    again = trainer(tmp_path, model=tiny_llama(seed=5), save_steps=6, skip_damaged_checkpoints=True)
+    again.train(resume_from_checkpoint=True)
+    assert losses(again) == losses(whole)
+    assert same_weights(weights(again), weights(whole))
+    for step in (18, 24):
+        assert f"checkpoint-{step} is damaged: it is {tmp_path}/damaged-checkpoint-{step} now" in caplog.text
+        verify_seal(tmp_path / f"checkpoint-{step}")
+    assert (tmp_path / "damaged-checkpoint-24/optimizer.pt").read_bytes() == damaged  # nothing is deleted
+    # where none is whole, nothing begins anew without being told
+    for path in tmp_path.glob("checkpoint-*"):
+        flip(path / "model.safetensors")
+    with pytest.raises(ValueError, match="all checkpoints in .* are damaged: .*checkpoint-24.*checkpoint-6/"):
+        trainer(tmp_path, skip_damaged_checkpoints=True).train(resume_from_checkpoint=True)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 4
+
+
+class Terminated(TrainerCallback):
+    """As SIGTERM under enable_jit_checkpoint, whose handler waits for seconds before it asks for a checkpoint."""
+
+    def __init__(self, step, event):
+        self.step, self.event = step, event
+
+    def ask(self, event, state):
+        if event == self.event and state.global_step == self.step:
+            for callback in self.run.callback_handler.callbacks:
+                if isinstance(callback, JITCheckpointCallback):
+                    callback.jit_manager.is_checkpoint_requested = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ask("in a step", state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.ask("after a save", state)
+
+
+@pytest.mark.parametrize(("step", "event"), [(8, "in a step"), (10, "after a save"), (11, "in a step")])
+def test_a_checkpoint_at_sigterm_is_whole_and_has_the_update_of_its_step(tmp_path, monkeypatch, step, event):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    handler = signal.getsignal(signal.SIGTERM)
+    sealed, rmtree = [], shutil.rmtree
+
+    def remembered(path, *args, **kwargs):
+        sealed.append((Path(path) / SEAL_NAME).exists())
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", remembered)
+    run = trainer(tmp_path / "run", enable_jit_checkpoint=True)
+    try:
+        asked = Terminated(step, event)
+        asked.run = run
+        run.callback_handler.callbacks.insert(0, asked)
+        run.train()
+        assert run.state.global_step <= step + 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert not any(sealed)  # no whole checkpoint goes to be written once more
+    assert last_sealed(tmp_path / "run") == str(tmp_path / f"run/checkpoint-{step}")
+    verify_seal(tmp_path / f"run/checkpoint-{step}")
+    again = trainer(tmp_path / "run", model=tiny_llama(seed=5))
+    again.train(resume_from_checkpoint=True)
+    # the Trainer logs a step after it has been saved like that, so that its loss is not in the log
+    expected = losses(whole)
+    assert losses(again) == (expected if event == "after a save" else expected[: step - 1] + expected[step:])
+    histories = [
+        [{k: v for k, v in line.items() if "seconds" not in k} for line in run.topology.history]
+        for run in (again, whole)
+    ]
+    assert histories[0] == histories[1]
+    assert same_weights(weights(again), weights(whole))
+
+
+def test_what_the_trainer_removes_after_a_save_is_not_sealed(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "checkpoint-is-incomplete.txt").write_text("in progress")  # by another rank, at SIGTERM
+    seal(tmp_path, 3)
+    (tmp_path / "checkpoint-is-incomplete.txt").unlink()
+    verify_seal(tmp_path)

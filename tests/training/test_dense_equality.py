@@ -35,8 +35,8 @@ from transformers.trainer_callback import PrinterCallback
 from hf_chts import SparseTrainer, SparsityConfig
 
 STEPS = 8
-# What we leave behind beside the Trainer's own; a dense run has nothing but the seals of its checkpoints
-OUR_FILES = {"checkpoint_seal.json"}
+# What we leave behind beside the Trainer's own; a dense run has the seals of its checkpoints, and whose its folder is
+OUR_FILES = {"checkpoint_seal.json", "run_identity.json", "training.lock"}
 OUR_SPARSE_FILES = {"masks.safetensors", "sparsity_config.json", "topology_history.json"}
 TIMES = ("_runtime", "_per_second", "_preparation_time", "topology_seconds")
 
@@ -513,7 +513,8 @@ def test_dense_is_the_plain_trainer_in(tmp_path, name):
     same(plainly, ours, but=("files",))
     assert {file for file in ours["files"] if Path(file).name not in OUR_FILES} == plainly["files"]
     checkpoints = {str(Path(file).parent) for file in plainly["files"] if "checkpoint-" in file}
-    assert {f"{checkpoint}/checkpoint_seal.json" for checkpoint in checkpoints} == ours["files"] - plainly["files"]
+    added = ours["files"] - plainly["files"] - {"run_identity.json", "training.lock"}
+    assert {f"{checkpoint}/checkpoint_seal.json" for checkpoint in checkpoints} == added
 
 
 @pytest.mark.parametrize("filtered", [True, False])

@@ -1,0 +1,213 @@
+"""Every way to end a run, at every stage of it: what is left, what is said, and whether the run goes on as it was.
+
+    python tests/training/endings.py
+
+A child process trains a tiny run and is ended where the table says; another one resumes what is left. Prints a JSON
+line for each case. A full disk is a real one (a small tmpfs) where this is started with `unshare --map-root-user
+--mount`, and is played besides, with the errors that Python, safetensors and torch raise.
+"""
+
+import errno
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ["DS_ACCELERATOR"] = "cpu"  # an installed DeepSpeed would tell stdout that it found no GPU
+
+import torch
+import transformers
+from cases import trainer
+from safetensors import SafetensorError
+from tiny import tiny_llama
+from tqdm import tqdm
+from transformers import Trainer, TrainerState
+from transformers.trainer_callback import CallbackHandler
+
+import hf_chts.checkpoint
+import hf_chts.seal
+from hf_chts.training import run_record, run_start, snapshots
+from hf_chts.training import trainer as sparse_trainer
+from hf_chts.training.callback import TopologyCallback
+from hf_chts.training.regrown_adam import RegrownAdam
+
+from kill_worker import digest, load_all  # isort: skip - beside this file
+
+CASE, STEPS, SAVE_EVERY, TIME_LIMIT = "chtss, per-weight Adam steps", 14, 4, 120
+
+# stage: what is called then and where it is looked up, at which of its calls it ends, the last whole checkpoint by then
+STAGES = {
+    "as the folder is taken": (run_start, "take_folder", 1, 0),
+    "as training begins": (CallbackHandler, "on_train_begin", 1, 0),
+    "in a forward": (Trainer, "compute_loss", 6, 4),
+    "before an optimizer step": (CallbackHandler, "on_pre_optimizer_step", 7, 4),
+    "in an update, some layers changed": (RegrownAdam, "regrow", 18, 4),  # 14 layers: of the second, at step 8
+    "after an update": (TopologyCallback, "_figures", 2, 4),
+    "in a record": (run_record, "_append", 3, 4),
+    "as a snapshot is written": (snapshots, "write_whole", 2, 4),
+    "as a save begins": (sparse_trainer, "save_topology", 2, 4),
+    "at the masks of a save": (hf_chts.checkpoint, "save_masks", 2, 4),
+    "at the weights of a save": (transformers.modeling_utils, "safe_save_file", 2, 4),
+    "at the optimizer of a save": (Trainer, "_save_optimizer_and_scheduler", 2, 4),
+    "at the random numbers of a save": (Trainer, "_save_rng_state", 2, 4),
+    "at the state of a save": (TrainerState, "save_to_json", 2, 4),
+    "before the seal": (sparse_trainer, "seal", 2, 4),
+    "as the seal is written": (hf_chts.seal, "write_whole", 3, 4),  # the first is of the folder
+    "after the seal, before an older one goes": (sparse_trainer, "rotate_checkpoints", 2, 8),
+    "after the last step": (CallbackHandler, "on_train_end", 1, 14),
+}
+SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
+# what is raised where a disk is full, by the file whose write finds it so: as Python, safetensors and torch do
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+FULL_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+FULL_TORCH = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+FULL_AT_STAGE = {
+    "as the folder is taken": FULL,
+    "as a save begins": FULL,
+    "at the masks of a save": FULL_SAFETENSORS,
+    "at the weights of a save": FULL_SAFETENSORS,
+    "at the optimizer of a save": FULL_TORCH,
+    "at the random numbers of a save": RuntimeError("basic_ios::clear: iostream error"),
+    "at the state of a save": FULL,
+    "before the seal": FULL,
+    "as the seal is written": FULL,
+}
+
+
+def run_in(directory, resume=False):
+    # what a resumed model starts with is not what the run started with: all has to come from the checkpoint
+    model = tiny_llama(seed=5 if resume else 0)
+    return trainer(directory, CASE, None, model, max_steps=STEPS, save_steps=SAVE_EVERY, save_total_limit=1)
+
+
+def ended_at(stage, end):
+    """Has `end` called at a stage, before what happens there, in the midst of it where that is a line of a record."""
+    owner, name, at, _ = STAGES[stage]
+    inner, calls = getattr(owner, name), [0]
+
+    @functools.wraps(inner)
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == at:
+            if stage == "in a record":
+                with open(args[0], "a") as file:
+                    file.write('{"step":8,"li')
+            end()
+        return inner(*args, **kwargs)
+
+    return mock.patch.object(owner, name, counted)
+
+
+def train(directory, stage, end):
+    run = run_in(directory)
+    with ended_at(stage, end):
+        run.train()
+
+
+def resume(directory):
+    """Go on from what is there, or begin anew, as one who starts the run again."""
+    last = hf_chts.seal.last_sealed(directory)
+    run = run_in(directory, resume=last is not None)
+    run.train(resume_from_checkpoint=last is not None)
+    return digest(run)
+
+
+def in_child(work, *args):
+    """What a function returns in a forked process, or how that ended."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            signal.alarm(TIME_LIMIT)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            result = {"result": work(*args)}
+        except BaseException as error:  # a child must not go on with what its parent was doing
+            result = {"error": type(error).__name__, "said": str(error), "where": traceback.format_exc()}
+        os.write(writing, json.dumps(result).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        told = pipe.read()
+    _, status = os.waitpid(process, 0)
+    return json.loads(told) if told else {"signal": signal.Signals(os.WTERMSIG(status)).name}
+
+
+def left_in(directory):
+    last = hf_chts.seal.last_sealed(directory)
+    return int(last.rsplit("-", 1)[1]) if last else 0
+
+
+def ending(directory, way, stage):
+    def by_signal():
+        os.kill(os.getpid(), SIGNALS[way])
+
+    def by_error():
+        raise FULL_AT_STAGE[stage]
+
+    ended = in_child(train, directory, stage, by_signal if way in SIGNALS else by_error)
+    return {"ended": ended, "left": left_in(directory), "again": in_child(resume, directory)}
+
+
+def on_full_disk(mount, kilobytes):
+    """A run on a disk of that size; what it said; and the run again when there is room."""
+    directory = mount / "run"
+    run = run_in(directory)
+    try:
+        run.train()
+        return {"ended": None}
+    except Exception as error:
+        ended = {"error": type(error).__name__, "said": str(error)}
+    left = left_in(directory)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
+    return {"ended": ended, "left": left, "again": {"result": resume(directory)}}
+
+
+def full_disks(scratch, whole):
+    """Disks that are full at other files each: of the first save, and of the second beside the first."""
+    mount = Path(scratch) / "disk"
+    mount.mkdir()
+    for kilobytes in (24, 80, *range(160, 1000, 60)):
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(mount)]).returncode:
+            return
+        try:
+            told = in_child(on_full_disk, mount, kilobytes)
+            result = told.get("result", told)
+        finally:
+            subprocess.run(["umount", str(mount)], check=True)
+        if result.get("ended", told) is None:  # large enough for all of it
+            return
+        yield {"way": "a full disk", "stage": f"{kilobytes} kB", **result, "whole": whole}
+
+
+def cases():
+    yield from (("", way, stage) for stage in STAGES for way in SIGNALS)
+    yield from (("played ", "full disk", stage) for stage in FULL_AT_STAGE)
+
+
+def main():
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
+    with tempfile.TemporaryDirectory() as scratch:
+        load_all(Path(scratch) / "loaded")
+        whole = in_child(resume, Path(scratch) / "whole")["result"]
+        for number, (played, way, stage) in enumerate(cases()):
+            result = ending(Path(scratch) / str(number), way, stage)
+            print(json.dumps({"way": played + way, "stage": stage, **result, "whole": whole}), flush=True)
+        if "--disks" in sys.argv:
+            for result in full_disks(scratch, whole):
+                print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Every way to end a run at every stage of it: nothing is lost, nothing wrong is taken, and what is said helps."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from endings import FULL_AT_STAGE, SIGNALS, STAGES
+
+HERE = Path(__file__).parent
+MOUNTS = ["unshare", "--map-root-user", "--mount"]  # a namespace in which anyone may mount a tmpfs, where it is allowed
+
+
+def mounts():
+    return (
+        shutil.which(MOUNTS[0]) is not None and subprocess.run([*MOUNTS, "true"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.fixture(scope="module")
+def endings():
+    command = [sys.executable, str(HERE / "endings.py")]
+    if mounts():
+        command = [*MOUNTS, *command, "--disks"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def one(endings, way, stage):
+    (found,) = [ending for ending in endings if (ending["way"], ending["stage"]) == (way, stage)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", SIGNALS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_is_ended_by_a_signal_goes_on_bit_for_bit(endings, stage, way):
+    ending = one(endings, way, stage)
+    expected = {"error": "KeyboardInterrupt"} if way == "SIGINT" else {"signal": way}
+    assert expected.items() <= ending["ended"].items(), ending["ended"]
+    assert ending["left"] == STAGES[stage][-1]
+    assert ending["again"] == {"result": ending["whole"]}
+
+
+def says_where_and_what_next(ending):
+    ended = ending["ended"]
+    assert ended["error"] == "OSError", ended
+    last = re.search(r"The last whole checkpoint is \S+/checkpoint-(\d+)\. Make room, and resume", ended["said"])
+    assert (int(last[1]) if last else 0) == ending["left"], ended["said"]
+    assert ending["again"] == {"result": ending["whole"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", FULL_AT_STAGE)
+def test_a_write_that_fails_is_told_with_its_place_and_the_run_goes_on_bit_for_bit(endings, stage):
+    ending = one(endings, "played full disk", stage)
+    folder = "" if stage == "as the folder is taken" else "/checkpoint-8"
+    assert re.search(rf"\d+{folder} could not be written: .+", ending["ended"]["said"])
+    assert ending["left"] == STAGES[stage][-1]
+    says_where_and_what_next(ending)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_file_is_told_and_the_run_goes_on_bit_for_bit(endings):
+    full = [ending for ending in endings if ending["way"] == "a full disk"]
+    if not full:
+        pytest.skip("this machine lets nobody mount a tmpfs in a namespace of its own")
+    files = set()
+    for ending in full:
+        said = ending["ended"]["said"]
+        directory, name, free = re.search(
+            r"\] (\S+) could not .* with (\S+) as the last file\. (\S+ \w+) are free", said
+        ).groups()
+        assert directory.endswith("checkpoint-4" if ending["left"] == 0 else "checkpoint-8")
+        assert free.split()[1] in ("bytes", "kB")
+        files.add(name)
+        says_where_and_what_next(ending)
+    assert {ending["left"] for ending in full} == {0, 4}
+    assert {"sparsity_config.json", "optimizer.pt"} <= files  # where masks and moments did not fit
+    # the second checkpoint is as large as the first, which was seen
+    needed = [ending["ended"]["said"] for ending in full if ending["left"] == 4]
+    assert all(re.search(r"about \d+ kB more are needed: the whole takes about \d+ kB", said) for said in needed)
