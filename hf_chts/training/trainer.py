@@ -19,8 +19,8 @@ from transformers.utils import can_return_loss, find_labels
 
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits, with_original_names
 from hf_chts.config import CONFIG_NAME, SparsityConfig
-from hf_chts.full_disk import size, told_where
 from hf_chts.export.checksums import forget_checksums
+from hf_chts.full_disk import size, told_where
 from hf_chts.layers.patching import SparseModel, follow_masks, sparsify
 from hf_chts.layers.shares import some
 from hf_chts.layers.wrappers import original_keys, original_name, saves_adapters_alone, uncompiled

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from cases import trainer
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
@@ -134,6 +135,14 @@ def test_weights_that_were_changed_on_purpose(directory):
         load_sparse(directory)
     (directory / NAME).unlink()
     assert load_sparse(directory).get_parameter("model.norm.weight").equal(torch.full((40,), 2.0))
+
+
+def test_a_trainer_that_saves_over_an_export(tmp_path):
+    run = trainer(tmp_path / "run", "set", save_strategy="no")
+    export_sparse(run.model, tmp_path / "run")
+    run.train()
+    run.save_model()
+    assert load_sparse(tmp_path / "run").lm_head.weight.equal(run.model.lm_head.weight)
 
 
 def test_an_export_over_another(directory):
