@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import torch
 from transformers import TrainerCallback, default_data_collator, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse
@@ -17,8 +16,12 @@ from hf_chts.data import DataArguments, load_data, token_byte_lengths
 from hf_chts.evaluation import language_modeling_metrics
 from hf_chts.export import push_directory
 from hf_chts.machine import check_can_write, device_line, on_cpu, without_fail
+from hf_chts.made_of import made_of
 from hf_chts.model_arguments import ModelArguments, build_model, load_config
 from hf_chts.plain_text import print_anything
+from hf_chts.seal import last_sealed
+from hf_chts.training.divergence import last_whole
+from hf_chts.training.run_identity import refuse_folder_of_another_run
 
 ROOT = Path(__file__).parent
 # what is told at the end of the validation data, and how
@@ -58,7 +61,7 @@ def main() -> None:
     told = [f"{name.replace('_', ' ')} {value:{MEASURED[name]}}" for name, value in measured.items()]
     print(f"\n{', '.join(told) or 'nothing'} on the validation split; sparsity {trainer.sparse.sparsity():.4%}")
     written = {
-        "checkpoint": get_last_checkpoint(args.output_dir),
+        "checkpoint": last_sealed(args.output_dir),
         "export": export,
         "metrics": output / "eval_results.json",
         "figure": figure,
@@ -86,6 +89,8 @@ def build_trainer(
     if args.should_save:
         check_can_write(args.output_dir, "output_dir")
         check_can_write(model_args.export_dir or args.output_dir, "the folder of the export")
+        if not checkpoint_to_resume(args):  # before data are prepared; train() looks again
+            refuse_folder_of_another_run(args.output_dir, set(), overwrite=args.overwrite_output_dir)
     config = load_config(model_args, ROOT)
     use_all_cores(args)
     if args.process_index == 0:
@@ -99,7 +104,7 @@ def build_trainer(
     preprocess_logits, compute_metrics = language_modeling_metrics(
         token_byte_lengths(data.tokenizer, config.vocab_size)
     )
-    return SparseTrainer(
+    trainer = SparseTrainer(
         model=build_model(model_args, config),
         args=args,
         sparsity=sparsity,
@@ -110,6 +115,8 @@ def build_trainer(
         preprocess_logits_for_metrics=preprocess_logits,
         compute_metrics=compute_metrics,
     )
+    trainer.made_of = made_of(config, data_args, data)
+    return trainer
 
 
 def train(trainer: SparseTrainer, checkpoint: str | bool | None) -> None:
@@ -177,7 +184,11 @@ def exported(
     recipe = {**trainer.recipe, "optimizer steps": trainer.state.max_steps}
     whole = {"training": recipe, "metrics": metrics, "figures": figures}
     done, failed = without_fail("A model card with recipe and figures", export, **whole)
-    return (done, "") if done else (export(), failed)
+    try:
+        return (done, "") if done else (export(), failed)
+    except OSError as error:
+        again = "Started again with --resume_from_checkpoint true, the run trains no more and is exported"
+        raise refused(OSError(f"{error}. {last_whole(last_sealed(trainer.args.output_dir))}. {again}")) from error
 
 
 def push(trainer: SparseTrainer, export: Path) -> None:

@@ -351,3 +351,50 @@ def test_one_gpu_of_several_is_used(monkeypatch):
     script["use_one_device"](args)
     assert args.n_gpu == 1
     assert args.train_batch_size == args.per_device_train_batch_size
+
+
+SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3)
+
+
+def test_a_run_goes_on_with_what_it_is_made_of_and_no_other_begins_in_its_folder(main, tmp_path, smallest):
+    code, _ = main(*SAVED)
+    assert code == 0
+    seals = {path: path.read_bytes() for path in (tmp_path / "run").rglob("checkpoint_seal.json")}
+    assert len(seals) == 2
+    code, _ = main(*SAVED, "--seed", 7)
+    assert code.startswith("train_llama.py: ")
+    assert "has checkpoints of another run" in code
+    assert "overwrite_output_dir true" in code
+    wider = tmp_path / "wider.json"
+    wider.write_text(smallest[0].read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    others = {
+        "seed: 0 there, 7 here": ("--seed", 7),
+        "block_size: 32 there, 16 here": ("--block_size", 16),
+        "model.rms_norm_eps": ("--model", wider),
+        "training data": ("--validation_fraction", 0.4),
+    }
+    for said, options in others.items():
+        code, _ = main(*SAVED, "--resume_from_checkpoint", "true", *options)
+        assert code.startswith("train_llama.py: "), code
+        assert "another run" in code
+        assert said in code
+    assert seals == {path: path.read_bytes() for path in (tmp_path / "run").rglob("checkpoint_seal.json")}
+    shutil.rmtree(tmp_path / "run/checkpoint-6")
+    # the same text in another place is the same data
+    moved = shutil.copytree(smallest[1], tmp_path / "moved/text")
+    code, printed = main(*SAVED, "--resume_from_checkpoint", "true", "--dataset", moved)
+    assert code == 0, code
+    assert str(tmp_path / "run/checkpoint-6") in printed.out
+
+
+def test_an_export_on_a_full_disk_names_where_the_model_is(main, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(directory, "save_masks", full)
+    code, _ = main(*SAVED)
+    assert code.startswith("train_llama.py: ")
+    assert f"{tmp_path}/run/export could not be written" in code
+    assert "No space left" in code
+    assert f"The last whole checkpoint is {tmp_path}/run/checkpoint-6" in code
+    monkeypatch.undo()

@@ -24,6 +24,7 @@ from hf_chts.export.packed_loading import forget_packing
 from hf_chts.export.pushed_card import FIGURES, with_figures, with_results
 from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, WeightFiles, remove_weights
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published
+from hf_chts.full_disk import told_where
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_keys, original_name
 
@@ -88,6 +89,7 @@ def export_sparse(
         NotADirectoryError: `directory` is a file.
         FileNotFoundError: a figure is missing. Nothing is written then.
         RuntimeError: a weight is not 0 off its mask. Nothing is written then.
+        OSError: the directory cannot be written; on a full disk the message says how much room there is.
         PushFailed: the Hub refuses, or cannot be reached. The directory is whole then.
     """
     directory, pictures = Path(directory), [Path(path) for path in figures]
@@ -138,14 +140,15 @@ def export_sparse(
     if zero_shot is not None:
         card = with_results(card, zero_shot)
     card = with_figures(card, [path.name for path in pictures])
-    if packed:
-        _write_packed(sparse, masks, directory, tokenizer, card, max_shard_size, state_dict)
-    else:
-        forget_checksums(directory)
-        _write_plain(sparse, masks, directory, tokenizer, card, max_shard_size, state_dict)
-        remove_weights(directory, PACKED_STEM)
-        write_checksums(directory, PLAIN_STEM)
-    _write_evidence(directory, zero_shot, pictures)
+    with told_where(directory, "The model is as it was: make room, and export it again"):
+        if packed:
+            _write_packed(sparse, masks, directory, tokenizer, card, max_shard_size, state_dict)
+        else:
+            forget_checksums(directory)
+            _write_plain(sparse, masks, directory, tokenizer, card, max_shard_size, state_dict)
+            remove_weights(directory, PACKED_STEM)
+            write_checksums(directory, PLAIN_STEM)
+        _write_evidence(directory, zero_shot, pictures)
     if push_to_hub:
         push_directory(
             directory,

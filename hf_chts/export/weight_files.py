@@ -230,13 +230,19 @@ def write_file(path: Path, tensors: Sequence[Planned], metadata: dict[str, str])
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            contents = tensor.make().contiguous().reshape(-1).view(torch.uint8)
-            if contents.numel() != tensor.bytes:
-                raise ValueError(f"{tensor.key} has {contents.numel()} bytes, and {tensor.bytes} were planned")
-            file.write(contents.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for tensor in tensors:
+                contents = tensor.make().contiguous().reshape(-1).view(torch.uint8)
+                if contents.numel() != tensor.bytes:
+                    raise ValueError(f"{tensor.key} has {contents.numel()} bytes, and {tensor.bytes} were planned")
+                file.write(contents.numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)  # on a full disk it would be in the way
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # which errors of a write lack
+        raise

@@ -77,7 +77,7 @@ class RunIdentity:
         Raises:
             ValueError: it is made of something else; the message names all that differs.
         """
-        before, today = ({**run.made_of, **{name: getattr(run, name) for name in _SEEDS}} for run in (self, now))
+        before, today = ({**{name: getattr(run, name) for name in _SEEDS}, **run.made_of} for run in (self, now))
         names = [name for name in before if name in today and not (data_anew and name in _SEEDS)]
         names = [name for name in names if before[name] != today[name]]
         if names:
