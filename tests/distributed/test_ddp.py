@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from hf_chts.checkpoint import load_masks
 
 from ddp_worker import STEPS, one_update  # isort: skip - beside this file
+from launching import accelerate  # isort: skip
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -83,3 +84,9 @@ def test_a_rank_that_lost_the_others_says_so(tmp_path):
     assert ranks[0].returncode == 1
     assert "RuntimeError: rank 0 of 2 lost the others in step 6" in said[0], said[0][-3000:]
     assert f"The last whole checkpoint is {tmp_path}/checkpoint-4" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_that_differ_are_all_refused_before_they_train(tmp_path):
+    accelerate("cpu_ddp", "differing_worker.py", str(tmp_path))
