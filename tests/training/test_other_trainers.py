@@ -112,6 +112,11 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_telemetry(monkeypatch):
+    monkeypatch.setenv("CI", "true")  # where it is set, trl tells nobody that it runs
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """Directories of a dense causal model and of a dense reward model."""
