@@ -30,7 +30,7 @@ from cases import trainer
 from safetensors import SafetensorError
 from tiny import tiny_llama
 from tqdm import tqdm
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 import hf_chts.checkpoint
@@ -53,7 +53,7 @@ STAGES = {
     "in an update, some layers changed": (RegrownAdam, "regrow", 18, 4),  # 14 layers: of the second, at step 8
     "after an update": (TopologyCallback, "_figures", 2, 4),
     "in a record": (run_record, "_append", 3, 4),
-    "as a snapshot is written": (snapshots, "write_whole", 2, 4),
+    "as a snapshot is written": (snapshots, "write_whole", 3, 4),
     "as a save begins": (sparse_trainer, "save_topology", 2, 4),
     "at the masks of a save": (hf_chts.checkpoint, "save_masks", 2, 4),
     "at the weights of a save": (transformers.modeling_utils, "safe_save_file", 2, 4),
@@ -81,6 +81,39 @@ FULL_AT_STAGE = {
     "before the seal": FULL,
     "as the seal is written": FULL,
 }
+# what becomes NaN, in or after which step, and the last whole checkpoint by then
+NAN = {
+    "the loss": (6, 4),
+    "the gradient": (7, 4),
+    "the gradient, in the step of an update and a save": (8, 4),
+    "a weight, before a save": (8, 4),
+    "a moment, before a save": (8, 4),
+    "the gradient, in the last step": (14, 12),
+}
+
+
+class Spoil(TrainerCallback):
+    """Makes something NaN: a loss and a gradient before they are looked at, a weight and a moment after the step."""
+
+    def __init__(self, stage):
+        self.stage, (self.step, _) = stage, NAN[stage]
+
+    def spoilt_step(self, inner):
+        def training_step(run, *args, **kwargs):
+            loss = inner(run, *args, **kwargs)
+            if run.state.global_step + 1 != self.step:
+                return loss
+            if "gradient" in self.stage:
+                run.model.model.norm.weight.grad[0] = torch.nan
+            return loss * torch.nan if "loss" in self.stage else loss
+
+        return training_step
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == self.step and "before a save" in self.stage:
+            norm = model.model.norm.weight
+            spoilt = norm.data if "weight" in self.stage else optimizer.state[norm]["exp_avg"]
+            spoilt[0] = torch.nan
 
 
 def run_in(directory, resume=False):
@@ -110,6 +143,14 @@ def ended_at(stage, end):
 def train(directory, stage, end):
     run = run_in(directory)
     with ended_at(stage, end):
+        run.train()
+
+
+def train_spoilt(directory, stage):
+    run = run_in(directory)
+    spoil = Spoil(stage)
+    run.add_callback(spoil)
+    with mock.patch.object(Trainer, "training_step", spoil.spoilt_step(Trainer.training_step)):
         run.train()
 
 
@@ -149,6 +190,10 @@ def left_in(directory):
 
 
 def ending(directory, way, stage):
+    if way == "NaN":
+        ended = in_child(train_spoilt, directory, stage)
+        return {"ended": ended, "left": left_in(directory), "again": in_child(resume, directory)}
+
     def by_signal():
         os.kill(os.getpid(), SIGNALS[way])
 
@@ -192,6 +237,7 @@ def full_disks(scratch, whole):
 
 def cases():
     yield from (("", way, stage) for stage in STAGES for way in SIGNALS)
+    yield from (("", "NaN", stage) for stage in NAN)
     yield from (("played ", "full disk", stage) for stage in FULL_AT_STAGE)
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from endings import FULL_AT_STAGE, SIGNALS, STAGES
+from endings import FULL_AT_STAGE, NAN, SIGNALS, STAGES
 
 HERE = Path(__file__).parent
 MOUNTS = ["unshare", "--map-root-user", "--mount"]  # a namespace in which anyone may mount a tmpfs, where it is allowed
@@ -43,6 +43,17 @@ def test_a_run_that_is_ended_by_a_signal_goes_on_bit_for_bit(endings, stage, way
     expected = {"error": "KeyboardInterrupt"} if way == "SIGINT" else {"signal": way}
     assert expected.items() <= ending["ended"].items(), ending["ended"]
     assert ending["left"] == STAGES[stage][-1]
+    assert ending["again"] == {"result": ending["whole"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", NAN)
+def test_nothing_of_a_nan_is_kept_and_the_run_goes_on_from_before_it_bit_for_bit(endings, stage):
+    ending = one(endings, "NaN", stage)
+    step, left = NAN[stage]
+    assert ending["ended"]["error"] == "FloatingPointError", ending["ended"]
+    assert re.search(rf"step {step}\b.*The last whole checkpoint is \S+/checkpoint-{left}\b", ending["ended"]["said"])
+    assert ending["left"] == left
     assert ending["again"] == {"result": ending["whole"]}
 
 
