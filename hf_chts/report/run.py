@@ -11,6 +11,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.seal import all_sealed, sealed
 from hf_chts.training.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, read_lines
 from hf_chts.training.snapshots import LayerSnapshot, load_snapshot, snapshot_paths
 from hf_chts.training.update_figures import LayerUpdate, overall_figures
@@ -118,7 +119,8 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is no directory: give the output_dir of a run")
     notes: list[str] = []
-    checkpoints = [Path(path) for path in reversed(sort_checkpoints(str(directory)))]
+    passed_over = {*all_sealed(directory)} - {*sealed(directory)}  # of another run in the same directory
+    checkpoints = [Path(path) for path in reversed(sort_checkpoints(str(directory))) if Path(path) not in passed_over]
     places = [directory, *checkpoints]
     records, seconds, snapshots = _read_records(directory / RECORD_DIR, notes)
     state = _read_state(places, notes)

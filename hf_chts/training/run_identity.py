@@ -7,7 +7,7 @@ still the same: its seed, which orders the data, and what a script adds (`Sparse
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,12 @@ class RunIdentity:
     @classmethod
     def of_checkpoint(cls, directory: str | Path) -> "RunIdentity | None":
         """The run of a checkpoint; None where its seal does not say, as those of earlier versions."""
-        saved = sealed_run(directory)
+        known = {one.name for one in fields(cls)}
+        saved = {name: value for name, value in (sealed_run(directory) or {}).items() if name in known}
         try:
-            return None if saved is None else cls(**saved)
-        except TypeError as error:
-            raise ValueError(
-                f"the seal of {directory} describes its run in another way than this hf_chts does ({error}): resume "
-                "with the version that wrote it"
-            ) from error
+            return cls(**saved)
+        except TypeError:  # not all that there must be
+            return None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -38,6 +38,7 @@ class BeginsRuns(_AnyTrainer):
             has to have the same. A script that builds model and data from options of its own says them here.
         identity: of the run; None before it begins.
         run_dir: where it writes: output_dir, or a folder in it for each trial of a hyperparameter search.
+        resumed_from: the checkpoint that this training goes on from; None before and after.
     """
 
     sparse: SparseModel
@@ -45,6 +46,7 @@ class BeginsRuns(_AnyTrainer):
     made_of: dict[str, Any]
     identity: RunIdentity | None = None
     run_dir: str | None = None
+    resumed_from: str | None = None
     _own_runs: frozenset[str | None] = frozenset()
     _lock: OutputLock | None = None
     _resumed_at: int | None = None  # on rank 0, after which step
@@ -88,10 +90,12 @@ class BeginsRuns(_AnyTrainer):
         together({}, problem)
         if self.topology is not None:
             self.topology.identity, self.topology.run_dir = self.identity, run_dir
+        self.resumed_from = checkpoint
         return checkpoint
 
     def end_run(self) -> None:
         """Training has ended, one way or another."""
+        self.resumed_from = None
         if self._lock is not None:
             self._lock.release()
 

@@ -143,6 +143,8 @@ class SparseTrainerMixin(
                 self.remove_callback(self.topology)
             self.sparse = self._sparsify(model)
             self._follow_topology()
+            if self.resumed_from is not None:  # of which the model before this one has got the topology
+                self._restore_topology(self.resumed_from)
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import arguments, losses, same_weights, trainer, weights
+from cases import arguments, case_config, losses, same_weights, trainer, weights
 from tiny import random_blocks, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from hf_chts import export_sparse, load_sparse
+from hf_chts import SparseTrainer, export_sparse, load_sparse
 from hf_chts.checkpoint import load_masks
 from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal
 
@@ -324,6 +324,27 @@ def test_a_checkpoint_that_lacks_one_of_them_is_refused_by_it(tmp_path, checkpoi
     remove(copy_of / name)
     seal(copy_of, 8)
     refused(trainer(tmp_path / "run"), copy_of, f"no state of the {'schedule' if 'sch' in name else 'optimizer'}, as")
+
+
+def test_a_trainer_that_makes_its_model_anew_resumes_bit_for_bit(tmp_path):
+    def made(factor):
+        def model_init():  # of the same seed, which orders the data too, and with other weights
+            model = tiny_llama()
+            for weight in model.parameters():
+                weight.data.mul_(factor)
+            return model
+
+        return SparseTrainer(
+            model_init=model_init, args=arguments(tmp_path), sparsity=case_config(), train_dataset=random_blocks()
+        )
+
+    whole = made(1)
+    whole.train()
+    again = made(2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert losses(again) == losses(whole)
+    assert same_weights(weights(again), weights(whole))
+    assert [entry["step"] for entry in again.topology.history] == [4, 8, 12, 16]
 
 
 def test_damaged_checkpoints_are_passed_over_where_that_is_asked_for(tmp_path, caplog):

@@ -14,6 +14,7 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, integrations
 
 from hf_chts import SparseTrainer
+from hf_chts.report.run import read_run
 from hf_chts.seal import SEAL_NAME, last_sealed, seal, sealed_run, verify_seal
 from hf_chts.training import same_on_ranks
 from hf_chts.training.output_lock import OutputLock
@@ -131,6 +132,8 @@ def test_a_run_that_overwrites_another_never_goes_on_from_it(tmp_path, trained):
     again(step=12).train()  # the same folder once more: nothing of the run before has been saved
     assert last_sealed(tmp_path) == str(tmp_path / "checkpoint-10")
     assert checkpoints(tmp_path) == {"checkpoint-10", "checkpoint-20", "checkpoint-24"}  # nothing is deleted
+    read = read_run(tmp_path)
+    assert (read.config.method, len([entry for entry in read.log if "loss" in entry])) == ("set", 10)
     resumed = again()
     begun = first_step(resumed)
     resumed.train(resume_from_checkpoint=True)
