@@ -15,7 +15,7 @@ from hf_chts.full_disk import told_where
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_name
 from hf_chts.machine import version_of
-from hf_chts.seal import sealed, take_folder, verify_seal, what_is_unsealed
+from hf_chts.seal import all_sealed, sealed, take_folder, verify_seal, what_is_unsealed
 from hf_chts.training.output_lock import OutputLock
 from hf_chts.training.run_identity import RunIdentity, passed_over, refuse_folder_of_another_run
 from hf_chts.training.same_on_ranks import decisive_arguments, together
@@ -78,7 +78,7 @@ class BeginsRuns(_AnyTrainer):
             checkpoint, damaged = self._whole_checkpoint(resume, run_dir)
             identity = self._identity(checkpoint, run_dir)
             prepare(checkpoint)
-            facts = self._in_common(checkpoint, identity)
+            facts = self._in_common(checkpoint)
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
         self.identity, self.run_dir = together(facts, problem, identity), run_dir
@@ -113,7 +113,11 @@ class BeginsRuns(_AnyTrainer):
         candidates = list(reversed(sealed(run_dir)))
         if not candidates:
             unsealed = sort_checkpoints(run_dir) if Path(run_dir).is_dir() else []
-            last = f" The last one, {unsealed[-1]}, {what_is_unsealed(unsealed[-1])}." if unsealed else ""
+            last = ""
+            if others := all_sealed(run_dir):
+                last = f" Those up to {others[-1]} were passed over, as of another run there."
+            elif unsealed:
+                last = f" The last one, {unsealed[-1]}, {what_is_unsealed(unsealed[-1])}."
             raise ValueError(
                 f"there is no whole checkpoint of this run in {run_dir} to resume from: start without "
                 f"resume_from_checkpoint, or name a checkpoint.{last}"
@@ -145,21 +149,24 @@ class BeginsRuns(_AnyTrainer):
             before = RunIdentity.of_checkpoint(checkpoint)
             mine.add(before.id if before else None)
             if before is not None:
-                now = before.check_same(now, checkpoint, data_anew=self.args.ignore_data_skip)
+                # ranks may have seeds of their own, and rank 0's is the run's
+                data_anew = self.args.ignore_data_skip or not self.is_world_process_zero()
+                now = before.check_same(now, checkpoint, data_anew=data_anew)
                 mine.add(None)  # earlier checkpoints of a run that a version without identities began
         if self._writes() and self.is_world_process_zero():
             refuse_folder_of_another_run(run_dir, mine, overwrite=getattr(self.args, "overwrite_output_dir", False))
         self._own_runs = frozenset({*mine, now.id})
         return now
 
-    def _in_common(self, checkpoint: str | None, identity: RunIdentity) -> dict[str, str]:
+    def _in_common(self, checkpoint: str | None) -> dict[str, str]:
+        saved = RunIdentity.of_checkpoint(checkpoint) if checkpoint else None
         config = {f"sparsity's {name}": repr(value) for name, value in self.sparse.config.to_dict().items()}
         model = cast(nn.Module, self.model)
         shapes = sorted((original_name(name), tuple(weight.shape)) for name, weight in model.named_parameters())
         return {
             "hf_chts": version_of("hf_chts"),
             "the model": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
-            "the checkpoint to resume from": f"{Path(checkpoint).name} of {identity}" if checkpoint else "none",
+            "the checkpoint to resume from": f"{Path(checkpoint).name} of {saved or 'a run'}" if checkpoint else "none",
             **decisive_arguments(self.args),
             **config,
         }

@@ -1,5 +1,6 @@
 """Two ranks that are started with different settings: what each is refused, and whether anything has been written."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from cases import arguments, case_config, trainer
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import SparseTrainer
+from hf_chts.seal import seal
 
 torch.set_num_threads(1)
 SECOND = int(os.environ["RANK"])  # 0 or 1
@@ -69,8 +71,23 @@ def main(directory):
     # and those that agree have one identity
     agreed = trainer(f"{directory}/run", model=tiny_llama(seed=5), max_steps=16)
     agreed.train(resume_from_checkpoint=True)
+    one_identity(agreed)
+    # of a version without identities, and with a seed of each rank's own
+    if SECOND == 0:
+        for checkpoint in Path(directory, "run").glob("checkpoint-*"):
+            history = checkpoint / "topology_history.json"
+            history.write_text(json.dumps(json.loads(history.read_text()) | {"run": None}))
+            seal(checkpoint, int(checkpoint.name.split("-")[1]))
+    dist.barrier()
+    for _ in range(2):  # the second goes on with the identity that the first has made
+        older = run(f"{directory}/run", {"max_steps": 24, "save_steps": 4, "seed": 42 + SECOND})
+        older.train(resume_from_checkpoint=True)
+        one_identity(older)
+
+
+def one_identity(made):
     identities = [None, None]
-    dist.all_gather_object(identities, agreed.identity)
+    dist.all_gather_object(identities, made.identity)
     assert identities[0] == identities[1]
 
 
