@@ -1,20 +1,23 @@
 """Which tensors hold NaN or infinity."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 
 @torch.no_grad()
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+def not_finite(tensors: Mapping[str, Tensor], masking: Collection[str] = ()) -> list[str]:
     """The names of those tensors that hold NaN or infinity, in their order; of split tensors, in the part held here.
 
     The host waits once for each device.
+
+    Args:
+        masking: the names of tensors that may hold −∞, as masks that are added to scores do.
     """
     found: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if (bad := holds_not_finite(tensor)) is not None:
+        if (bad := holds_not_finite(tensor, masking=name in masking)) is not None:
             found.setdefault(bad.device, {})[name] = bad
     names = {
         name
@@ -26,8 +29,10 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 @torch.no_grad()
-def holds_not_finite(tensor: Tensor) -> Tensor | None:
+def holds_not_finite(tensor: Tensor, *, masking: bool = False) -> Tensor | None:
     """Bool (), on the tensor's device, without a wait: whether it holds NaN or infinity; None where it cannot.
+
+    −∞ does not count where the tensor may be `masking`.
 
     The tensor is read once, and no tensor of its size is made.
     """
@@ -39,4 +44,4 @@ def holds_not_finite(tensor: Tensor) -> Tensor | None:
     if local.element_size() == 1:  # float8 has no arithmetic of its own
         local = local.float()
     least, largest = torch.aminmax(local)  # both NaN where a value is
-    return ~(least.isfinite() & largest.isfinite())
+    return ~(least < torch.inf) | (largest == torch.inf) if masking else ~(least.isfinite() & largest.isfinite())

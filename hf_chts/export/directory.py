@@ -112,7 +112,8 @@ def export_sparse(
         )
     # before zeros are looked for, which NaN would be taken for something else by
     values = sparse.model.state_dict() if state_dict is None else state_dict
-    check_values({original_name(key): value for key, value in values.items()})
+    buffers = [original_name(name) for name, _ in sparse.model.named_buffers()]
+    check_values({original_name(key): value for key, value in values.items()}, buffers)
     adapted = has_adapters(model)
     check_adapters(model, adapters)
     if state_dict is not None:
@@ -132,7 +133,7 @@ def export_sparse(
     if adapted:
         plain = plain_model(sparse, adapters)
         state_dict, masks = plain.state, plain.masks
-        check_values(state_dict)
+        check_values(state_dict, buffers)
         training = {**(training or {}), "adapters": plain.said}
         _log.warning("%s: %s", directory, plain.said)
     facts = ModelFacts.of_model(sparse, masks)

@@ -1,6 +1,6 @@
 """What may be exported and pushed: plain numbers that are finite."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from hf_chts.layers.plain_weight import own_class
 from hf_chts.layers.shares import some
 
 
-def check_values(state: Mapping[str, Tensor]) -> None:
+def check_values(state: Mapping[str, Tensor], buffers: Collection[str] = ()) -> None:
     """Raises of a model's weights and buffers by name, before anything is written:
 
     ValueError: one is quantized.
@@ -23,18 +23,18 @@ def check_values(state: Mapping[str, Tensor]) -> None:
                 f"{name} is of the class {kind}, and an export has plain weights alone: export before the model "
                 "is quantized, and quantize what is exported"
             )
-    if bad := not_finite(state):
+    if bad := not_finite(state, masking=buffers):
         raise FloatingPointError(
-            f"there is NaN or infinity in {some(bad)}, so nothing is exported: training has diverged, go on from an "
-            "earlier checkpoint"
+            f"there is NaN or infinity in {some(bad)}, so nothing is exported: repair it, or, where training has "
+            "diverged, go on from an earlier checkpoint"
         )
 
 
 def check_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError where tensors that a file holds are not finite."""
-    if bad := not_finite(tensors):
+    if bad := not_finite(tensors, masking=tensors):  # which of them are buffers is not known
         raise ValueError(
-            f"{path}: there is NaN or infinity in {some(bad)}, since the training that wrote it had diverged. Take an "
+            f"{path}: there is NaN or infinity in {some(bad)}: repair it, or, where training had diverged, take an "
             "earlier checkpoint"
         )
 

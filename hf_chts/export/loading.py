@@ -48,6 +48,11 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     packed = PackedFiles(directory) if is_packed(contents) else None
     masks = {} if packed else load_masks(directory).masks
     options = {"trust_remote_code": False} | kwargs | {"output_loading_info": True}
+    if architecture(contents) is None:
+        raise ValueError(
+            f"{directory}: config.json does not say in `architectures` which class the model is of: write its name "
+            'there, as in "architectures": ["LlamaForCausalLM"]'
+        )
     try:
         loader = model_class(contents, trust_remote_code=options["trust_remote_code"])
     except ValueError as error:

@@ -190,6 +190,21 @@ class MaskedLayer(nn.Module):
         self._hook = self.weight.register_hook(self._mask_gradient)
         self._hooked = weakref.ref(self.weight)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # where `.to` and the like swap parameters instead of writing into them, nothing may refer to one weakly
+        swaps = self._hook is not None and torch.__future__.get_swap_module_params_on_conversion()
+        if swaps:
+            assert self._hook is not None
+            self._hook.remove()
+            del self._hook, self._hooked
+            if not self.weight._backward_hooks:  # an empty list would be swapped too, without its effect
+                self.weight._backward_hooks = None
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            if swaps:
+                self.mask_by_hook()
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_hook", "_hooked")}
 

@@ -86,12 +86,23 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
 
     topology: "TopologyCallback | None"
     _watch: Watch | None = None
+    _begun: bool = False  # whether the weights that training begins with were read
     unlabelled: Tensor | None = None  # whether the labels of the last micro-batch are all -100
     _unlabelled_said: int = 0
 
     def watch_anew(self) -> None:
         """Training begins: nothing has been seen of it."""
-        self._watch, self.unlabelled, self._unlabelled_said = None, None, 0
+        self._watch, self.unlabelled, self._unlabelled_said, self._begun = None, None, 0, False
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self._begun:  # the first thing that comes when a checkpoint is loaded, and all is prepared
+            self._begun = True
+            if bad := not_finite(weights_of(cast(nn.Module, self.model), frozen=True), self.args.device):
+                raise FloatingPointError(
+                    f"these weights hold NaN or infinity before step {self.state.global_step + 1}, so nothing is "
+                    f"trained: {some(bad)}. Load or initialize them anew"
+                )
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As `Trainer.training_step`; the loss of a batch without labels is 0 where it would be logged as it is."""

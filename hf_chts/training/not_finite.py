@@ -33,9 +33,10 @@ def not_finite(tensors: Mapping[str, Sequence[Tensor]], device: torch.device) ->
     return [name for name, bad in zip(tensors, found.tolist(), strict=True) if bad]
 
 
-def weights_of(model: nn.Module) -> dict[str, list[Tensor]]:
-    """By name, what this rank holds of the weights that train; frozen ones cannot have become anything else."""
-    return {original_name(name): [_held(weight)] for name, weight in model.named_parameters() if weight.requires_grad}
+def weights_of(model: nn.Module, *, frozen: bool = False) -> dict[str, list[Tensor]]:
+    """By name, what this rank holds of the weights that train, or of all: frozen ones can only have been so before."""
+    weights = model.named_parameters()
+    return {original_name(name): [_held(weight)] for name, weight in weights if frozen or weight.requires_grad}
 
 
 def weights_and_moments(model: nn.Module, optimizer: Any) -> dict[str, list[Tensor]]:

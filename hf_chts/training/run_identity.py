@@ -106,7 +106,8 @@ def refuse_folder_of_another_run(output_dir: str, mine: set[str | None], *, over
         raise ValueError(
             f"{output_dir} has checkpoints of another run{of}, up to {last.name}, and this run would be mixed with it: "
             "go on with that one (resume_from_checkpoint true), give this one another output_dir, or begin anew in the "
-            "same folder with overwrite_output_dir true, which passes over the checkpoints that are there"
+            "same folder with overwrite_output_dir true (of SparseTrainingArguments), which passes over what is there, "
+            "or without it"
         )
 
 

@@ -363,7 +363,7 @@ def test_no_export(hub, waits, exports, tmp_path):
         save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
     refused(ValueError, "model.layers.1.mlp.up_proj has weights off its mask", other_weights)
-    refused(ValueError, "model.safetensors: there is NaN or infinity in lm_head.weight,", diverged)
+    refused(ValueError, "model.safetensors: there is NaN or infinity in lm_head.weight:", diverged)
     refused(
         ValueError, "README.md: the metadata at the head of the model card cannot be read",
         lambda directory: (directory / "README.md").write_text("---\ntags: [a\n---\n# x\n"),

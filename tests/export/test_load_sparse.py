@@ -105,8 +105,8 @@ def change_config(directory, **changes):
         ({"architectures": ["AutoModelForCausalLM"]}, "is of a AutoModelForCausalLM"),
         ({"architectures": ["Trainer"]}, "config.json is of a Trainer"),
         ({"architectures": ["os.system"]}, "config.json is of a os.system"),
-        ({"architectures": []}, "config.json is of a None"),
-        ({"architectures": ""}, "config.json is of a None"),
+        ({"architectures": []}, "config.json does not say in `architectures`"),
+        ({"architectures": ""}, "config.json does not say in `architectures`"),
         ({"architectures": [["LlamaForCausalLM"]]}, "config.json is of a "),
         ({"architectures": ["LlamaForTokenClassification"]}, r"has no weights for \['score.bias', 'score.weight'\]"),
         (

@@ -75,6 +75,22 @@ def test_converted_in_place_and_back():
     MaskedLinear.convert(again, MASK)
 
 
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_conversion_that_swaps_parameters(swapping):
+    masked = layer().double()
+    assert masked.weight.dtype == torch.float64
+    masked(torch.randn(3, 9, dtype=torch.float64)).sum().backward()
+    assert masked.weight.grad[~MASK].eq(0).all()
+    assert masked.weight.grad[MASK].ne(0).all()
+    assert masked.masked_weight() is masked.weight  # masked once, by the hook
+
+
 def test_set_mask_zeroes_what_leaves_and_keeps_the_buffer():
     masked = layer(mask=torch.ones(6, 9, dtype=torch.bool))
     buffer = masked.mask

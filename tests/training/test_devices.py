@@ -9,6 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_chts import TopologyCallback, sparsify
 from hf_chts.checkpoint import load_topology, save_topology
+from hf_chts.layers import plain_weight
 from hf_chts.topology import random_streams
 from hf_chts.training import update as update_module
 from hf_chts.training.sharding import ReplicatedWeights
@@ -18,6 +19,7 @@ from hf_chts.training.sharding import ReplicatedWeights
 def played(monkeypatch):
     # torch has no generator for the device; a GPU's numbers are others too
     monkeypatch.setattr(update_module, "random_stream", lambda *key, device: random_streams.random_stream(*key))
+    monkeypatch.setattr(plain_weight, "own_class", lambda tensor: None)  # a GPU's tensors are of torch's own class
     with PlayedDevice() as device:
         yield device
 

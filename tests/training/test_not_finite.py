@@ -247,3 +247,14 @@ def test_the_loss_and_the_gradient_are_told_apart(tmp_path):
         run.train()
     assert losses(run)[-1] > 0
     assert len(losses(run)) == 6
+
+
+@pytest.mark.parametrize("case", ["chtss", "dense"])
+def test_frozen_weights_are_read_before_anything_is_trained(tmp_path, case):
+    model = tiny_llama()
+    model.model.embed_tokens.weight.requires_grad_(False)[7, 3] = math.nan
+    run = trainer(tmp_path, case, model=model)
+    with pytest.raises(FloatingPointError, match=r"embed_tokens\.weight"):
+        run.train()
+    assert run.state.global_step == 0
+    assert not list(tmp_path.glob("checkpoint-*"))

@@ -18,6 +18,10 @@ from hf_chts.topology.bits import link_positions
 from hf_chts.training.sharding.gradients import DenseGradient, ReducedGradient
 from hf_chts.training.sharding.ranks import rank_and_world
 
+# What torch's Adamax and Rprop keep of each weight is above 0 from the first step on, by which a weight whose gradient
+# is 0 does not move
+_NEVER_ZERO = ("exp_inf", "step_size")
+
 
 class Engine(ABC):
     """Holds the weights, gradients and optimizer moments of masked layers.
@@ -203,6 +207,8 @@ class Engine(ABC):
         counts: dict[str, int] = {}
         for tensors, off in ((self.held(layer), missing[start:stop]), (self.copies(layer), missing)):
             for name, tensor in tensors.items():
+                if name in _NEVER_ZERO:
+                    continue
                 values = tensor.detach().reshape(-1)
                 nonzero = values != 0
                 if finite:
@@ -285,12 +291,14 @@ def moments(state: dict[str, object], like: Tensor, *, elementwise: bool = True)
     Raises:
         TypeError: `elementwise`, and there is a tensor that has neither one value nor one for each element.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() <= 1 < like.numel():
             continue
         if value.shape != like.shape:
             if not elementwise:
+                if value.shape[1:] == like.shape:  # several values for each element, one after the other
+                    found |= {f"{name}[{i}]": one for i, one in enumerate(value)}
                 continue
             raise TypeError(
                 f"the optimizer's state {name!r} is {tuple(value.shape)} for a weight of {tuple(like.shape)}: what it "
