@@ -48,7 +48,7 @@ def test_export(tmp_path, where, value, given, packed):
     model = sparse_llama(torch.bfloat16 if value != value else torch.float32)
     model.get_parameter(name).data[place(model)] = value
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()} if given else None
-    with pytest.raises(FloatingPointError, match=f"^there is NaN or infinity in {name}: so nothing is exported"):
+    with pytest.raises(FloatingPointError, match=f"^there is NaN or infinity in {name}, so nothing is exported"):
         export_sparse(model, tmp_path / "x", packed=packed, state_dict=state)
     assert not any(tmp_path.iterdir())
     with torch.no_grad():
