@@ -10,7 +10,7 @@ WORKERS ?= 2
 .PHONY: demo test check format clean
 
 demo: $(INSTALLED)
-	$(BIN)/accelerate launch --config_file configs/accelerate/single.yaml train_llama.py
+	$(BIN)/accelerate launch --config_file configs/accelerate/single.yaml train_llama.py --overwrite_output_dir true
 	$(BIN)/python eval_zero_shot.py $(DEMO)/export --suite embedded --output $(DEMO)/zero_shot.json
 	@echo "checkpoint  $(DEMO)/export"
 	@echo "results     $(DEMO)/zero_shot.json"
