@@ -1,6 +1,8 @@
 """How much longer a training step between topology updates takes with masks than in the dense Trainer.
 
-    python benchmarks/step_overhead.py [--repeats 9]
+    python benchmarks/step_overhead.py [--repeats 9] [--bf16] [--compile]
+
+On a GPU where there is one, else on the CPU (`--cpu` to have it there anyway).
 
 For each batch, sparse and dense steps of one LLaMA alternate in one process (forward, backward, clipping, AdamW, as the
 Trainer does them); prints one JSON line with the ratio of the medians.
@@ -39,13 +41,21 @@ class Stopwatch(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args, **kwargs) -> None:
+        finish()
         self.start = time.perf_counter()
 
     def on_step_end(self, *args, **kwargs) -> None:
+        finish()
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def measure(model: str, batch: int, length: int, steps: int, repeats: int) -> dict:
+def finish() -> None:
+    """Wait for what the GPU was given, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(model: str, batch: int, length: int, steps: int, repeats: int, options: argparse.Namespace) -> dict:
     config = AutoConfig.from_pretrained(MODELS / f"{model}.json")
     data = Tokens(length, config.vocab_size)
     # far from the end of the run, so that no update falls into the measurement
@@ -58,8 +68,12 @@ def measure(model: str, batch: int, length: int, steps: int, repeats: int) -> di
         "logging_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": options.cpu,
+        "bf16": options.bf16,
+        "torch_compile": options.compile,
     }
+    gpu = torch.cuda.is_available() and not options.cpu
+    peaks = {True: 0.0, False: 0.0}  # GiB, by whether the model is sparse
 
     class StopAfter(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -75,7 +89,11 @@ def measure(model: str, batch: int, length: int, steps: int, repeats: int) -> di
         else:
             trainer = Trainer(args=TrainingArguments(**settings), **common)
         trainer.remove_callback(PrinterCallback)  # standard output is for the JSON lines
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         trainer.train()
+        if gpu:
+            peaks[sparse] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         return statistics.median(watch.seconds[2:])
 
     run(True), run(False)  # to warm up
@@ -95,8 +113,10 @@ def measure(model: str, batch: int, length: int, steps: int, repeats: int) -> di
         "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
         "steps": steps,
         "repeats": repeats,
-        "threads": torch.get_num_threads(),
-    }
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "bf16": options.bf16,
+        "compiled": options.compile,
+    } | ({"dense_peak_gib": peaks[False], "sparse_peak_gib": peaks[True]} if gpu else {})
 
 
 if __name__ == "__main__":
@@ -106,9 +126,12 @@ if __name__ == "__main__":
     parser.add_argument(
         "--batches", nargs="+", default=["8x256", "1x128"], help="sequences x tokens (default: 8x256 1x128)"
     )
+    parser.add_argument("--bf16", action="store_true", help="autocast to bf16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--cpu", action="store_true", help="on the CPU even where there is a GPU")
     arguments = parser.parse_args()
     for batch in arguments.batches:
         sequences, length = (int(number) for number in batch.split("x"))
         # about as many seconds for a small batch as for a large one
         steps = max(6, min(24, 12_288 // (sequences * length)))
-        print(json.dumps(measure(arguments.model, sequences, length, steps, arguments.repeats)), flush=True)
+        print(json.dumps(measure(arguments.model, sequences, length, steps, arguments.repeats, arguments)), flush=True)

@@ -104,22 +104,29 @@ def over_ranks(rank: int, ranks: int, threads: int, port: int, method: str, spar
 
 
 def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
-    model = llama_60m()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = llama_60m().to(device)
     config = steady(method, sparsity)
     callback = TopologyCallback(sparsify(model, config))
     optimizer = torch.optim.AdamW(model.parameters())
     callback.prepare(STEPS, ReplicatedWeights(optimizer))
-    ids = torch.randint(0, model.config.vocab_size, (tokens // 256, 256))
+    ids = torch.randint(0, model.config.vocab_size, (tokens // 256, 256), device=device)
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     updates, passes = [], []
     for repeat in range(repeats + 1):
-        start = time.perf_counter()
+        start = now()
         model(input_ids=ids, labels=ids).loss.backward()
-        passes.append(time.perf_counter() - start)
+        passes.append(now() - start)
         optimizer.step()  # so that there are moments to zero
         optimizer.zero_grad()
-        start = time.perf_counter()
+        start = now()
         callback.update((repeat + 1) * INTERVAL)
-        updates.append(time.perf_counter() - start)
+        updates.append(now() - start)
     update, one_pass = statistics.median(updates[1:]), statistics.median(passes[1:])  # the first of each warms up
     return {
         "benchmark": "topology_update",
@@ -132,7 +139,7 @@ def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
         "ratio": round(update / one_pass, 3),
         "repeats": repeats,
         "threads": torch.get_num_threads(),
-        "processor": processor(),
+        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
     }
 
 

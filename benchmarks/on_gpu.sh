@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: the tests that need one, then step, update and memory of dense and sparse side by side, and a
+# bf16 run of the demo. Some seven minutes on one H100 and 16 cores. Output goes to the directory that is named.
+#
+#     bash benchmarks/on_gpu.sh runs/gpu
+set -u
+cd "$(dirname "$0")/.."
+out=${1:-runs/gpu}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+
+part() { # its name, its time limit in seconds, its command
+    local name=$1 limit=$2 start=$SECONDS
+    shift 2
+    timeout "$limit" "$@" > "$out/$name.log" 2>&1
+    echo "== $name: exit status $?, $((SECONDS - start)) s"
+    grep -E '^\{|^(FAILED|ERROR)|passed|failed' "$out/$name.log" | cut -c1-600 | tail -n 12
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+"$python" -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
+OMP_NUM_THREADS=1 part tests 230 "$python" -m pytest -m gpu -n 12 -p no:cacheprovider --durations=5
+part step_60m 60 "$python" benchmarks/step_overhead.py --bf16 --repeats 4 --batches 64x256
+part update_chtss 40 "$python" benchmarks/topology_update.py --method chtss --tokens 16384 --repeats 3
+part update_chts 40 "$python" benchmarks/topology_update.py --method chts --tokens 16384 --repeats 3
+part update_set 40 "$python" benchmarks/topology_update.py --method set --tokens 16384 --repeats 3
+part demo 90 "$python" train_llama.py --use_cpu false --bf16 true --dataloader_num_workers 2 --output_dir "$out/demo"
+tail -n 4 "$out/demo.log" | cut -c1-300
+part step_1b 75 "$python" benchmarks/step_overhead.py --model llama_1b --bf16 --repeats 1 --batches 16x256
+part step_60m_compiled 75 "$python" benchmarks/step_overhead.py --bf16 --compile --repeats 1 --batches 64x256
