@@ -20,7 +20,7 @@ part() { # its name, its time limit in seconds, its command
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 "$python" -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
-OMP_NUM_THREADS=1 part tests 230 "$python" -m pytest -m gpu -n 12 -p no:cacheprovider --durations=5
+OMP_NUM_THREADS=1 part tests 230 "$python" -m pytest tests/training/test_gpu.py tests/test_machine.py -m gpu -n 12 -p no:cacheprovider --durations=5
 part step_60m 60 "$python" benchmarks/step_overhead.py --bf16 --repeats 4 --batches 64x256
 part update_chtss 40 "$python" benchmarks/topology_update.py --method chtss --tokens 16384 --repeats 3
 part update_chts 40 "$python" benchmarks/topology_update.py --method chts --tokens 16384 --repeats 3

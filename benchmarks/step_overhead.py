@@ -82,7 +82,8 @@ def measure(model: str, batch: int, length: int, steps: int, repeats: int, optio
     def run(sparse: bool) -> float:
         torch.manual_seed(0)
         watch = Stopwatch()
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.device("cuda" if gpu else "cpu"):
+            network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         common = {"model": network, "train_dataset": data, "callbacks": [watch, StopAfter()]}
         if sparse:
             trainer = SparseTrainer(args=SparseTrainingArguments(**settings), sparsity=sparsity, **common)
