@@ -18,9 +18,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_chts import SparsityConfig, TopologyCallback, sparsify
+from hf_chts.evolution.update import update_cost
 from hf_chts.layers.patching import find_targets
-from hf_chts.training.sharding import ReplicatedWeights, share_out
-from hf_chts.training.update import update_cost
+from hf_chts.sharding.ranks import share_out
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 ROOT = Path(__file__).parents[1]
 # Bytes a parameter, under the mixed precision that people use there: weight, gradient, master weight, two moments

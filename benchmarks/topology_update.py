@@ -26,10 +26,10 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_chts import SparsityConfig, TopologyCallback, sparsify
+from hf_chts.sharding import ranks as ranks_module
+from hf_chts.sharding import replicated as replicated_module
+from hf_chts.sharding.replicated import ReplicatedWeights
 from hf_chts.training import callback as callback_module
-from hf_chts.training.sharding import ReplicatedWeights
-from hf_chts.training.sharding import ranks as ranks_module
-from hf_chts.training.sharding import replicated as replicated_module
 
 MODEL = Path(__file__).parents[1] / "configs/models/llama_60m.json"
 INTERVAL, STEPS = 100, 10_000

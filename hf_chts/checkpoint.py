@@ -8,7 +8,6 @@ Its metadata hold the shapes, the step and a digest of the contents. `topology_h
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from hf_chts.files.atomic import write_whole
 from hf_chts.layers.wrappers import original_name
 from hf_chts.topology.bits import pack_bits, unpack_bits
 
@@ -244,20 +244,3 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         digest.update(key.encode())
         digest.update(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Under another name first, so that no reader and no crash ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)  # on a full disk it would be in the way
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # which errors of a write lack
-        raise

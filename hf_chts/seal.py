@@ -12,7 +12,8 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME, write_whole
+from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME
+from hf_chts.files.atomic import write_whole
 
 SEAL_NAME, RUN_NAME = "checkpoint_seal.json", "run_identity.json"
 _FORMAT, _RUN_FORMAT = "hf_chts checkpoint, 1", "hf_chts run, 1"

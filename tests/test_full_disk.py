@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from tiny import tiny_llama
 
 from hf_chts import SparsityConfig, export_sparse, load_sparse, sparsify
-from hf_chts.checkpoint import write_whole
+from hf_chts.files.atomic import write_whole
 from hf_chts.full_disk import told_where
 
 Usage = namedtuple("Usage", "total used free")

@@ -15,12 +15,12 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi, metadata_load
 from yaml import YAMLError
 
-from hf_chts.checkpoint import write_whole
 from hf_chts.data.arguments import OnBadDocument
 from hf_chts.data.bad_documents import Sieve
 from hf_chts.data.embedded import embedded_dataset
 from hf_chts.data.files import COMPRESSIONS, DataFile
 from hf_chts.data.sources import DatasetSource, FileSource, Source
+from hf_chts.files.atomic import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ which have a seal.
 import json
 from pathlib import Path
 
-from hf_chts.checkpoint import write_whole
 from hf_chts.export.weight_files import DamagedFile, find_shards, read_json
+from hf_chts.files.atomic import write_whole
 from hf_chts.seal import crc32
 
 CHECKSUMS_NAME = "weights_checksums.json"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_chts.checkpoint import MASKS_NAME, TopologyState, save_masks, write_whole
+from hf_chts.checkpoint import MASKS_NAME, TopologyState, save_masks
 from hf_chts.config import CONFIG_NAME
 from hf_chts.export.adapters import Adapters, check_adapters, has_adapters, plain_model
 from hf_chts.export.checksums import forget_checksums, write_checksums
@@ -24,6 +24,7 @@ from hf_chts.export.packed_loading import forget_packing
 from hf_chts.export.pushed_card import FIGURES, with_figures, with_results
 from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, WeightFiles, remove_weights
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published
+from hf_chts.files.atomic import write_whole
 from hf_chts.full_disk import told_where
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_keys, original_name

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.masked_linear import masked_class
-from hf_chts.layers.partitions import weight_shape, zero_off_mask
+from hf_chts.sharding.partitions import weight_shape, zero_off_mask
 
 
 def convert_layers(layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> dict[str, MaskedLayer]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from hf_chts.layers.partitions import weight_shape, zero_off_mask
 from hf_chts.layers.plain_weight import check_plain
+from hf_chts.sharding.partitions import weight_shape, zero_off_mask
 
 _Layer = TypeVar("_Layer", bound="MaskedLayer")
 

@@ -14,11 +14,11 @@ from hf_chts.layers.heads import head_blocks
 from hf_chts.layers.initial_masks import check_links, initial_masks
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.masked_linear import masked_class
-from hf_chts.layers.partitions import strays, whole_weight
 from hf_chts.layers.plain_weight import check_places, check_plain
 from hf_chts.layers.shares import Lazy, overrides
 from hf_chts.layers.targets import check_targets, earlier_targets, find_targets, matrix_shape
 from hf_chts.layers.wrappers import named_originals, unwrap
+from hf_chts.sharding.partitions import strays, whole_weight
 
 _HANDLE = "_hf_chts_sparse_model"
 

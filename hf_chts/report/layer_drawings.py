@@ -6,10 +6,10 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from hf_chts.records.snapshots import layer_kind
+from hf_chts.records.update_figures import LayerUpdate
 from hf_chts.report.drawing import COLOURS, WIDTH, Drawing, as_shares, look, step_ticks
 from hf_chts.report.run import LayerRecords, Run
-from hf_chts.training.snapshots import layer_kind
-from hf_chts.training.update_figures import LayerUpdate
 
 # A share between 0 and 1 of a layer of (out, in) at an update; None where it has none
 Rate = Callable[[LayerUpdate, tuple[int, int]], float | None]

@@ -8,9 +8,9 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from hf_chts.records.snapshots import LayerSnapshot
 from hf_chts.report.drawing import COLOURS, DASHES, WIDTH, Drawing, look
 from hf_chts.report.run import Run
-from hf_chts.training.snapshots import LayerSnapshot
 
 BINS = 40
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from hf_chts.checkpoint import write_whole
+from hf_chts.files.atomic import write_whole
 from hf_chts.report.comparison_drawings import comparison_drawings
 from hf_chts.report.drawing import Drawing
 from hf_chts.report.layer_drawings import layer_drawings

@@ -14,28 +14,31 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from hf_chts.checkpoint import TopologyState
 from hf_chts.config import SparsityConfig
+from hf_chts.evolution.first_step import check_first_step
+from hf_chts.evolution.half_precision import refuse_half_precision
+from hf_chts.evolution.regrown_adam import RegrownAdam
+from hf_chts.evolution.update import TopologyUpdate, in_threads, update_cost
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.plain_weight import check_plain
 from hf_chts.layers.shares import Lazy, layer_links, some, sparsity_ahead, without_return
+from hf_chts.records.run_record import RunRecord
+from hf_chts.records.update_figures import LayerUpdate, overall_figures
 from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.sharding.detect import engine_of
+from hf_chts.sharding.gradients import DenseGradient
+from hf_chts.sharding.interface import Engine
+from hf_chts.sharding.ranks import exchange, rank_and_world, share_out
 from hf_chts.topology.bits import pack_bits
 from hf_chts.topology.percolation import Junction, anp_rate, coupled_groups
 from hf_chts.topology.softness import adapted, chance_overlap
 from hf_chts.training.begin_lines import changed_lines, learning_rates, plan_line
 from hf_chts.training.divergence import diverged
-from hf_chts.training.first_step import check_first_step
-from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.layer_lines import layer_lines
 from hf_chts.training.losses import UpdateLosses
 from hf_chts.training.not_finite import not_finite, read_by_update
-from hf_chts.training.regrown_adam import RegrownAdam
 from hf_chts.training.run_identity import RunIdentity
-from hf_chts.training.run_record import RunRecord
 from hf_chts.training.same_on_ranks import compare_begin
-from hf_chts.training.sharding import DenseGradient, Engine, engine_of, exchange, rank_and_world, share_out
-from hf_chts.training.update import TopologyUpdate, in_threads, update_cost
-from hf_chts.training.update_figures import LayerUpdate, overall_figures
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_chts.checkpoint import write_whole
+from hf_chts.files.atomic import write_whole
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer

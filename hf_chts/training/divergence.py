@@ -11,8 +11,8 @@ from transformers import Trainer
 
 from hf_chts.layers.shares import some
 from hf_chts.seal import last_sealed
+from hf_chts.sharding.ranks import rank_and_world
 from hf_chts.training.not_finite import MASTER, not_finite, weights_and_moments, weights_of
-from hf_chts.training.sharding.ranks import rank_and_world
 from hf_chts.training.unlabelled import UnlabelledEvaluation, excused, without_labels
 
 if TYPE_CHECKING:

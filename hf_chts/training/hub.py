@@ -18,13 +18,13 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
-from hf_chts.checkpoint import write_whole
 from hf_chts.export.checkpoint_card import last_evaluation, progress
 from hf_chts.export.hub import HubRepository, explained, open_repository
 from hf_chts.export.hub_errors import PushFailed
 from hf_chts.export.hub_files import CARD
 from hf_chts.export.model_card import model_card
 from hf_chts.export.model_facts import ModelFacts
+from hf_chts.files.atomic import write_whole
 from hf_chts.layers.patching import SparseModel
 from hf_chts.training.hub_contents import STAGED, model_contents, push_checkpoint, stage, tensorboard_logs
 

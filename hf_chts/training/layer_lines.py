@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from hf_chts.layers.partitions import weight_shape
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.targets import matrix_shape, why_dense
 from hf_chts.layers.wrappers import named_originals
+from hf_chts.sharding.partitions import weight_shape
 
 
 def layer_lines(sparse: SparseModel) -> list[str]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_chts.schedule_plan import SchedulePlan
-from hf_chts.training.sharding import mean_over_ranks
+from hf_chts.sharding.ranks import mean_over_ranks
 from hf_chts.training.unlabelled import excused
 
 

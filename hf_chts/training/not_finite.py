@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from hf_chts.finite import holds_not_finite
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.wrappers import original_name
-from hf_chts.training.sharding.interface import Engine
-from hf_chts.training.sharding.ranks import rank_and_world
+from hf_chts.sharding.interface import Engine
+from hf_chts.sharding.ranks import rank_and_world
 
 _MOMENTS = "optimizer state of "
 MASTER = "master weights or moments that the optimizer holds in parts"

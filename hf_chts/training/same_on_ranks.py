@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from hf_chts.layers.shares import some
+from hf_chts.sharding.ranks import rank_and_world
 from hf_chts.topology.bits import pack_bits
-from hf_chts.training.sharding.ranks import rank_and_world
 
 # Arguments by which ranks do something together, or change their weights; others may differ, such as seeds of dropout
 _TOGETHER = (

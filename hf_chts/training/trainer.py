@@ -19,6 +19,7 @@ from transformers.utils import can_return_loss, find_labels
 
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits, with_original_names
 from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.evolution.half_precision import refuse_half_precision
 from hf_chts.export.checksums import forget_checksums
 from hf_chts.full_disk import size, told_where
 from hf_chts.layers.patching import SparseModel, follow_masks, sparsify
@@ -31,7 +32,6 @@ from hf_chts.training.callback import TopologyCallback
 from hf_chts.training.console import say, use_console
 from hf_chts.training.data_state import ResumableDataMixin
 from hf_chts.training.divergence import StopsOnDivergence, last_whole
-from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.hub import HubPushes
 from hf_chts.training.lr_schedules import PAPER_WARMUP, add_update_warmup, warmup_steps
 from hf_chts.training.other_trainers import by_name, refuse_unloaded, start_reference

@@ -20,9 +20,9 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, set_seed
 
 from hf_chts import SparseModel, SparseTrainer, TopologyCallback, sparsify
+from hf_chts.sharding.replicated import ReplicatedWeights
 from hf_chts.topology.bits import pack_bits
 from hf_chts.training import callback
-from hf_chts.training.sharding import ReplicatedWeights
 
 STEPS = 12
 

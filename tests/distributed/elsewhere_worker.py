@@ -17,8 +17,8 @@ from engine_worker import train, wrap
 from tiny import tiny_llama
 
 from hf_chts import SparsityConfig, sparsify
-from hf_chts.training.first_step import check_first_step
-from hf_chts.training.sharding import engine_of
+from hf_chts.evolution.first_step import check_first_step
+from hf_chts.sharding.detect import engine_of
 
 NAME = "model.layers.1.mlp.up_proj"
 

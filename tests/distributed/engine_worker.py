@@ -20,7 +20,8 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from hf_chts import SparsityConfig, sparsify
-from hf_chts.training.sharding import engine_of, rank_and_world
+from hf_chts.sharding.detect import engine_of
+from hf_chts.sharding.ranks import rank_and_world
 
 # bf16 rounds a weight to 8 bits, and its gradients with it
 TOLERANCE = {False: 1e-5, True: 5e-2}

@@ -15,7 +15,7 @@ from engines import Fsdp2, Zero
 from tiny import VOCABULARY, tiny_llama
 
 from hf_chts import SparsityConfig, TopologyCallback, sparsify
-from hf_chts.training.sharding import engine_of
+from hf_chts.sharding.detect import engine_of
 
 
 def peak_bytes(work):

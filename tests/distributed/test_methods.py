@@ -10,7 +10,7 @@ from cases import INTERVAL, arguments, case_config
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import SparseModel, SparseTrainer, TopologyCallback, load_sparse, sparsify
-from hf_chts.training.sharding import ReplicatedWeights
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 from launching import accelerate  # isort: skip - beside this file
 from methods_worker import FROZEN, MODEL, STEPS  # isort: skip

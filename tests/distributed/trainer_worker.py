@@ -18,7 +18,7 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig
-from hf_chts.training.sharding import engine_of
+from hf_chts.sharding.detect import engine_of
 
 STEPS = 6
 

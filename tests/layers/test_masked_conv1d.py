@@ -10,9 +10,9 @@ from transformers import TrainerControl, TrainerState
 from transformers.pytorch_utils import Conv1D
 
 from hf_chts import MaskedConv1D, MaskedLinear, SparsityConfig, TopologyCallback, sparsify
+from hf_chts.sharding import ranks
 from hf_chts.topology.bits import pack_bits
 from hf_chts.topology.random_streams import random_stream
-from hf_chts.training.sharding import ranks
 
 # three outputs, two inputs; from the first input to outputs 0 and 2, from the second to output 0
 MASK = torch.tensor([[True, True], [False, False], [True, False]])

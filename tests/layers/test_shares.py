@@ -10,7 +10,7 @@ from transformers import T5ForConditionalGeneration as T5
 from hf_chts import SparsityConfig, TopologyCallback, sparsify
 from hf_chts.layers.heads import head_blocks
 from hf_chts.layers.shares import layer_links, overrides
-from hf_chts.training.sharding import ReplicatedWeights
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 SHAPES = {"a.up": (10, 20), "a.down": (20, 10), "b.up": (30, 10), "b.down": (10, 30)}
 

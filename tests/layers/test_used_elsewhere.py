@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MambaConfig, MambaForCausalLM
 
 from hf_chts import SparseModel, SparseTrainer, SparsityConfig, export_sparse, load_sparse, sparsify
-from hf_chts.training.sharding import engine_of
+from hf_chts.sharding.detect import engine_of
 
 X = torch.randn(7, 20, generator=torch.Generator().manual_seed(0))
 CONFIG = SparsityConfig(method="static", sparsity=0.7)

@@ -9,6 +9,8 @@ import torch
 from cases import case_config
 from matplotlib import image as pictures
 
+from hf_chts.records.snapshots import LayerSnapshot
+from hf_chts.records.update_figures import LayerUpdate
 from hf_chts.report.comparison_drawings import comparison_drawings
 from hf_chts.report.drawing import COLOURS, DASHES, MARKERS, step_ticks
 from hf_chts.report.layer_drawings import kinds_of, layer_drawings
@@ -17,8 +19,6 @@ from hf_chts.report.run import LayerRecords, Run
 from hf_chts.report.series import Series
 from hf_chts.report.stylesheet import PAIRS, STYLESHEET
 from hf_chts.report.training_drawings import loss_drawing, schedule_drawing
-from hf_chts.training.snapshots import LayerSnapshot
-from hf_chts.training.update_figures import LayerUpdate
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
          "mlp.down_proj")  # fmt: skip

@@ -36,10 +36,11 @@ from transformers.trainer_callback import CallbackHandler
 
 import hf_chts.checkpoint
 import hf_chts.seal
-from hf_chts.training import run_record, run_start, snapshots
+from hf_chts.evolution.regrown_adam import RegrownAdam
+from hf_chts.records import run_record, snapshots
+from hf_chts.training import run_start
 from hf_chts.training import trainer as sparse_trainer
 from hf_chts.training.callback import TopologyCallback
-from hf_chts.training.regrown_adam import RegrownAdam
 
 from kill_worker import digest, load_all  # isort: skip - beside this file
 

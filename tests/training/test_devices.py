@@ -9,10 +9,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_chts import TopologyCallback, sparsify
 from hf_chts.checkpoint import load_topology, save_topology
+from hf_chts.evolution import update as update_module
 from hf_chts.layers import plain_weight
+from hf_chts.sharding.replicated import ReplicatedWeights
 from hf_chts.topology import random_streams
-from hf_chts.training import update as update_module
-from hf_chts.training.sharding import ReplicatedWeights
 
 
 @pytest.fixture

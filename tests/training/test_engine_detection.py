@@ -10,7 +10,8 @@ from torch import nn
 from transformers import Adafactor
 
 from hf_chts import MaskedLinear
-from hf_chts.training.sharding import ReplicatedWeights, engine_of
+from hf_chts.sharding.detect import engine_of
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 
 def layers_of(model):
@@ -81,5 +82,5 @@ def test_other_optimizers_of_deepspeed_are_refused_by_name():
 
 
 def test_deepspeed_is_not_imported_where_it_is_not_used():
-    code = "import sys, hf_chts.training.sharding; sys.exit('deepspeed' in sys.modules)"
+    code = "import sys, hf_chts.sharding; sys.exit('deepspeed' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

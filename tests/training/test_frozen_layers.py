@@ -174,7 +174,7 @@ def test_a_frozen_layer_of_a_junction_keeps_its_links_and_tells_the_others(tmp_p
         percolated.append(percolate(masks, *args))
         return percolated[-1]
 
-    monkeypatch.setattr("hf_chts.training.update.percolate", spy)
+    monkeypatch.setattr("hf_chts.evolution.update.percolate", spy)
     run = SparseTrainer(
         model=tiny_llama(),
         args=arguments(tmp_path, save_strategy="no", max_steps=8),

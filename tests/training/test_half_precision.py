@@ -7,7 +7,7 @@ from tiny import random_blocks, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from hf_chts import TopologyCallback, sparsify
-from hf_chts.training.sharding import ReplicatedWeights
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 
 @pytest.mark.parametrize("case", ["static", "chtss", "gmp, global allocation", "chtss, per-weight Adam steps"])

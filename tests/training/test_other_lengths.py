@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_chts import SparseTrainer, TopologyCallback, sparsify
 from hf_chts.layers.shares import sparsity_ahead
+from hf_chts.sharding.replicated import ReplicatedWeights
 from hf_chts.topology.allocation import links_at
-from hf_chts.training.sharding import ReplicatedWeights
 
 
 def cubic(step, end):

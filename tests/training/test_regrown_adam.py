@@ -9,8 +9,8 @@ from cases import arguments, case_config, losses, same_weights, weights
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import MaskedLinear, SparseTrainer
-from hf_chts.training.regrown_adam import RegrownAdam
-from hf_chts.training.sharding import ReplicatedWeights
+from hf_chts.evolution.regrown_adam import RegrownAdam
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 INTERVAL = 5
 

@@ -12,9 +12,9 @@ from tiny import tiny_llama
 from transformers import TrainerCallback
 
 from hf_chts import TopologyCallback, sparsify
-from hf_chts.training import run_record
-from hf_chts.training.run_record import RunRecord, read_lines
-from hf_chts.training.snapshots import (
+from hf_chts.records import run_record
+from hf_chts.records.run_record import RunRecord, read_lines
+from hf_chts.records.snapshots import (
     LayerSnapshot,
     load_snapshot,
     save_snapshot,
@@ -148,7 +148,7 @@ def test_training_goes_on_where_nothing_can_be_written(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(run_record, "_append", full)
     run = trainer(tmp_path, save_strategy="no")
-    with caplog.at_level(logging.WARNING, logger="hf_chts.training.run_record"):
+    with caplog.at_level(logging.WARNING, logger="hf_chts.records.run_record"):
         run.train()
     assert run.state.global_step == STEPS
     assert len(caplog.records) == 1

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from hf_chts import MaskedLinear
-from hf_chts.training.sharding import ReplicatedWeights, share_out
-from hf_chts.training.update import update_cost
+from hf_chts.evolution.update import update_cost
+from hf_chts.sharding.ranks import share_out
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 
 def test_dearest_first_to_the_least_loaded():

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_chts.training.sharding.ranks import rank_and_world
+from hf_chts.sharding.ranks import rank_and_world
 
 
 class DenseGradient(ABC):

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_chts.layers.masked_layer import MaskedLayer
-from hf_chts.layers.partitions import held_part
-from hf_chts.training.sharding.interface import ShardedEngine, in_groups, moments
+from hf_chts.sharding.interface import ShardedEngine, in_groups, moments
+from hf_chts.sharding.partitions import held_part
 
 
 class Fsdp2Weights(ShardedEngine):

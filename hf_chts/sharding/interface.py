@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_chts.layers.masked_layer import MaskedLayer
-from hf_chts.layers.partitions import whole_weight
+from hf_chts.sharding.gradients import DenseGradient, ReducedGradient
+from hf_chts.sharding.partitions import whole_weight
+from hf_chts.sharding.ranks import rank_and_world
 from hf_chts.topology.bits import link_positions
-from hf_chts.training.sharding.gradients import DenseGradient, ReducedGradient
-from hf_chts.training.sharding.ranks import rank_and_world
 
 # What torch's Adamax and Rprop keep of each weight is above 0 from the first step on, by which a weight whose gradient
 # is 0 does not move

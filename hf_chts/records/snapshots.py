@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hf_chts.checkpoint import write_whole
+from hf_chts.files.atomic import write_whole
 from hf_chts.schedule_plan import SchedulePlan
 
 FORMAT = "hf_chts topology snapshot, 1"

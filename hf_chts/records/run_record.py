@@ -22,10 +22,10 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_chts.checkpoint import write_whole
+from hf_chts.files.atomic import write_whole
+from hf_chts.records.snapshots import save_snapshot, snapshot_layers, snapshot_path, snapshot_paths, snapshot_steps
+from hf_chts.records.update_figures import LayerUpdate
 from hf_chts.schedule_plan import SchedulePlan
-from hf_chts.training.snapshots import save_snapshot, snapshot_layers, snapshot_path, snapshot_paths, snapshot_steps
-from hf_chts.training.update_figures import LayerUpdate
 
 RECORD_DIR = "topology"
 LAYERS_NAME, PLANS_NAME, SECONDS_NAME = "layers.jsonl", "plans.jsonl", "seconds.jsonl"

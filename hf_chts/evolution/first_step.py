@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.shares import some
-from hf_chts.training.sharding import Engine, rank_and_world
+from hf_chts.sharding.interface import Engine
+from hf_chts.sharding.ranks import rank_and_world
 
 
 def check_first_step(engine: Engine, layers: Mapping[str, MaskedLayer]) -> None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from hf_chts.layers.masked_layer import MaskedLayer
-from hf_chts.training.sharding.gradients import DenseGradient, LocalGradient
-from hf_chts.training.sharding.interface import Engine, in_groups, moments
-from hf_chts.training.sharding.ranks import rank_and_world
+from hf_chts.sharding.gradients import DenseGradient, LocalGradient
+from hf_chts.sharding.interface import Engine, in_groups, moments
+from hf_chts.sharding.ranks import rank_and_world
 
 
 class ReplicatedWeights(Engine):

@@ -7,10 +7,10 @@ from torch import nn
 
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.plain_weight import check_places, check_plain
-from hf_chts.training.sharding.interface import Engine
-from hf_chts.training.sharding.optimizer_state import check_state
-from hf_chts.training.sharding.replicated import ReplicatedWeights
-from hf_chts.training.sharding.zero import ZeroStage3Weights, ZeroStage12Weights
+from hf_chts.sharding.interface import Engine
+from hf_chts.sharding.optimizer_state import check_state
+from hf_chts.sharding.replicated import ReplicatedWeights
+from hf_chts.sharding.zero import ZeroStage3Weights, ZeroStage12Weights
 
 _ZERO_STAGES_1_2 = ("DeepSpeedZeroOptimizer", "BF16_Optimizer")
 _ZERO_STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
@@ -67,7 +67,7 @@ def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: An
                 "(configs/accelerate/fsdp2.yaml)"
             )
     if any(hasattr(layer.weight, "device_mesh") for layer in layers.values()):
-        from hf_chts.training.sharding.fsdp2 import Fsdp2Weights, check_fsdp2
+        from hf_chts.sharding.fsdp2 import Fsdp2Weights, check_fsdp2
 
         _check_elementwise(optimizer, "FSDP2")
         check_fsdp2(model, layers)

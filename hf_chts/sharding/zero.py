@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_chts.layers.masked_layer import MaskedLayer
-from hf_chts.layers.partitions import held_part
-from hf_chts.training.sharding.interface import ShardedEngine, moments
+from hf_chts.sharding.interface import ShardedEngine, moments
+from hf_chts.sharding.partitions import held_part
 
 
 class ZeroStage12Weights(ShardedEngine):

@@ -1,7 +1,7 @@
 """Weights of which this rank holds a part: FSDP2 and DeepSpeed's stage 3 may split a model before it is made sparse.
 
 Knows such weights by what hangs on them, and imports neither. What an engine holds beside the weight, once training has
-begun, is the matter of training/sharding.
+begun, is the matter of sharding.
 """
 
 from typing import Any

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_chts.training.sharding.interface import moments
+from hf_chts.sharding.interface import moments
 
 _SHAPE = (3, 5)
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.sharding.interface import Engine
 from hf_chts.topology.bits import link_positions
-from hf_chts.training.sharding import Engine
 
 # Where β2^a is below this, the correction is lost in the rounding of fp32
 _NEGLIGIBLE = 2.0**-24
