@@ -16,6 +16,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import CASES, INTERVAL, arguments, case_config, check_links, losses
+from cpu_engines import leave_ranks
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, set_seed
 
@@ -147,5 +148,4 @@ def main(directory):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    # left to the end of the process, gloo's threads may abort it
-    dist.destroy_process_group()
+    leave_ranks()

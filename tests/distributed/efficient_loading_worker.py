@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import arguments, case_config
-from cpu_engines import allow_fsdp
+from cpu_engines import allow_fsdp, leave_ranks
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import SparseTrainer
@@ -47,4 +46,4 @@ def main(directory):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
-    dist.destroy_process_group()
+    leave_ranks()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from cpu_engines import leave_ranks
 from engines import Fsdp2, Zero
 from tiny import VOCABULARY, tiny_llama
 
@@ -53,7 +54,7 @@ def main(directory, *engines):
     dist.all_gather_object(everyone, found)
     if dist.get_rank() == 0:
         torch.save(everyone, f"{directory}/memory.pt")
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate.state import AcceleratorState
 from cases import INTERVAL, arguments, case_config, check_links, losses
-from cpu_engines import allow_fsdp, use_gloo_alone
+from cpu_engines import allow_fsdp, leave_ranks, use_gloo_alone
 from ddp_worker import digests
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, set_seed
@@ -138,5 +138,4 @@ def main(directory, engine, *cases):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
-    # left to the end of the process, gloo's threads may abort it
-    dist.destroy_process_group()
+    leave_ranks()

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import INTERVAL, STEPS, arguments, case_config, losses
-from cpu_engines import allow_fsdp, use_gloo_alone
+from cpu_engines import allow_fsdp, leave_ranks, use_gloo_alone
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
@@ -103,5 +103,4 @@ def main(directory, *scenarios):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_ranks()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cpu_engines import allow_fsdp, use_gloo_alone
+from cpu_engines import allow_fsdp, leave_ranks, use_gloo_alone
 from engine_worker import changed
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
@@ -87,5 +87,4 @@ def main(directory, *options):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
-    # left to the end of the process, gloo's threads may abort it
-    dist.destroy_process_group()
+    leave_ranks()
