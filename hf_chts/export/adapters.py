@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import is_adapted, uncompiled, unwrap, wrappers
+from hf_chts.sparse_model import SparsityHandle
 
 Adapters: TypeAlias = Literal["refuse", "merge", "merge_masked", "leave_out"]
 
@@ -68,7 +68,7 @@ def check_adapters(model: nn.Module, adapters: str) -> None:
             )
 
 
-def plain_model(sparse: SparseModel, adapters: str) -> PlainModel:
+def plain_model(sparse: SparsityHandle, adapters: str) -> PlainModel:
     """The plain model; `check_adapters` has let it pass.
 
     Raises:

@@ -26,8 +26,8 @@ from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, WeightFiles, re
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published
 from hf_chts.files.atomic import write_whole
 from hf_chts.full_disk import told_where
-from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_keys, original_name
+from hf_chts.sparse_model import SparsityHandle
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def export_sparse(
         PushFailed: the Hub refuses, or cannot be reached. The directory is whole then.
     """
     directory, pictures = Path(directory), [Path(path) for path in figures]
-    sparse = SparseModel.of(model)
+    sparse = SparsityHandle.of(model)
     if sparse is None:
         raise ValueError(
             "the model is not sparse: call sparsify(model, config) or train it with SparseTrainer; for a dense model "
@@ -164,7 +164,7 @@ def export_sparse(
 
 
 def _write_packed(
-    sparse: SparseModel,
+    sparse: SparsityHandle,
     masks: dict[str, Tensor],
     directory: Path,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -196,7 +196,7 @@ def _write_packed(
 
 
 def _write_plain(
-    sparse: SparseModel,
+    sparse: SparsityHandle,
     masks: dict[str, Tensor],
     directory: Path,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -243,8 +243,8 @@ def _write_evidence(directory: Path, zero_shot: Mapping[str, Any] | None, figure
         write_whole(directory / FIGURES / path.name, path.read_bytes())
 
 
-def _check_whole(sparse: SparseModel, state_dict: dict[str, Tensor]) -> None:
-    """As `SparseModel.check`, of weights that the model does not hold whole."""
+def _check_whole(sparse: SparsityHandle, state_dict: dict[str, Tensor]) -> None:
+    """As `SparsityHandle.check`, of weights that the model does not hold whole."""
     for name, layer in sparse.layers.items():
         weight = state_dict.get(f"{name}.weight")
         if weight is None or weight.shape != layer.mask.shape:

@@ -15,7 +15,7 @@ from hf_chts.export.packed_format import is_packed
 from hf_chts.export.sources import architecture, checked_config, local_directory
 from hf_chts.export.weight_files import PLAIN_STEM, DamagedFile, WeightFiles
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
-from hf_chts.layers.patching import sparsify
+from hf_chts.sparse_model import sparsify
 
 _QUANTIZING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 
@@ -24,7 +24,7 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load an export, plain or packed, with its masks, to train on.
 
     The model is of the class that `architectures` in its config names, with its head: one of transformers, or another
-    that has been imported. It is patched, `SparseModel.of(model)` is its handle. Only to use the model,
+    that has been imported. It is patched, `SparsityHandle.of(model)` is its handle. Only to use the model,
     `from_pretrained` is enough. Nothing that a file says is run, or taken for the name of another file.
 
     Args:

@@ -14,7 +14,7 @@ from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed, plain_config
 from hf_chts.export.sources import architecture
 from hf_chts.export.weight_files import read_json
-from hf_chts.layers.patching import SparseModel
+from hf_chts.sparse_model import SparsityHandle
 from hf_chts.topology.bits import count_bits
 
 
@@ -56,7 +56,7 @@ class ModelFacts:
         return 1 - self.links / possible if possible else 0.0
 
     @classmethod
-    def of_model(cls, sparse: SparseModel, masks: Mapping[str, Tensor] | None = None) -> "ModelFacts":
+    def of_model(cls, sparse: SparsityHandle, masks: Mapping[str, Tensor] | None = None) -> "ModelFacts":
         """Of a sparse model; with other masks than its own, bool (out, in) by layer name, where they are given."""
         layers = []
         for name, mask in (sparse.masks() if masks is None else masks).items():

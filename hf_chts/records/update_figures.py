@@ -32,14 +32,14 @@ class LayerUpdate:
     explored: int | None = None
 
     @classmethod
-    def of(cls, mask: Tensor, explored: Tensor, done: Sequence[float]) -> "LayerUpdate":
-        """Of a mask after the update, bool (out, in), the bits ever active, and (pruned, removed, regrown, overlap)."""
-        pruned, removed, regrown, overlap = done
+    def of(cls, mask: Tensor, explored: Tensor, done: Sequence[int]) -> "LayerUpdate":
+        """Of a mask after the update, bool (out, in), the bits ever active, (pruned, removed, regrown, returned)."""
+        pruned, removed, regrown, returned = done
         return cls(
             links=int(mask.count_nonzero()),
-            removed=int(pruned + removed),
-            regrown=int(regrown),
-            returned=round(overlap * regrown),
+            removed=pruned + removed,
+            regrown=regrown,
+            returned=returned,
             active=round(active_neuron_rate(mask) * sum(mask.shape)),
             explored=count_bits(explored),
         )

@@ -84,7 +84,7 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
     end of training.
     """
 
-    topology: "TopologyCallback | None"
+    topology_callback: "TopologyCallback | None"
     _watch: Watch | None = None
     _begun: bool = False  # whether the weights that training begins with were read
     unlabelled: Tensor | None = None  # whether the labels of the last micro-batch are all -100
@@ -142,9 +142,15 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
         self._refuse_divergence(together=True)
         held = weights_and_moments(cast(nn.Module, self.model), self.optimizer)
         if bad := not_finite(held, self.args.device):
-            if MASTER in bad and self.topology is not None and self.topology.engine is not None:
-                engine = self.topology.engine
-                parts = {name: list(engine.held(layer).values()) for name, layer in self.topology.sparse.layers.items()}
+            if (
+                MASTER in bad
+                and self.topology_callback is not None
+                and self.topology_callback.evolver.engine is not None
+            ):
+                evolver = self.topology_callback.evolver
+                engine = evolver.engine
+                assert engine is not None
+                parts = {name: list(engine.held(layer).values()) for name, layer in evolver.sparse.layers.items()}
                 bad = [*not_finite(parts, self.args.device), *bad]  # whose parts they are, where that is known
             raise diverged(self.state.global_step, bad, self.args.output_dir, what)
 

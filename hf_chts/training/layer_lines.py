@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 
-from hf_chts.layers.patching import SparseModel
+from hf_chts.layers.sparse_layers import SparseLayers
 from hf_chts.layers.targets import matrix_shape, why_dense
 from hf_chts.layers.wrappers import named_originals
 from hf_chts.sharding.partitions import weight_shape
 
 
-def layer_lines(sparse: SparseModel) -> list[str]:
+def layer_lines(sparse: SparseLayers) -> list[str]:
     """A table of the linear layers of a model, by kind, that is the end of the name and the shape."""
     model, modules = sparse.model, named_originals(sparse.model)
     reasons = why_dense(model, sparse.config, sparse.layers)

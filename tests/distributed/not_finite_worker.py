@@ -45,17 +45,17 @@ class Spoils(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         layer = self.trainer.sparse.layers[LAYER]
         gradient = getattr(layer.dense_gradient, "sum", None)
-        mine = args.process_index == 1 or self.trainer.topology.engine.sharded  # which only the owner has, then
+        mine = args.process_index == 1 or self.trainer.evolver.engine.sharded  # which only the owner has, then
         if gradient is not None and mine and self.trainer.scenario == "dense gradient":
             gradient[:] = torch.nan if state.global_step == 2 * INTERVAL else gradient
         if args.process_index != 1:
             return
         if self.trainer.scenario == "weight" and state.global_step == SPOILT:
-            self.trainer.topology.engine.held(layer)["weight"].view(-1)[:] = torch.nan
+            self.trainer.evolver.engine.held(layer)["weight"].view(-1)[:] = torch.nan
         if self.trainer.scenario == "moment" and state.global_step == SPOILT:
-            self.trainer.topology.engine.held(layer)["exp_avg"].view(-1)[:] = torch.inf
+            self.trainer.evolver.engine.held(layer)["exp_avg"].view(-1)[:] = torch.inf
         if self.trainer.scenario == "update" and state.global_step == 2 * INTERVAL:
-            self.trainer.topology.engine.held(layer)["weight"].view(-1)[:] = torch.nan
+            self.trainer.evolver.engine.held(layer)["weight"].view(-1)[:] = torch.nan
 
 
 def run_of(directory, scenario):

@@ -156,7 +156,7 @@ class Run:
         self.layer = sparse.layers["0"]
         with torch.no_grad():
             self.layer.weight.copy_(torch.tensor(weight))
-        self.layer.mask.copy_(self.layer.weight != 0)
+        self.layer.set_mask(self.layer.matrix(self.layer.weight != 0))
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), lr=0.0)
         self.callback = TopologyCallback(sparse)
         self.state = TrainerState(max_steps=4)
@@ -167,7 +167,7 @@ class Run:
             SimpleNamespace(output_dir=None),
             self.state,
             TrainerControl(),
-            model=self.callback.sparse.model,
+            model=self.callback.evolver.sparse.model,
             optimizer=self.optimizer,
         )
 

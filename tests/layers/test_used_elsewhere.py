@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import MambaConfig, MambaForCausalLM
 
-from hf_chts import SparseModel, SparseTrainer, SparsityConfig, export_sparse, load_sparse, sparsify
+from hf_chts import SparseTrainer, SparsityConfig, SparsityHandle, export_sparse, load_sparse, sparsify
 from hf_chts.sharding.detect import engine_of
 
 X = torch.randn(7, 20, generator=torch.Generator().manual_seed(0))
@@ -71,7 +71,7 @@ WAYS = {
 
 
 def check(model, found, dense, times=1):
-    layers = SparseModel.of(model).layers
+    layers = SparsityHandle.of(model).layers
     assert len(layers) == 4
     for name, layer in layers.items():
         gradient = found[f"{name}.weight"]

@@ -184,8 +184,8 @@ def test_a_run_says_in_one_line_per_update_what_happened(tmp_path, monkeypatch, 
     run, lines, errors = run_and_read(tmp_path, monkeypatch, capsys, disable_tqdm=disable_tqdm)
     assert max(map(len, lines)) <= 100
     updates = [line for line in lines if "sparse  −" in line]
-    assert [int(line.split()[0]) for line in updates] == [entry["step"] for entry in run.topology.history]
-    for line, entry in zip(updates, run.topology.history, strict=True):
+    assert [int(line.split()[0]) for line in updates] == [entry["step"] for entry in run.evolver.history]
+    for line, entry in zip(updates, run.evolver.history, strict=True):
         assert f"  {entry['sparsity']:.1%} sparse  −" in line
         assert bool(re.search(r"loss [+−]\d", line)) == (entry["step"] < STEPS)
     assert len(updates) == 18 // INTERVAL  # the topology rests in the last quarter

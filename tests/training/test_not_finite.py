@@ -147,7 +147,7 @@ def test_one_value_in_a_thousand_is_found(dtype, value, place):
 
 def spoil_stored(run):
     def do(model, optimizer):
-        run.topology.stored[POISONED.removesuffix(".weight")].view(-1)[3] = math.nan
+        run.evolver.stored[POISONED.removesuffix(".weight")].view(-1)[3] = math.nan
 
     return do
 
@@ -179,7 +179,7 @@ def test_an_update_reads_nothing_that_is_not_finite(tmp_path, case, what, spoil)
     with pytest.raises(FloatingPointError, match=rf"step {2 * INTERVAL}\b.*: {what} of {layer}\. .*checkpoint-6"):
         run.train()
     assert all(mask.equal(masks[name]) for name, mask in run.sparse.masks().items())
-    assert [line["step"] for line in run.topology.history] == [INTERVAL]
+    assert [line["step"] for line in run.evolver.history] == [INTERVAL]
 
 
 def test_a_scaled_loss_may_overflow_in_an_update(tmp_path):
@@ -189,11 +189,11 @@ def test_a_scaled_loss_may_overflow_in_an_update(tmp_path):
 
     class Scaled(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            run.topology.engine.loss_scale = lambda: 2.0**16
+            run.evolver.engine.loss_scale = lambda: 2.0**16
 
     run.add_callback(Scaled())
     run.train()
-    assert [line["step"] for line in run.topology.history] == [4, 8, 12, 16]
+    assert [line["step"] for line in run.evolver.history] == [4, 8, 12, 16]
     run.sparse.check()
 
 

@@ -115,8 +115,8 @@ def test_births_are_kept_for_links_alone_and_resumed(tmp_path):
     again = per_weight(tmp_path, "set", model=tiny_llama(seed=5))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert losses(again) == losses(whole)
-    for name, born in whole.topology.adam.born.items():
-        assert again.topology.adam.born[name].equal(born)
+    for name, born in whole.evolver.adam.born.items():
+        assert again.evolver.adam.born[name].equal(born)
         assert born.max() >= 3
         assert not born[~whole.sparse.layers[name].mask].any()
 

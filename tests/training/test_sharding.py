@@ -42,7 +42,7 @@ def test_weight_gradient_and_moments_of_links_that_go_become_0():
     state = optimizer.state[layer.weight]
     before = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
     weight = layer.weight.detach().clone()
-    ReplicatedWeights(optimizer).set_topology(layer, new)
+    layer.storage.replace(layer.matrix(new), ReplicatedWeights(optimizer))
     stayed = mask & new
     assert layer.mask.equal(new)
     for key, tensor in [("weight", layer.weight), ("grad", layer.weight.grad), *((k, state[k]) for k in before)]:
