@@ -11,7 +11,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import TrainerCallback
 
 from hf_chts import MaskedLinear, SparseTrainer, SparsityConfig, SparsityHandle, export_sparse, sparsify
-from hf_chts.layers import conversion
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -215,7 +214,7 @@ def test_a_layer_that_another_has_taken_the_place_of(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("step", ["mask_by_hook", "register_buffer", "zero_off_mask"])
+@pytest.mark.parametrize("step", ["mask_by_hook", "register_buffer", "held_part"])
 def test_whatever_fails_in_the_conversion_the_model_is_as_it_was(monkeypatch, step):
     calls = []
 
@@ -230,7 +229,7 @@ def test_whatever_fails_in_the_conversion_the_model_is_as_it_was(monkeypatch, st
 
     model = tiny_llama()
     was, before = everything(model), {name: p.detach().clone() for name, p in model.named_parameters()}
-    owner = {"zero_off_mask": conversion, "register_buffer": nn.Linear}.get(step, MaskedLinear)
+    owner = {"held_part": conversion, "register_buffer": nn.Linear}.get(step, MaskedLinear)
     with monkeypatch.context() as patch:
         patch.setattr(owner, step, fail_the_fifth_time(getattr(owner, step)))
         with pytest.raises(MemoryError):

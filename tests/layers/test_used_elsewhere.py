@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MambaConfig, MambaForCausalLM
 
 from hf_chts import SparseTrainer, SparsityConfig, SparsityHandle, export_sparse, load_sparse, sparsify
-from hf_chts.sharding.detect import engine_of
 
 X = torch.randn(7, 20, generator=torch.Generator().manual_seed(0))
 CONFIG = SparsityConfig(method="static", sparsity=0.7)
@@ -119,9 +118,9 @@ def test_dense_gradient_is_of_all_uses(dense):
 
 def test_a_weight_that_was_replaced_gets_its_hook_when_training_begins(dense):
     model = Model()
-    layers = sparsify(model, CONFIG).layers
+    sparse = sparsify(model, CONFIG)
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
-    engine_of(model, layers, torch.optim.AdamW(model.parameters()))
+    sparse.evolver(torch.optim.AdamW(model.parameters()), max_steps=1000)
     check(model, gradients(model), dense)
 
 

@@ -48,7 +48,7 @@ def test_optimizers_that_cannot_keep_links_missing_are_refused(name):
 )
 def test_optimizers_that_mix_entries_are_told(make, mixing):
     model = nn.Sequential(nn.Linear(7, 5, bias=False))
-    assert engine_of(model, layers_of(model), make(model.parameters())).mixing == mixing
+    assert engine_of(model, layers_of(model), make(model.parameters())).moves_missing_links == mixing
 
 
 def test_state_that_is_not_elementwise_is_refused_where_it_is_found():
@@ -68,7 +68,7 @@ def test_fsdp1_and_unknown_layouts_are_refused():
     with pytest.raises(ValueError, match="FSDP1 holds 0.*fsdp_version"):
         engine_of(model, layers, optimizer)
     layers["0"].weight = nn.Parameter(torch.zeros(35))
-    with pytest.raises(ValueError, match="0 has a weight of .35,. and a mask of .5, 7."):
+    with pytest.raises(ValueError, match="0 has a weight of .35,. where .5, 7. is expected"):
         engine_of(model, layers, optimizer)
 
 
