@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hf_chts.export.weight_files import DamagedFile, find_shards, read_json
 from hf_chts.files.atomic import write_whole
-from hf_chts.seal import crc32
+from hf_chts.files.reading import crc32
 
 CHECKSUMS_NAME = "weights_checksums.json"
 _FORMAT = "hf_chts weights, 1"

@@ -25,7 +25,7 @@ from hf_chts.export.pushed_card import FIGURES, with_figures, with_results
 from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, WeightFiles, remove_weights
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published
 from hf_chts.files.atomic import write_whole
-from hf_chts.full_disk import told_where
+from hf_chts.files.full_disk import explain_failed_write
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_keys, original_name
 
@@ -142,7 +142,7 @@ def export_sparse(
     if zero_shot is not None:
         card = with_results(card, zero_shot)
     card = with_figures(card, [path.name for path in pictures])
-    with told_where(directory, "The model is as it was: make room, and export it again"):
+    with explain_failed_write(directory, "The model is as it was: make room, and export it again"):
         if packed:
             _write_packed(sparse, masks, directory, tokenizer, card, max_shard_size, state_dict)
         else:

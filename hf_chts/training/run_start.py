@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, sort_checkpoints
 
-from hf_chts.full_disk import told_where
+from hf_chts.files.full_disk import explain_failed_write
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_name
 from hf_chts.machine import version_of
@@ -188,7 +188,9 @@ class BeginsRuns(_AnyTrainer):
             self._say_other_length(earlier.max_steps)
         left = passed_over(self.run_dir, checkpoint, step)
         later = [path for path in left if path in sealed(self.run_dir)]
-        with told_where(self.run_dir, "Make room there, or give the run another output_dir; nothing has been trained"):
+        with explain_failed_write(
+            self.run_dir, "Make room there, or give the run another output_dir; nothing has been trained"
+        ):
             take_folder(self.run_dir, self.identity.to_dict(), left)
         if later:
             _log.warning(
