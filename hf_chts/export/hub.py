@@ -10,13 +10,13 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_chts.checkpoint.seal import SEAL_NAME, verify_seal
 from hf_chts.config import CONFIG_NAME
 from hf_chts.export.checkpoint_card import checkpoint_card
 from hf_chts.export.hub_errors import PushFailed, reason, retried
 from hf_chts.export.hub_files import CARD, PICTURES, ExportFiles, check_contents, export_files, stale
 from hf_chts.export.pushed_card import FIGURES, check_card, with_figures, with_repository, with_results
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published, read_results
-from hf_chts.seal import SEAL_NAME, verify_seal
 
 Contents: TypeAlias = Path | bytes
 

@@ -2,10 +2,12 @@
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _CHUNK = 1 << 20  # bytes
 
@@ -50,3 +52,26 @@ def reading(path: str | Path, remedy: str) -> Iterator[None]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} cannot be used: {reason}. {remedy}") from error
+
+
+class LazyMapping(Mapping[str, T]):
+    """Values that are read or made each time they are asked for, so that only one needs to be in memory at a time.
+
+    Args:
+        read: makes the value of a key.
+        keys: in their order.
+    """
+
+    def __init__(self, read: Callable[[str], T], keys: Iterable[str]) -> None:
+        self._read, self._keys = read, dict.fromkeys(keys)
+
+    def __getitem__(self, key: str) -> T:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._read(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)

@@ -11,13 +11,20 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, sort_checkpoints
 
+from hf_chts.checkpoint.run_folder import (
+    OutputLock,
+    all_sealed,
+    passed_over,
+    refuse_folder_of_another_run,
+    sealed,
+    take_folder,
+)
+from hf_chts.checkpoint.run_identity import RunIdentity
+from hf_chts.checkpoint.seal import verify_seal, what_is_unsealed
 from hf_chts.files.full_disk import explain_failed_write
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_name
 from hf_chts.machine import version_of
-from hf_chts.seal import all_sealed, sealed, take_folder, verify_seal, what_is_unsealed
-from hf_chts.training.output_lock import OutputLock
-from hf_chts.training.run_identity import RunIdentity, passed_over, refuse_folder_of_another_run
 from hf_chts.training.same_on_ranks import decisive_arguments, together
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
 from hf_chts import SparseTrainer
-from hf_chts.seal import SEAL_NAME
+from hf_chts.checkpoint.seal import SEAL_NAME
 
 LAYER = "model.layers.1.mlp.up_proj"
 SPOILT = 6

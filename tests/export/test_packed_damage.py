@@ -18,7 +18,8 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_chts import SparsityConfig, export_sparse, load_sparse, sparsify
-from hf_chts.checkpoint import FORMAT, mask_metadata
+from hf_chts.checkpoint import mask_metadata
+from hf_chts.checkpoint.topology_state import FORMAT
 from hf_chts.export import pack_directory, unpack_directory, weight_files
 from hf_chts.export.checksums import CHECKSUMS_NAME
 from hf_chts.topology.bits import pack_bits

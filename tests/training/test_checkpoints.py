@@ -15,7 +15,8 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_chts import SparseTrainer, export_sparse, load_sparse
 from hf_chts.checkpoint import load_masks
-from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal
+from hf_chts.checkpoint.run_folder import last_sealed
+from hf_chts.checkpoint.seal import SEAL_NAME, seal, verify_seal
 
 FILES = [
     "masks.safetensors", "topology_history.json", "sparsity_config.json", "model.safetensors", "optimizer.pt",

@@ -9,9 +9,10 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
 from hf_chts import SparseTrainer
-from hf_chts.seal import SEAL_NAME, verify_seal
+from hf_chts.checkpoint.seal import SEAL_NAME, verify_seal
+from hf_chts.finite import not_finite
 from hf_chts.training.divergence import StopsOnDivergence
-from hf_chts.training.not_finite import not_finite, weights_and_moments
+from hf_chts.training.held_tensors import weights_and_moments
 
 POISONED = "model.layers.1.mlp.up_proj.weight"
 
@@ -129,9 +130,9 @@ def test_a_finite_run_is_never_refused_by_what_it_holds(tmp_path):
     device = torch.device("cpu")
     held = weights_and_moments(run.model, run.optimizer)
     assert set(dict(run.model.named_parameters())) < held.keys()
-    assert not_finite(held, device) == []
-    assert not_finite({}, device) == []
-    assert not_finite({"none": [], "empty": [torch.zeros(0)], "steps": [torch.tensor(3)]}, device) == []
+    assert not_finite(held, device=device) == []
+    assert not_finite({}, device=device) == []
+    assert not_finite({"none": [], "empty": [torch.zeros(0)], "steps": [torch.tensor(3)]}, device=device) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -142,7 +143,7 @@ def test_one_value_in_a_thousand_is_found(dtype, value, place):
     spoilt = large.clone()
     spoilt[place] = value
     found = {"a": [large], "b": [torch.zeros(3), spoilt], "c": [large, large]}
-    assert not_finite(found, torch.device("cpu")) == ["b"]
+    assert not_finite(found, device=torch.device("cpu")) == ["b"]
 
 
 def spoil_stored(run):

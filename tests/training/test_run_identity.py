@@ -14,11 +14,11 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, integrations
 
 from hf_chts import SparseTrainer
+from hf_chts.checkpoint.run_folder import OutputLock, last_sealed
+from hf_chts.checkpoint.seal import SEAL_NAME, seal, sealed_run, verify_seal
 from hf_chts.records.run_record import read_lines
 from hf_chts.report.run import read_run
-from hf_chts.seal import SEAL_NAME, last_sealed, seal, sealed_run, verify_seal
 from hf_chts.training import same_on_ranks
-from hf_chts.training.output_lock import OutputLock
 from hf_chts.training.same_on_ranks import together
 
 
