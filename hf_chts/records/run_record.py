@@ -100,7 +100,7 @@ class RunRecord:
         except OSError as error:
             self._writes = False
             _log.warning(
-                "The topology is no longer recorded in %s (%s). Training goes on, and the report will lack what follows",
+                "The topology is no longer recorded in %s (%s). Training goes on; the report will lack what follows",
                 self.directory,
                 error,
             )
