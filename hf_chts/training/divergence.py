@@ -107,7 +107,7 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
             if bad := not_finite(weights_of(cast(nn.Module, self.model), frozen=True), device=self.args.device):
                 raise FloatingPointError(
                     f"these weights hold NaN or infinity before step {self.state.global_step + 1}, so nothing is "
-                    f"trained: {some(bad)}. Load or initialize them anew"
+                    f"trained: {some(bad)}. Load or initialize them again"
                 )
         super()._run_epoch(*args, **kwargs)
 
@@ -181,7 +181,7 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
         """Raises FloatingPointError if a loss or a gradient was NaN or infinite."""
         loss, gradient, unlabelled = self._watched().look(together=together)
         if min(loss, gradient) < _NEVER:
-            what = "the loss" if loss <= gradient else "the gradient (under a loss that is none)"
+            what = "the loss" if loss <= gradient else "the gradient (with a finite loss)"
             if self._unlabelled_said or unlabelled:
                 what += ", as it may be where a loss of your own divides by the number of labels and a batch has none,"
             raise FloatingPointError(

@@ -24,7 +24,7 @@ SPOILT = 6
 
 
 class Spoilt(SparseTrainer):
-    """Rank 1 has a gradient that is NaN, under a loss that is finite, or no labels."""
+    """Rank 1 has a NaN gradient with a finite loss, or no labels."""
 
     scenario = ""
 

@@ -155,7 +155,9 @@ def test_a_checkpoint_of_a_plain_trainer_is_called_one(tmp_path, case):
     for resume in (str(tmp_path / "plain/checkpoint-2"), True):
         run = trainer(tmp_path / "plain", case)
         before = weights(run)
-        with pytest.raises((FileNotFoundError, ValueError), match="checkpoint of a plain Trainer.*without masks and seal") as error:
+        with pytest.raises(
+            (FileNotFoundError, ValueError), match="checkpoint of a plain Trainer.*without masks and seal"
+        ) as error:
             run.train(resume_from_checkpoint=resume)
         assert "checkpoint-2" in str(error.value)
         assert "not written whole" not in str(error.value)
