@@ -142,11 +142,3 @@ def test_a_trainer_that_saves_over_an_export(tmp_path):
     run.train()
     run.save_model()
     assert load_sparse(tmp_path / "run").lm_head.weight.equal(run.model.lm_head.weight)
-
-
-def test_an_export_over_another(directory):
-    model = tiny_llama(seed=7)
-    sparsify(model, SparsityConfig())
-    for packed in (True, False, True):
-        export_sparse(model, directory, packed=packed)
-        assert load_sparse(directory).lm_head.weight.equal(model.lm_head.weight)

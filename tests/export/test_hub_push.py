@@ -275,13 +275,6 @@ def test_who_may_not(hub, waits, exports, token, repo_id, words):
     assert waits == []
 
 
-def test_no_token_anywhere(hub, waits, exports, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(SystemExit, match="hf_chts push: .*plain was not pushed to me/x: there is no token"):
-        main(["push", str(exports / "plain"), "me/x"])
-    assert hub.requests == []
-
-
 def test_nobody_there(hub, waits, exports, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(PushFailed, match="the connection to http://127.0.0.1:9 failed"):

@@ -65,11 +65,14 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "packed", "packed without the model at hand"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_class_and_its_head(tmp_path, registered, name, packed):
+def test_the_class_and_its_head(tmp_path, registered, name, kind):
     model = MODELS[name]()
-    loaded = load_sparse(export_sparse(model, tmp_path, packed=packed)).eval()
+    directory = export_sparse(model, tmp_path / "export", packed=kind == "packed")
+    if kind == "packed without the model at hand":  # its class tells how weights are stored
+        directory = pack_directory(directory, tmp_path / "packed")
+    loaded = load_sparse(directory).eval()
     assert type(loaded) is type(model)
     weights = model.state_dict()
     assert loaded.state_dict().keys() == weights.keys()
@@ -79,14 +82,6 @@ def test_the_class_and_its_head(tmp_path, registered, name, packed):
     assert all(mask.equal(masks[layer]) for layer, mask in SparseModel.of(loaded).masks().items())
     with torch.no_grad():
         assert loaded(IDS)[0].equal(model(IDS)[0])
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_packed_without_the_model(tmp_path, registered, name):
-    """Classes tell how weights lie."""
-    model = MODELS[name]()
-    packed = pack_directory(export_sparse(model, tmp_path / "plain"), tmp_path / "packed")
-    assert type(load_sparse(packed)) is type(model)
 
 
 def change_config(directory, **changes):
