@@ -16,6 +16,7 @@ from hf_chts.config import SparsityConfig
 from hf_chts.evolution.first_step import check_first_step
 from hf_chts.evolution.half_precision import refuse_half_precision
 from hf_chts.evolution.regrown_adam import RegrownAdam
+from hf_chts.evolution.update_figures import LayerUpdate
 from hf_chts.evolution.update_ranks import UpdateOverRanks
 from hf_chts.evolution.update_warmup import add_update_warmup, warmup_steps
 from hf_chts.layers.coupling import couplings
@@ -23,7 +24,6 @@ from hf_chts.layers.links import check_zeros
 from hf_chts.layers.plain_weight import check_places, check_plain
 from hf_chts.layers.shares import layer_links, some, sparsity_ahead
 from hf_chts.layers.sparse_layers import SparseLayers
-from hf_chts.records.update_figures import LayerUpdate
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.sharding.detect import engine_of
 from hf_chts.sharding.interface import Engine

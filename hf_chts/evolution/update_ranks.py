@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_chts.evolution.held_tensors import read_by_update
 from hf_chts.evolution.regrown_adam import RegrownAdam
 from hf_chts.evolution.update import TopologyUpdate, in_threads, update_cost
+from hf_chts.evolution.update_figures import LayerUpdate, overall_figures
+from hf_chts.finite import not_finite
 from hf_chts.layers.shares import Lazy, layer_links, some, without_return
 from hf_chts.layers.sparse_layers import SparseLayers
-from hf_chts.records.update_figures import LayerUpdate, overall_figures
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.sharding.gradients import DenseGradient
 from hf_chts.sharding.interface import Engine
@@ -21,7 +23,6 @@ from hf_chts.sharding.ranks import exchange, rank_and_world, share_out
 from hf_chts.topology.bits import pack_bits
 from hf_chts.topology.percolation import Junction, anp_rate, coupled_groups
 from hf_chts.topology.softness import adapted, chance_overlap
-from hf_chts.training.not_finite import not_finite, read_by_update
 
 
 class NotFinite(FloatingPointError):
@@ -94,7 +95,7 @@ class UpdateOverRanks:
         start = time.perf_counter()
         layers, config = self.sparse.layers, self.sparse.config
         device = next(iter(layers.values())).storage.device
-        if bad := not_finite(read_by_update(layers, self.engine, stored), device):
+        if bad := not_finite(read_by_update(layers, self.engine, stored), device=device):
             raise NotFinite(step, bad)
         number = plan.number_of_updates(step)
         links = self._links(plan, step, names, stored)
@@ -111,7 +112,12 @@ class UpdateOverRanks:
                     chance = chance_overlap(removed, regrown, mask.numel() - links[name])
                     softness[name] = adapted(softness[name], returned / regrown, chance, config.softness_end)
         masks = self.sparse.masks()
-        done = {name: LayerUpdate.of(masks[name], explored[name], counts) for name, counts in counted.items()}
+        done = {
+            name: LayerUpdate.of(
+                masks[name], explored[name], pruned=pruned, removed=removed, regrown=regrown, returned=returned
+            )
+            for name, (pruned, removed, regrown, returned) in counted.items()
+        }
         figures: dict[str, Any] = overall_figures(done, {name: mask.shape for name, mask in masks.items()})
         if config.percolation:
             figures["active_neurons_percolated"] = anp_rate(masks, self.junctions)

@@ -6,8 +6,8 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from hf_chts.evolution.update_figures import LayerUpdate
 from hf_chts.records.snapshots import layer_kind
-from hf_chts.records.update_figures import LayerUpdate
 from hf_chts.report.drawing import COLOURS, WIDTH, Drawing, as_shares, look, step_ticks
 from hf_chts.report.run import LayerRecords, Run
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_chts.checkpoint import TopologyState
+from hf_chts.checkpoint.run_identity import RunIdentity
 from hf_chts.evolution.evolver import Evolver
 from hf_chts.evolution.update_ranks import NotFinite
 from hf_chts.layers.sparse_layers import SparseLayers
@@ -17,7 +18,6 @@ from hf_chts.training.begin_lines import changed_lines, learning_rates, plan_lin
 from hf_chts.training.divergence import diverged
 from hf_chts.training.layer_lines import layer_lines
 from hf_chts.training.losses import UpdateLosses
-from hf_chts.training.run_identity import RunIdentity
 
 _log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import TrainerCallback
 
 from hf_chts import MaskedLinear, SparseTrainer, SparsityConfig, SparsityHandle, export_sparse, sparsify
+from hf_chts.layers import conversion
 
 NAME = "model.layers.1.mlp.up_proj"
 

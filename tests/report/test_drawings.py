@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from cases import case_config
+from hf_chts.evolution.update_figures import LayerUpdate
 from matplotlib import image as pictures
 
 from hf_chts.records.snapshots import LayerSnapshot
-from hf_chts.records.update_figures import LayerUpdate
 from hf_chts.report.comparison_drawings import comparison_drawings
 from hf_chts.report.drawing import COLOURS, DASHES, MARKERS, step_ticks
 from hf_chts.report.layer_drawings import kinds_of, layer_drawings
