@@ -58,9 +58,8 @@ class UpdateOverRanks:
         self.junctions = junctions
         names = list(sparse.layers)
         self.groups = coupled_groups(junctions, names)
-        parts = (sparse.config.regrowth, sparse.config.regrowth_choice)
         costs = {
-            group[0]: sum(update_cost(sparse.layers[name].storage.shape, *parts) for name in group)
+            group[0]: sum(update_cost(sparse.layers[name].storage.shape, sparse.config) for name in group)
             for group in self.groups
         }
         dealt = share_out(costs, rank_and_world()[1])
@@ -178,7 +177,7 @@ class UpdateOverRanks:
             done = update.evolve(group, {name: weights[name] for name in group})
             # as bits until they are needed: bools of all layers would be as much again as the masks
             return {
-                name: (pack_bits(one.mask), [one.pruned, one.removed, one.regrown, round(one.overlap * one.regrown)])
+                name: (pack_bits(one.mask), [one.pruned, one.removed, one.regrown, one.returned])
                 for name, one in done.items()
             }
 
@@ -217,7 +216,7 @@ class UpdateOverRanks:
         def whole(name: str) -> Tensor:
             layer = layers[name]
             weight = layer.storage.matrix(self.engine.whole(layer))
-            if name in stored and config.regrowth == "stored":
+            if name in stored and config.selects:
                 kept = layer.storage.matrix(self.engine.whole(layer, stored[name]))
                 weight = torch.where(layer.topology, weight, kept)
             return weight

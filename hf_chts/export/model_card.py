@@ -161,7 +161,7 @@ def _topology(facts: ModelFacts) -> str:
         )
     if config.evolves:
         removal = f"removal by `{config.removal}` ({config.removal_choice})"
-        parts += [removal] if config.regrowth != "stored" else []
+        parts += [removal] if not config.selects else []
         parts.append(f"regrowth by `{config.regrowth}` ({config.regrowth_choice})")
         parts.append(f"updates every {config.update_interval} steps until {config.update_until:.0%} of the run")
     else:

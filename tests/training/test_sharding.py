@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from hf_chts import MaskedLinear
+from hf_chts import MaskedLinear, SparsityConfig
 from hf_chts.evolution.update import update_cost
 from hf_chts.sharding.ranks import share_out
 from hf_chts.sharding.replicated import ReplicatedWeights
@@ -22,7 +22,9 @@ def test_llama_60m_is_balanced():
         shapes |= {f"{block}.{p}": (512, 512) for p in "qkvo"}
         shapes |= {f"{block}.gate": (1376, 512), f"{block}.up": (1376, 512), f"{block}.down": (512, 1376)}
     for choice in ("soft", "hard"):
-        costs = {name: update_cost(shape, "ch2_l3n", choice) for name, shape in shapes.items()}
+        costs = {
+            name: update_cost(shape, SparsityConfig("chts", regrowth_choice=choice)) for name, shape in shapes.items()
+        }
         for ranks in (2, 3, 8):
             owner = share_out(costs, ranks)
             loads = [sum(costs[n] for n in costs if owner[n] == rank) for rank in range(ranks)]
