@@ -61,17 +61,15 @@ def test_every_kind_of_part(own, tmp_path):
 
     register.method(
         "own", regrowth="corner", removal="newest", initial_topology="stripes", sparsity_schedule="jump",
-        initial_sparsity=0.5, drop_schedule="constant",
+        initial_sparsity=0.5, drop_schedule="constant", pruning="newest",
     )  # fmt: skip
     config = SparsityConfig("own", sparsity=0.75, update_interval=2)
     assert config.needs_gradient
     run = train(tmp_path, config)
     assert seen == {"regrowth": True, "every": 2}
     assert [line["sparsity"] for line in run.evolver.history] == pytest.approx([0.5, 0.5, 0.75], abs=1e-3)
-    for (
-        name,
-        mask,
-    ) in run.sparse.masks().items():  # links go at the end and come at the begin, so they stay where they are
+    # links go at the end and come at the begin, so they stay where they are
+    for name, mask in run.sparse.masks().items():
         links = round(mask.numel() / 4)
         assert mask.flatten().nonzero().flatten().tolist() == list(range(links)), name
 
