@@ -3,12 +3,14 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from hf_chts.evaluation.averages import suite_averages
-from hf_chts.evaluation.column_names import column_names
 from hf_chts.evaluation.comparison import baseline_index, common_tasks, compare_models
 from hf_chts.markdown import inline
+from hf_chts.names import column_names
+from hf_chts.text_table import text_table
 
 _MISSING = "–"
 _NOT_BEATEN, _OUTSIDE = "·", "*"
@@ -152,18 +154,10 @@ def _blocks(heads: list[list[str]], groups: list[list[Column]], width: int) -> l
 
 
 def _text(heads: list[list[str]], columns: list[Column]) -> str:
-    lines = [head + [column[i] for column in columns] for i, head in enumerate(heads)]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    lines.insert(1, ["─" * width for width in widths])
+    header, *lines = [head + [column[i] for column in columns] for i, head in enumerate(heads)]
     # a task is named in its first row only
-    shown = ["", *(line[0] for line in lines)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width)
-            for cell, width in zip(["" if line[0] == above else line[0], *line[1:]], widths, strict=True)
-        ).rstrip()
-        for line, above in zip(lines, shown, strict=False)
-    )
+    shown = [["" if line[0] == above[0] else line[0], *line[1:]] for above, line in pairwise([header, *lines])]
+    return "\n".join(text_table(shown, header))
 
 
 def _markdown(lines: list[list[str]]) -> str:

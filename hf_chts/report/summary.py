@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hf_chts.report.drawing import Series
 from hf_chts.report.run import Run
-from hf_chts.report.series import Series
 
 NONE = "–"
 

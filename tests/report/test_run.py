@@ -7,12 +7,9 @@ from cases import trainer
 from runs import log_of, trained
 
 from hf_chts.report import write_report
-from hf_chts.report.layer_drawings import layer_drawings
-from hf_chts.report.network_drawings import network_drawings
+from hf_chts.report.drawings import drawings_of
 from hf_chts.report.run import labels, read_run
 from hf_chts.report.summary import summary_rows
-from hf_chts.report.topology_drawings import topology_drawings
-from hf_chts.report.training_drawings import training_drawings
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +32,7 @@ def lean(directory, source, *parts):
 def read(directory):
     """A run, its line of the summary, the titles of its figures and its notes."""
     run = read_run(directory)
-    kinds = (training_drawings, topology_drawings, layer_drawings, network_drawings)
-    titles = [drawing.title for draw in kinds for drawing in draw(run)]
+    titles = [drawing.title for drawing in drawings_of(run)]
     return run, {row.name: row.cells[0] for row in summary_rows([run])}, titles, " ".join(run.notes)
 
 
@@ -107,7 +103,7 @@ def test_runs_with_one_name_are_told_apart(tmp_path):
 
 def test_layers_by_a_pattern(runs):
     run = read_run(runs["set"], layers="*.1.mlp.down_proj")
-    alts = " ".join(drawing.alt for draw in (layer_drawings, network_drawings) for drawing in draw(run))
+    alts = " ".join(drawing.alt for drawing in drawings_of(run))
     assert "q_proj" not in alts
     assert "layers.1.mlp.down_proj" in alts
     assert summary_rows([run]) == summary_rows([read_run(runs["set"])])  # which are of all layers
