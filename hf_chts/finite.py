@@ -1,6 +1,8 @@
-"""Which tensors hold NaN or infinity."""
+"""NaN and infinity: which tensors hold them, and null in their place in JSON."""
 
+import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,3 +47,12 @@ def holds_not_finite(tensor: Tensor, *, masking: bool = False) -> Tensor | None:
         local = local.float()
     least, largest = torch.aminmax(local)  # both NaN where a value is
     return ~(least < torch.inf) | (largest == torch.inf) if masking else ~(least.isfinite() & largest.isfinite())
+
+
+def finite_or_null(value: Any) -> Any:
+    """The contents of a JSON file, in which JSON has no word for NaN and infinity: they become None."""
+    if isinstance(value, Mapping):
+        return {name: finite_or_null(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
+from hf_chts.export.card_metadata import as_list
 from hf_chts.export.checkpoint_card import last_evaluation, progress
 from hf_chts.export.hub import HubRepository, explained, open_repository
 from hf_chts.export.hub_errors import PushFailed
@@ -141,7 +142,7 @@ class HubPushes(_AnyTrainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        tags = [*_listed(kwargs.pop("tags", None)), *_listed(getattr(self.model, "model_tags", None))]
+        tags = [*as_list(kwargs.pop("tags", None)), *as_list(getattr(self.model, "model_tags", None))]
         self.create_model_card(tags=tags, **kwargs)
         self._wait_for_push()
         output_dir = Path(self.args.output_dir or ".")
@@ -266,7 +267,3 @@ class HubPushes(_AnyTrainer):
 def _in_progress(future: "Future[CommitInfo]") -> PushInProgress:
     jobs: Any = [future]  # its annotation is of one
     return PushInProgress(jobs)
-
-
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -159,10 +159,8 @@ def test_the_figure_of_a_model_card_has_a_panel_for_each_group_of_curves(tmp_pat
     topology = [
         {"step": step, "sparsity": 0.6, "itop": 0.55, "overlap": 0.1, "active_neurons": 1.0} for step in (10, 20)
     ]
-    full, dense = (
-        pictures.imread(figures.training_figure(history, tmp_path / "new" / "figure.png"))
-        for history in (log + topology, log)
-    )
+    path = tmp_path / "new" / "figure.png"
+    full, dense = (pictures.imread(figures.training_figure(history, path)) for history in (log + topology, log))
     assert full.shape == dense.shape
     coloured = [np.array_split(picture[..., :3].std(axis=2) > 0.1, 3) for picture in (full, dense)]
     assert all(third.sum() > 100 for third in coloured[0])
