@@ -11,6 +11,7 @@ from transformers import TrainerCallback, default_data_collator, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse
+from hf_chts.checkpoint.run_folder import last_sealed, refuse_folder_of_another_run
 from hf_chts.command_line import parse_run
 from hf_chts.data import DataArguments, load_data, token_byte_lengths
 from hf_chts.evaluation import language_modeling_metrics
@@ -19,9 +20,7 @@ from hf_chts.machine import check_can_write, device_line, on_cpu, without_fail
 from hf_chts.made_of import made_of
 from hf_chts.model_arguments import ModelArguments, build_model, load_config
 from hf_chts.plain_text import print_anything
-from hf_chts.seal import last_sealed
 from hf_chts.training.divergence import last_whole
-from hf_chts.training.run_identity import refuse_folder_of_another_run
 
 ROOT = Path(__file__).parent
 # what is told at the end of the validation data, and how

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_chts.evaluation.comparison import compare_models
 from hf_chts.evaluation.tables import results_table
-from hf_chts.finite import finite_or_null
+from hf_chts.files.atomic import finite_or_null
 from hf_chts.machine import check_can_write
 from hf_chts.markdown import picture
 

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from hf_chts.export.card_metadata import TASK, is_figure
-from hf_chts.finite import finite_or_null
+from hf_chts.files.atomic import finite_or_null
 from hf_chts.markdown import environment
 
 RESULTS_NAME = "zero_shot.json"  # beside the weights

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers.trainer_utils import sort_checkpoints
 
+from hf_chts.checkpoint.run_folder import all_sealed, sealed
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.records.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, read_lines
 from hf_chts.records.snapshots import LayerSnapshot, load_snapshot, snapshot_paths
 from hf_chts.records.update_figures import LayerUpdate, overall_figures
 from hf_chts.schedule_plan import SchedulePlan
-from hf_chts.seal import all_sealed, sealed
 
 TRAINER_STATE = "trainer_state.json"
 _OF_UPDATES = ("links_removed", "links_regrown", "itop", "active_neurons")

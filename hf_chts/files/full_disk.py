@@ -1,6 +1,6 @@
-"""A write that fails, as on a full disk, is told with its place, the space that is there, and what is missing.
+"""A failed write, on a full disk for example, is raised again with its place, the free space and what is missing.
 
-Python's own errors of a write name no file, and safetensors and torch.save have kinds of their own.
+Python's own errors of a write name no file, and safetensors and torch.save raise kinds of their own.
 """
 
 import errno
@@ -12,26 +12,28 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# What torch's writers of archives say, whatever went wrong below them
+from hf_chts.files.reading import directory_size
+
+# What torch's writer of archives says, whatever went wrong below it
 _TORCH = re.compile(r"inline_container|PytorchStreamWriter|unexpected pos|iostream error|No space left", re.IGNORECASE)
 _SYSTEM = re.compile(r"\(os error (\d+)\)")  # which safetensors adds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def told_where(
+def explain_failed_write(
     directory: str | Path, then: str | Callable[[], str] = "", *, needs: Callable[[], int] = lambda: 0
 ) -> Iterator[None]:
-    """Raise an OSError with all there is to say for a write into `directory` that fails in the block.
+    """If a write into `directory` fails in the block, raise an OSError that says where, why and what to do.
 
     Args:
-        then: a sentence about what that means.
-        needs: the bytes that the whole of `directory` takes, as far as that is known; 0: it is not.
+        then: a sentence on the consequence and the remedy.
+        needs: the bytes that the complete directory takes; 0 if that is not known.
     """
     try:
         yield
     except BaseException as error:  # torch.distributed.checkpoint raises one that is no Exception
-        if not _is_of_a_write(error):
+        if not _is_failed_write(error):
             raise
         number = _number(error, Path(directory))
         after = then if isinstance(then, str) else then()
@@ -41,12 +43,7 @@ def told_where(
         ) from error
 
 
-def size(directory: str | Path) -> int:
-    """The bytes of all files below a directory."""
-    return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
-
-
-def _is_of_a_write(error: BaseException) -> bool:
+def _is_failed_write(error: BaseException) -> bool:
     if isinstance(error, OSError | SafetensorError):
         return True
     of_torch = isinstance(error, RuntimeError) or type(error).__name__ == "CheckpointException"
@@ -66,7 +63,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _space(directory: Path, number: int, needs: int) -> str:
-    """What is known about the space there; nothing where the disk is not full."""
+    """The free space and what is missing; "" if the error is not about a full disk."""
     if number not in _FULL:
         return ""
     written = _last_written(directory)
@@ -74,7 +71,7 @@ def _space(directory: Path, number: int, needs: int) -> str:
     if (free := _free(directory)) is None:
         return said
     said += f". {_readable(free)} are free there"
-    if needs and (missing := needs - size(directory) - free) > 0:
+    if needs and (missing := needs - directory_size(directory) - free) > 0:
         said += f", and about {_readable(missing)} more are needed: the whole takes about {_readable(needs)}"
     return said
 

@@ -1,4 +1,4 @@
-"""What is said where a disk is full, against numbers worked out by hand; exports that it ends."""
+"""Files and directories that are written whole or not at all, on a full disk too, and errors about damaged ones."""
 
 import errno
 import os
@@ -11,15 +11,19 @@ from safetensors import SafetensorError
 from tiny import tiny_llama
 
 from hf_chts import SparsityConfig, export_sparse, load_sparse, sparsify
-from hf_chts.files.atomic import write_whole
-from hf_chts.full_disk import told_where
+from hf_chts.files.atomic import whole_directory, write_whole
+from hf_chts.files.full_disk import explain_failed_write
+from hf_chts.files.reading import read_json, reading
 
 Usage = namedtuple("Usage", "total used free")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def raised(directory, error, **more):
-    with pytest.raises(OSError, match="could not be written") as told, told_where(directory, "What next", **more):
+    with (
+        pytest.raises(OSError, match="could not be written") as told,
+        explain_failed_write(directory, "What next", **more),
+    ):
         raise error
     return told.value
 
@@ -54,13 +58,53 @@ def test_what_is_missing_is_what_is_needed_less_what_is_written_and_free(tmp_pat
 
 def test_other_errors_pass_as_they_are(tmp_path):
     for error in (ValueError("no"), RuntimeError("size mismatch"), KeyboardInterrupt()):
-        with pytest.raises(type(error)) as found, told_where(tmp_path):
+        with pytest.raises(type(error)) as found, explain_failed_write(tmp_path):
             raise error
         assert found.value is error
     # of a write, and not of a full disk: space is no matter then
     told = raised(tmp_path, OSError(errno.EACCES, "Permission denied", "there"))
     assert isinstance(told, PermissionError)
     assert "free" not in str(told)
+
+
+def test_a_directory_is_there_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "parent/new"
+
+    def interrupted():
+        with whole_directory(target) as new:
+            (new / "file").write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "parent"]
+    target.mkdir()  # an empty one is replaced
+    with whole_directory(target) as new:
+        (new / "file").write_text("all")
+        assert not list(target.iterdir())
+    with pytest.raises(FileExistsError, match="not an empty directory"), whole_directory(target):
+        pass
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "it holds a list"),
+        ('{"format": "other"}', "its format is 'other', and this version of hf_chts reads 'mine'"),
+        ('{"format": "mine"}', "it has no 'step'"),
+        ("[" * 100_000, "it is nested too deeply"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path, text, reason):
+    path = tmp_path / "state.json"
+    path.write_text(text)
+    with (
+        pytest.raises(ValueError, match=rf"state\.json cannot be used: {reason}.*\. Take another"),
+        reading(path, "Take another"),
+    ):
+        assert read_json(path, "mine")["step"]
 
 
 @pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()])
@@ -80,7 +124,7 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one_and_nothing_else(tm
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is full")
 def test_a_device_that_is_full(tmp_path):
     said = r"\[Errno 28\] .*could not be written: .*No space left"
-    with pytest.raises(OSError, match=said), told_where(tmp_path), open("/dev/full", "wb") as file:
+    with pytest.raises(OSError, match=said), explain_failed_write(tmp_path), open("/dev/full", "wb") as file:
         file.write(b"x")
 
 
