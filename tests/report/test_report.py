@@ -126,7 +126,7 @@ def test_one_run_by_the_command(runs, capsys):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("nothing", "nothing is no directory"),
+        ("nothing", "nothing is not a directory"),
         ("empty", "empty holds no run: there is no trainer_state.json"),
         ("twice", "was given twice"),
         ("pattern", "no layer of .* has a name like '\\*.x'"),

@@ -57,7 +57,7 @@ def test_a_run_that_goes_on(tmp_path, runs):
     seconds = (records / "seconds.jsonl").read_text().splitlines()
     (records / "seconds.jsonl").write_text("\n".join(seconds[:4]) + "\n")
     _, table, _, said = read(going)
-    assert "The run is at step 16 of 24: it goes on, or was stopped." in said
+    assert "The run is at step 16 of 24: it is still going on, or was stopped." in said
     assert table["Steps"] == "16 of 24"
     assert table["Updates"] == "4"
     last = [entry for entry in log_of(runs["set"]) if "itop" in entry][-1]
@@ -112,7 +112,7 @@ def test_layers_by_a_pattern(runs):
 def test_records_of_an_earlier_run_in_the_directory_of_a_dense_one(tmp_path, runs):
     mixed = lean(tmp_path / "mixed", runs["dense"], "trainer_state.json")
     _, table, titles, said = read(lean(mixed, runs["set"], "topology"))
-    assert "topology/ is of an earlier, sparse run" in said
+    assert "from an earlier, sparse run" in said
     assert table["Method"] == "dense"
     assert titles == ["Loss and bits per byte"]
 
