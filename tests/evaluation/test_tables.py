@@ -7,6 +7,7 @@ from hf_chts.evaluation import results_table, write_report, write_results
 from hf_chts.evaluation.figure import draw_results
 from hf_chts.evaluation.tables import beats_trivial
 from hf_chts.names import column_names
+from hf_chts.text_table import text_table
 
 
 def result(model, *, accuracy=0.3, limit=None, version="1", skipped=None, bits=1.25):
@@ -47,6 +48,19 @@ def test_two_models_side_by_side():
     with_b_first = cells(results_table([result("runs/a"), other], baseline="runs/b"))
     assert with_b_first[0] == ["task", "metric", "trivial", "a", "difference", "b"]
     assert with_b_first[1][4] == "-0.2000±0.0307*"
+
+
+def test_lines_of_a_table_are_plain_and_whole_wherever_they_are_written(monkeypatch):
+    for name, value in {"COLUMNS": "20", "FORCE_COLOR": "1", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    lines = text_table([["[red]a[/]", ":smile:", "x" * 200], ["b", "12", ""]], ["name", "n", "text"], right=[1])
+    assert lines == [
+        "name             n  text",
+        "─" * (9 + 2 + 7 + 2 + 200),
+        f"[red]a[/]  :smile:  {'x' * 200}",
+        "b               12",
+    ]
+    assert text_table([["a", "b"]]) == ["a  b"]
 
 
 def test_marks_what_does_not_beat_the_trivial_score():
