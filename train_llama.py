@@ -42,8 +42,10 @@ def main() -> None:
     except (ValueError, OSError) as error:
         raise refused(error) from error
 
-    trainer.recipe = recipe(model_args, data_args, args) | {
-        "warm-up steps after each topology update": trainer.update_warmup_steps,
+    trainer.recipe = {
+        "model": model_args.model,
+        "dataset": data_args.dataset,
+        "tokens per sequence": data_args.block_size,
     }
     train(trainer, checkpoint_to_resume(args))
     metrics, no_metrics = evaluated(trainer)
@@ -180,7 +182,7 @@ def exported(
             **card,
         )
 
-    recipe = {**trainer.recipe, "optimizer steps": trainer.state.max_steps}
+    recipe = {**trainer.training_facts(), "optimizer steps": trainer.state.max_steps}
     whole = {"training": recipe, "metrics": metrics, "figures": figures}
     done, failed = without_fail("A model card with recipe and figures", export, **whole)
     try:
@@ -242,20 +244,6 @@ def checkpoint_to_resume(args: SparseTrainingArguments) -> str | bool | None:
     """`--resume_from_checkpoint true` stands for the last one in output_dir."""
     given = args.resume_from_checkpoint
     return given.lower() == "true" if given is not None and given.lower() in ("true", "false") else given
-
-
-def recipe(model_args: ModelArguments, data_args: DataArguments, args: SparseTrainingArguments) -> dict[str, object]:
-    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {
-        "model": model_args.model,
-        "dataset": data_args.dataset,
-        "optimizer steps": args.max_steps,
-        "sequences per step": sequences,
-        "tokens per sequence": data_args.block_size,
-        "learning rate": args.learning_rate,
-        "schedule": args.lr_scheduler_type,
-        "seed": args.seed,
-    }
 
 
 if __name__ == "__main__":
