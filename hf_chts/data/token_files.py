@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_chts.data.arguments import Packing
 from hf_chts.data.packing import Block, tensors, tokenizer_digest, truncate_and_pad
-from hf_chts.seal import crc32
+from hf_chts.files.reading import crc32
 
 INDEX_NAME = "hf_chts_tokens.json"
 FORMAT = "hf_chts tokens, 1"

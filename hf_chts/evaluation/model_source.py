@@ -10,7 +10,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME
-from hf_chts.seal import RUN_NAME, SEAL_NAME, verify_seal
+from hf_chts.checkpoint.run_folder import RUN_NAME
+from hf_chts.checkpoint.seal import SEAL_NAME, verify_seal
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 

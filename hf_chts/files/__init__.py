@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, and checksums of them. Knows nothing of models."""
+"""Writing files whole or not at all, checksums, and errors that name a file and a remedy. Knows nothing of models."""

@@ -1,1 +1,1 @@
-"""What a run writes down about its topology, for the report and for other readers; training never reads it."""
+"""Records of a run's topology, beside its checkpoints: training writes them, and the report reads them."""

@@ -1,15 +1,15 @@
-"""What a run writes down about its topology, beside its checkpoints: `OUTPUT_DIR/topology/`.
+"""The record of a run's topology, in the folder `topology` of its output_dir.
 
-`layers.jsonl`: a header with shapes and the run's id, then a line an update with counts of each layer
+`layers.jsonl`: a header with shapes and the run's id, then one line per update with the counts of each layer
 (update_figures.py).
-`plans.jsonl`: a line where training begins, and where it goes on by another plan: from which step on it holds, how many
-steps the run has, its last update, and the sparsity below which it does not fall (0: its schedule alone says).
-`seconds.jsonl`: a line an update, and one at the end: wall-clock seconds since the last line, and those of the update.
+`plans.jsonl`: one line where training starts, and one wherever it is resumed with another plan: the step from which
+the plan holds, the length of the run, its last update, and the lower bound on sparsity (0: the schedule alone decides).
+`seconds.jsonl`: one line per update and one at the end, with the seconds since the last line, and those of the update.
 `snapshot-STEP.safetensors`: some layers before the first, after the middle and after the last update (snapshots.py).
 
-A run that is resumed from step s drops what was written after s and goes on, so that it ends with the records of a run
-that was never stopped, byte for byte, seconds apart. Records are for readers only: training never reads them, and
-where they cannot be written it goes on without.
+A run that is resumed from step s drops what was written after s and continues, so that its records end up the same as
+those of an uninterrupted run, byte for byte, except for the seconds. Training never reads the records, and goes on
+without them if they cannot be written.
 """
 
 import json
@@ -35,13 +35,13 @@ _log = logging.getLogger(__name__)
 
 
 class RunRecord:
-    """Writes the records of one run; on rank 0 alone, which holds all masks.
+    """Writes the record of one run; used on rank 0 alone, which holds all masks.
 
     Args:
         output_dir: of the run.
         shapes: (out, in) by layer name.
         plan: when the topology is updated.
-        run: the id of the run (run_identity.py); None: not known.
+        run: the id of the run (checkpoint/run_identity.py); None if it is not known.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RunRecord:
         self._writes = True
 
     def begin(self, step: int, masks: Mapping[str, Tensor]) -> None:
-        """Training begins, or goes on, after `step` finished steps; masks are bool (out, in) by layer name."""
+        """Training starts, or is resumed, after `step` finished steps; masks are bool (out, in) by layer name."""
         self._try(self._begin, step, masks)
         self._mark = (step, time.perf_counter())
 
@@ -76,7 +76,14 @@ class RunRecord:
         seconds: float,
         softness: Mapping[str, float],
     ) -> None:
-        """The update after `step` is done; it took `seconds`. `softness` of the next removal, where layers differ."""
+        """Record the update after `step`.
+
+        Args:
+            layers: counts by layer name.
+            masks: bool (out, in) by layer name, after the update.
+            seconds: that the update took.
+            softness: δ of each layer's next removal; empty where it does not adapt.
+        """
         self._try(self._update, step, layers, masks, softness)
         self._try(self._add_seconds, step, seconds)
 
@@ -93,8 +100,7 @@ class RunRecord:
         except OSError as error:
             self._writes = False
             _log.warning(
-                "The topology is no longer recorded in %s, and the report of the run will lack what follows: %s. "
-                "Training goes on",
+                "The topology is no longer recorded in %s (%s). Training goes on; the report will lack what follows",
                 self.directory,
                 error,
             )
@@ -109,7 +115,7 @@ class RunRecord:
         plans = read_lines(self.directory / PLANS_NAME) if same_run else []
         plans = [line for line in plans if line["step"] <= step]
         last = plans[-1] if plans else {}
-        # a schedule that has caught up with what was its floor needs none, and is the same plan
+        # a schedule that has caught up with its earlier lower bound has none any more, and is the same plan
         same_plan = last.get("max_steps") == self.plan["max_steps"]
         if not (same_plan and self.plan["sparsity_floor"] in (0, last.get("sparsity_floor"))):
             plans.append({"step": step, **self.plan})
@@ -121,7 +127,7 @@ class RunRecord:
             self._snapshot(step, masks)
 
     def _is_mine(self, header: Mapping[str, Any]) -> bool:
-        """Whether records with this header are of this run, as far as both say so: earlier versions had no ids."""
+        """Whether records with this header belong to this run. Early versions had no ids."""
         ids = {header.get("run"), self.header.get("run")} - {None}
         return len(ids) < 2 and {**self.header, "run": None} == {**header, "run": None}
 
@@ -148,7 +154,7 @@ class RunRecord:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record up to the first that was not written whole, whose run died there; [] without a file."""
+    """The lines of a record up to the first incomplete one, where its run died; [] without a file."""
     if not path.is_file():
         return []
     lines: list[dict[str, Any]] = []
@@ -164,7 +170,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
-    write_whole(path, "".join(_line(line) for line in lines).encode())
+    write_whole(path, "".join(_line(line) for line in lines))
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a few layers look like at a few moments: their adjacency, reduced to a picture, and their degrees."""
+"""Snapshots of a few layers at a few steps: their adjacency, reduced to a picture, and their degrees."""
 
 import re
 from collections.abc import Mapping
@@ -12,22 +12,23 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hf_chts.files.atomic import write_whole
+from hf_chts.names import layer_kind
 from hf_chts.schedule_plan import SchedulePlan
 
 FORMAT = "hf_chts topology snapshot, 1"
-PICTURE_SIZE = 256  # cells a side at most: a bitmap of LLaMA-7B's largest layer would take 5.6 MB each time
+PICTURE_SIZE = 256  # cells per side at most: a bitmap of LLaMA-7B's largest layer would take 5.6 MB
 _NAME = re.compile(r"snapshot-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """A layer at one moment; None is what the version that wrote it did not keep.
+    """A layer at one step; None where the version that wrote the snapshot did not keep it.
 
     Attributes:
-        picture: float16 (rows, columns), rows and columns at most 256: the density of each cell of the mask. Row i of
-            h stands for the outputs from i·out/h to (i + 1)·out/h, and so do columns for inputs.
-        out_degrees: int32 (out,): the links of each output node.
-        in_degrees: int32 (in,).
+        picture: float16 (rows, columns), at most 256 each: the density of each cell of the mask. Row i of h covers the
+            outputs from i·out/h to (i + 1)·out/h; columns cover inputs likewise.
+        out_degrees: int32 (out,), the links of each output node.
+        in_degrees: int32 (in,), the links of each input node.
     """
 
     picture: Tensor | None = None
@@ -39,7 +40,7 @@ class LayerSnapshot:
         """Of a mask, bool (out, in)."""
         outputs, inputs = mask.shape
         rows, columns = _edges(outputs), _edges(inputs).to(mask.device)
-        # (rows, in): links in each column of each block of rows; never a copy of the whole mask as integers
+        # (rows, in): links in each column of each block of rows, without a copy of the whole mask as integers
         blocks = [mask[a:b].sum(0, dtype=torch.int32) for a, b in pairwise(rows)]
         counts = torch.stack(blocks)
         until = torch.nn.functional.pad(counts.cumsum(1), (1, 0))
@@ -58,27 +59,22 @@ def _edges(nodes: int) -> Tensor:
 
 
 def snapshot_steps(plan: SchedulePlan) -> list[int]:
-    """Before the first update, after the one in the middle and after the last."""
+    """Before the first update, after the middle one and after the last."""
     interval = plan.config.update_interval
     updates = plan.number_of_updates(plan.last_update)
     return sorted({0, (updates + 1) // 2 * interval, plan.last_update})
 
 
 def snapshot_layers(names: list[str]) -> list[str]:
-    """The layers to picture: of the first kind and of the last, the ones nearest to the input and to the output.
+    """The layers to record: of the first and of the last kind, those nearest to the input and to the output.
 
-    In LLaMA, q_proj and down_proj of the first and of the last block.
+    In LLaMA these are q_proj and down_proj of the first and the last block.
     """
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(layer_kind(name), []).append(name)
     chosen = [layer for kind in (*list(kinds)[:1], *list(kinds)[-1:]) for layer in (kinds[kind][0], kinds[kind][-1])]
     return list(dict.fromkeys(chosen))
-
-
-def layer_kind(name: str) -> str:
-    """A layer's name without the numbers of its block: what its siblings at other depths have in common."""
-    return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def snapshot_path(directory: Path, step: int) -> Path:
@@ -92,7 +88,7 @@ def snapshot_paths(directory: Path) -> dict[int, Path]:
 
 
 def save_snapshot(path: Path, masks: Mapping[str, Tensor]) -> None:
-    """Write what the layers of `masks`, bool (out, in) by name, look like."""
+    """Write a snapshot of the layers with these masks, bool (out, in) by name."""
     tensors = {
         f"{name}.{kind}": tensor
         for name, mask in masks.items()
@@ -105,15 +101,15 @@ def load_snapshot(path: Path) -> dict[str, LayerSnapshot]:
     """The layers of a snapshot by name.
 
     Raises:
-        ValueError: it is damaged or not ours; the message names the file.
+        ValueError: the file is damaged or in another format; the message names it.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
             if (file.metadata() or {}).get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        names = sorted({key.rsplit(".", 1)[0] for key in tensors})
-        kinds = LayerSnapshot.__dataclass_fields__
-        return {name: LayerSnapshot(**{kind: tensors.get(f"{name}.{kind}") for kind in kinds}) for name in names}
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
+    kinds = LayerSnapshot.__dataclass_fields__
+    names = sorted({key.rsplit(".", 1)[0] for key in tensors})
+    return {name: LayerSnapshot(**{kind: tensors.get(f"{name}.{kind}") for kind in kinds}) for name in names}

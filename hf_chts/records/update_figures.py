@@ -7,19 +7,20 @@ from typing import Any
 from torch import Tensor
 
 from hf_chts.topology.bits import count_bits
-from hf_chts.topology.metrics import active_neuron_rate
+from hf_chts.topology.metrics import active_neurons
 
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """Counts of one layer at one update; whole numbers, so that sums of them are exact. None: not known, as where the
-    version of a record did not count it.
+    """Counts of one layer at one update. They are integers, so that their sums are exact.
+
+    None means unknown: the version that wrote the record did not count it.
 
     Attributes:
         links: links after the update.
-        removed: links that went, pruned ones included.
-        regrown: links that came.
-        returned: those of the regrown that had just been removed; pruned ones that came back are not among them.
+        removed: links that were removed, pruned ones included.
+        regrown: links that were added.
+        returned: regrown links that the same update had removed; pruned links do not count.
         active: input and output nodes that have a link after the update.
         explored: links that were ever active.
     """
@@ -32,23 +33,32 @@ class LayerUpdate:
     explored: int | None = None
 
     @classmethod
-    def of(cls, mask: Tensor, explored: Tensor, done: Sequence[float]) -> "LayerUpdate":
-        """Of a mask after the update, bool (out, in), the bits ever active, and (pruned, removed, regrown, overlap)."""
-        pruned, removed, regrown, overlap = done
+    def of(
+        cls, mask: Tensor, explored: Tensor, *, pruned: int, removed: int, regrown: int, returned: int
+    ) -> "LayerUpdate":
+        """Count what is left to count.
+
+        Args:
+            mask: bool (out, in), after the update.
+            explored: the links that were ever active, bit-packed uint8.
+            pruned, removed, regrown, returned: as the update counted them; `removed` does not include `pruned`.
+        """
         return cls(
             links=int(mask.count_nonzero()),
-            removed=int(pruned + removed),
-            regrown=int(regrown),
-            returned=round(overlap * regrown),
-            active=round(active_neuron_rate(mask) * sum(mask.shape)),
+            removed=pruned + removed,
+            regrown=regrown,
+            returned=returned,
+            active=active_neurons(mask),
             explored=count_bits(explored),
         )
 
 
 def overall_figures(layers: Mapping[str, LayerUpdate], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """The figures of all layers together, as the Trainer logs them; without those whose counts are not known.
+    """The figures of all layers together, as the Trainer logs them; a figure whose counts are unknown is left out.
 
-    Shapes are (out, in) by layer name.
+    Args:
+        layers: by name.
+        shapes: (out, in) by name, of these layers at least.
     """
     possible = sum(shapes[name][0] * shapes[name][1] for name in layers)
     counts = {count: [getattr(layer, count) for layer in layers.values()] for count in LayerUpdate.__dataclass_fields__}

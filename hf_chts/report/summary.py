@@ -1,10 +1,10 @@
-"""The figures of each run that the report begins with."""
+"""The table of all runs at the beginning of a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hf_chts.report.drawing import Series
 from hf_chts.report.run import Run
-from hf_chts.report.series import Series
 
 NONE = "–"
 
@@ -16,7 +16,7 @@ class Row:
     Attributes:
         name: of the figure.
         cells: a text for each run.
-        differences: from the first run, a text for each run; empty where there is none to tell.
+        differences: for each run the difference from the first one, or an empty text.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Row:
 
 
 def summary_rows(runs: Sequence[Run]) -> list[Row]:
-    """The summary of all runs; where figures differ, so does each run from the first."""
+    """The rows of the table."""
     return [
         _words("Method", [run.method for run in runs]),
         _words("Steps", [_steps(run) for run in runs]),
@@ -43,19 +43,19 @@ def summary_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def topology_seconds(run: Run) -> float | None:
-    """Seconds that all updates so far took together; None where updates are not known."""
+    """Seconds that all updates so far took together; None if they are not known."""
     series = Series.of(run.updates(), "topology_seconds")
     return sum(series.values) if series else (0.0 if run.is_dense else None)
 
 
 def topology_share(run: Run) -> float | None:
-    """Their share of the recorded time. None without records: what the Trainer logs is of its last start only."""
+    """Their share of the recorded time; None without records: what the Trainer logs is of its last start only."""
     seconds, topology = (Series.of(run.seconds, key) for key in ("seconds", "topology_seconds"))
     return sum(topology.values) / sum(seconds.values) if seconds and topology and sum(seconds.values) else None
 
 
 def training_seconds(run: Run) -> float | None:
-    """As recorded, over all starts of the run; else as the Trainer logged it, since its last start."""
+    """Over all starts of the run, if recorded; else since the last start, as the Trainer logged it."""
     recorded = Series.of(run.seconds, "seconds")
     return (sum(recorded.values) if recorded else 0.0) or _last(run, "train_runtime")
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_chts.checkpoint import TopologyState
+from hf_chts.checkpoint.run_identity import RunIdentity
 from hf_chts.config import SparsityConfig
 from hf_chts.evolution.first_step import check_first_step
 from hf_chts.evolution.half_precision import refuse_half_precision
 from hf_chts.evolution.regrown_adam import RegrownAdam
 from hf_chts.evolution.update import TopologyUpdate, in_threads, update_cost
+from hf_chts.finite import not_finite
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.plain_weight import check_plain
@@ -34,10 +36,9 @@ from hf_chts.topology.percolation import Junction, anp_rate, coupled_groups
 from hf_chts.topology.softness import adapted, chance_overlap
 from hf_chts.training.begin_lines import changed_lines, learning_rates, plan_line
 from hf_chts.training.divergence import diverged
+from hf_chts.training.held_tensors import read_by_update
 from hf_chts.training.layer_lines import layer_lines
 from hf_chts.training.losses import UpdateLosses
-from hf_chts.training.not_finite import not_finite, read_by_update
-from hf_chts.training.run_identity import RunIdentity
 from hf_chts.training.same_on_ranks import compare_begin
 
 _log = logging.getLogger(__name__)
@@ -380,7 +381,17 @@ class TopologyCallback(TrainerCallback):
                     self.softness[name] = adapted(self.softness[name], overlap, chance, self.config.softness_end)
                 evolved[name] = done
         masks = self.sparse.masks()
-        layers = {name: LayerUpdate.of(masks[name], self.explored[name], done) for name, done in evolved.items()}
+        layers = {
+            name: LayerUpdate.of(
+                masks[name],
+                self.explored[name],
+                pruned=int(pruned),
+                removed=int(removed),
+                regrown=int(regrown),
+                returned=round(overlap * regrown),
+            )
+            for name, (pruned, removed, regrown, overlap) in evolved.items()
+        }
         figures = self._figures(layers, masks, names)
         seconds = time.perf_counter() - start
         figures["topology_seconds"] = round(seconds, 4)
@@ -418,7 +429,7 @@ class TopologyCallback(TrainerCallback):
         """Raises FloatingPointError, naming them, for layers of which an update would read NaN or infinity."""
         assert self.engine is not None
         read = read_by_update(self.sparse.layers, self.engine, self.stored)
-        if bad := not_finite(read, next(iter(self.sparse.layers.values())).mask.device):
+        if bad := not_finite(read, device=next(iter(self.sparse.layers.values())).mask.device):
             raise diverged(step, bad, self._output_dir, "the topology is not updated by them")
 
     def _refuse_copies(self) -> None:

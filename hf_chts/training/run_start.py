@@ -11,13 +11,20 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, sort_checkpoints
 
-from hf_chts.full_disk import told_where
+from hf_chts.checkpoint.run_folder import (
+    OutputLock,
+    all_sealed,
+    passed_over,
+    refuse_folder_of_another_run,
+    sealed,
+    take_folder,
+)
+from hf_chts.checkpoint.run_identity import RunIdentity
+from hf_chts.checkpoint.seal import verify_seal, what_is_unsealed
+from hf_chts.files.full_disk import explain_failed_write
 from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_name
 from hf_chts.machine import version_of
-from hf_chts.seal import all_sealed, sealed, take_folder, verify_seal, what_is_unsealed
-from hf_chts.training.output_lock import OutputLock
-from hf_chts.training.run_identity import RunIdentity, passed_over, refuse_folder_of_another_run
 from hf_chts.training.same_on_ranks import decisive_arguments, together
 
 if TYPE_CHECKING:
@@ -188,7 +195,9 @@ class BeginsRuns(_AnyTrainer):
             self._say_other_length(earlier.max_steps)
         left = passed_over(self.run_dir, checkpoint, step)
         later = [path for path in left if path in sealed(self.run_dir)]
-        with told_where(self.run_dir, "Make room there, or give the run another output_dir; nothing has been trained"):
+        with explain_failed_write(
+            self.run_dir, "Make room there, or give the run another output_dir; nothing has been trained"
+        ):
             take_folder(self.run_dir, self.identity.to_dict(), left)
         if later:
             _log.warning(

@@ -18,14 +18,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import can_return_loss, find_labels
 
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits, with_original_names
+from hf_chts.checkpoint.run_folder import last_sealed
+from hf_chts.checkpoint.run_identity import RunIdentity
+from hf_chts.checkpoint.seal import SEAL_NAME, seal, verify_seal
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.evolution.half_precision import refuse_half_precision
 from hf_chts.export.checksums import forget_checksums
-from hf_chts.full_disk import size, told_where
+from hf_chts.files.full_disk import explain_failed_write
+from hf_chts.files.reading import directory_size
 from hf_chts.layers.patching import SparseModel, follow_masks, sparsify
 from hf_chts.layers.shares import some
 from hf_chts.layers.wrappers import original_keys, original_name, saves_adapters_alone, uncompiled
-from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal
 from hf_chts.training.attempts import FreshAttempts
 from hf_chts.training.best_model import BestAtTargetSparsity
 from hf_chts.training.callback import TopologyCallback
@@ -35,7 +38,6 @@ from hf_chts.training.divergence import StopsOnDivergence, last_whole
 from hf_chts.training.hub import HubPushes
 from hf_chts.training.lr_schedules import PAPER_WARMUP, add_update_warmup, warmup_steps
 from hf_chts.training.other_trainers import by_name, refuse_unloaded, start_reference
-from hf_chts.training.run_identity import RunIdentity
 from hf_chts.training.run_start import BeginsRuns, check_state_is_there
 from hf_chts.training.stored_names import names_of_model
 
@@ -329,7 +331,7 @@ class SparseTrainerMixin(
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this one is whole
         then = partial(self._after_failed_save, run_dir)
         try:
-            with told_where(directory, then, needs=partial(self._size_of_checkpoint, run_dir)):
+            with explain_failed_write(directory, then, needs=partial(self._size_of_checkpoint, run_dir)):
                 if self.args.should_save and directory.is_dir():
                     shutil.rmtree(directory)  # what a run that died left there, temporary files too
                 self.accelerator.wait_for_everyone()
@@ -350,7 +352,7 @@ class SparseTrainerMixin(
     def _size_of_checkpoint(self, run_dir: str) -> int:
         """The bytes of one, as far as they are known: those of the last, or of what this process holds itself."""
         if (last := last_sealed(run_dir)) is not None:
-            return size(last)
+            return directory_size(last)
         weights, state = cast(nn.Module, self.model).state_dict(), getattr(self.optimizer, "state", {})
         moments = [value for of_one in state.values() for value in of_one.values() if isinstance(value, Tensor)]
         return sum(tensor.nbytes for tensor in (*weights.values(), *moments) if isinstance(tensor, Tensor))

@@ -15,7 +15,7 @@ from cases import arguments, case_config, trainer
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import SparseTrainer
-from hf_chts.seal import seal
+from hf_chts.checkpoint.seal import seal
 
 torch.set_num_threads(1)
 SECOND = int(os.environ["RANK"])  # 0 or 1

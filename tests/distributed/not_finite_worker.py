@@ -17,14 +17,14 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
 from hf_chts import SparseTrainer
-from hf_chts.seal import SEAL_NAME
+from hf_chts.checkpoint.seal import SEAL_NAME
 
 LAYER = "model.layers.1.mlp.up_proj"
 SPOILT = 6
 
 
 class Spoilt(SparseTrainer):
-    """Rank 1 has a gradient that is NaN, under a loss that is finite, or no labels."""
+    """Rank 1 has a NaN gradient with a finite loss, or no labels."""
 
     scenario = ""
 

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from launching import BIN, ROOT, torchrun
 
 from hf_chts import SparseModel, load_sparse
-from hf_chts.seal import verify_seal
+from hf_chts.checkpoint.seal import verify_seal
 
 
 @pytest.fixture

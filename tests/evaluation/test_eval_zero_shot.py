@@ -18,8 +18,8 @@ from made_data import write_task
 
 import hf_chts.evaluation
 from hf_chts import SparsityConfig, export_sparse, sparsify
+from hf_chts.checkpoint.seal import seal
 from hf_chts.evaluation import SUITES, check_model, evaluate_zero_shot, write_embedded_suite, write_results
-from hf_chts.seal import seal
 
 SCRIPT = Path(__file__).parents[2] / "eval_zero_shot.py"
 

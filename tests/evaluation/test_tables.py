@@ -4,9 +4,9 @@ import math
 import pytest
 
 from hf_chts.evaluation import results_table, write_report, write_results
-from hf_chts.evaluation.column_names import column_names
 from hf_chts.evaluation.figure import draw_results
 from hf_chts.evaluation.tables import beats_trivial
+from hf_chts.names import column_names
 
 
 def result(model, *, accuracy=0.3, limit=None, version="1", skipped=None, bits=1.25):

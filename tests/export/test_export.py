@@ -66,26 +66,6 @@ def test_what_is_written(tmp_path):
     assert "| bits_per_byte | 1.25 |" in card.text
 
 
-def test_dense_model_of_a_dense_run(tmp_path):
-    model = tiny_llama()
-    sparsify(model, SparsityConfig(method="dense"))
-    export_sparse(model, tmp_path)
-    assert "All layers are dense." in (tmp_path / "README.md").read_text()
-
-
-def test_load_sparse_gives_model_and_masks(tmp_path):
-    model = sparse_llama(tie_word_embeddings=True)
-    export_sparse(model, tmp_path)
-    loaded = load_sparse(tmp_path).eval()
-    sparse = SparseModel.of(loaded)
-    assert sparse.config == SparseModel.of(model).config
-    for name, mask in SparseModel.of(model).masks().items():
-        assert sparse.masks()[name].equal(mask)
-    with torch.no_grad():
-        assert loaded(IDS).logits.equal(model(IDS).logits)
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-
-
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="the model is not sparse: call sparsify"):
         export_sparse(tiny_llama(), tmp_path / "x")

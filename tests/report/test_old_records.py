@@ -12,12 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hf_chts.report import write_report
-from hf_chts.report.layer_drawings import layer_drawings
-from hf_chts.report.network_drawings import network_drawings
+from hf_chts.report.drawings import drawings_of
 from hf_chts.report.run import read_run
 from hf_chts.report.summary import summary_rows
-from hf_chts.report.topology_drawings import topology_drawings
-from hf_chts.report.training_drawings import training_drawings
 
 RECORDED = Path(__file__).parent / "recorded" / "version_0_1"
 # by hand: of 4 · 16 · 16 + 3 · 24 · 16 = 2176 possible links 544 are there, 681 were; all of the 248 nodes have one
@@ -45,8 +42,7 @@ def run(tmp_path):
 
 def read(directory):
     run = read_run(directory)
-    kinds = (training_drawings, topology_drawings, layer_drawings, network_drawings)
-    drawn = {drawing.title: drawing for draw in kinds for drawing in draw(run)}
+    drawn = {drawing.title: drawing for drawing in drawings_of(run)}
     return run, {row.name: row.cells[0] for row in summary_rows([run])}, drawn, " ".join(run.notes)
 
 
@@ -122,11 +118,9 @@ def test_a_count_that_was_not_written(run, count, damage):
 @pytest.mark.parametrize("figure", ["sparsity", "itop", "overlap", "active_neurons", "links_removed", "links_regrown"])
 def test_a_figure_that_was_not_logged_is_that_of_the_records(run, figure):
     change_json(run / "trainer_state.json", log_without(figure))
-    assert {row.name: row.cells[0] for row in summary_rows([read_run(run)]) if row.name in TABLE} == TABLE
-    assert {drawing.title for drawing in topology_drawings(read_run(run))} == {
-        "Exploration",
-        "Links removed and regrown",
-    }
+    _, table, drawn, _ = read(run)
+    assert {name: table[name] for name in TABLE} == TABLE
+    assert set(drawn) == TITLES
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tiny import tiny_llama
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from hf_chts.seal import last_sealed
+from hf_chts.checkpoint.run_folder import last_sealed
 
 SAVE_EVERY = 2
 TIME_LIMIT = 120  # seconds; an attempt that hangs ends with SIGALRM

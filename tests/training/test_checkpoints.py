@@ -15,7 +15,8 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_chts import SparseTrainer, export_sparse, load_sparse
 from hf_chts.checkpoint import load_masks
-from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal
+from hf_chts.checkpoint.run_folder import last_sealed
+from hf_chts.checkpoint.seal import SEAL_NAME, seal, verify_seal
 
 FILES = [
     "masks.safetensors", "topology_history.json", "sparsity_config.json", "model.safetensors", "optimizer.pt",
@@ -75,7 +76,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, checkpoint, name, damage):
     [
         ("masks.safetensors", remove, "masks.safetensors is missing"),
         ("masks.safetensors", truncate, "masks.safetensors cannot be used"),
-        ("masks.safetensors", flip, "masks.safetensors cannot be used: its contents do not have the digest"),
+        ("masks.safetensors", flip, "masks.safetensors cannot be used: its contents do not match the digest"),
         ("masks.safetensors", empty, "masks.safetensors cannot be used"),
         ("topology_history.json", remove, "topology_history.json is missing"),
         ("topology_history.json", truncate, "topology_history.json cannot be used"),
@@ -154,7 +155,9 @@ def test_a_checkpoint_of_a_plain_trainer_is_called_one(tmp_path, case):
     for resume in (str(tmp_path / "plain/checkpoint-2"), True):
         run = trainer(tmp_path / "plain", case)
         before = weights(run)
-        with pytest.raises((FileNotFoundError, ValueError), match="checkpoint of a plain Trainer.*no seal") as error:
+        with pytest.raises(
+            (FileNotFoundError, ValueError), match="checkpoint of a plain Trainer.*without masks and seal"
+        ) as error:
             run.train(resume_from_checkpoint=resume)
         assert "checkpoint-2" in str(error.value)
         assert "not written whole" not in str(error.value)
@@ -164,7 +167,7 @@ def test_a_checkpoint_of_a_plain_trainer_is_called_one(tmp_path, case):
 def test_an_export_is_no_checkpoint(tmp_path):
     run = trainer(tmp_path / "run", save_strategy="no")
     exported = export_sparse(run.model, tmp_path / "export")
-    refused(run, exported, "is no checkpoint of a training: it has masks, .* load_sparse")
+    refused(run, exported, "is not a training checkpoint: it has masks.* load_sparse")
 
 
 def test_history_is_readable(checkpoint):

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from hf_chts import SparseModel, load_sparse
 from hf_chts.checkpoint import load_masks
+from hf_chts.checkpoint.seal import SEAL_NAME, verify_seal
 from hf_chts.export import PushFailed, push_directory
-from hf_chts.seal import SEAL_NAME, verify_seal
 
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "masks.safetensors", "sparsity_config.json"}
 MODEL |= {"README.md"}

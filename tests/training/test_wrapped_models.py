@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_chts import SparseModel, SparseTrainer, SparsityConfig, export_sparse, sparsify
 from hf_chts.checkpoint import TopologyState, load_topology, save_topology, with_original_names
-from hf_chts.seal import SEAL_NAME, seal
+from hf_chts.checkpoint.seal import SEAL_NAME, seal
 
 IDS = torch.arange(30).view(2, 15) % VOCABULARY
 
