@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from hf_chts.data import DataArguments, PreparedData
+from hf_chts.data.arguments import DataArguments
+from hf_chts.data.loading import LoadedData
 from hf_chts.data.stream import BlockStream
 
 # What no weight depends on
@@ -19,7 +20,7 @@ _THE_DATA = (
 _LOOKED_AT = 64  # blocks
 
 
-def made_of(config: PreTrainedConfig, args: DataArguments, data: PreparedData) -> dict[str, Any]:
+def made_of(config: PreTrainedConfig, args: DataArguments, data: LoadedData) -> dict[str, Any]:
     """By name, as JSON can hold it. A stream is known by its state in the checkpoint, other data by some blocks."""
     made = {f"model.{name}": value for name, value in config.to_dict().items() if name not in _NOT_THE_MODEL}
     made |= {name: getattr(args, name) for name in _THE_DATA}

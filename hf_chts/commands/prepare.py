@@ -10,8 +10,9 @@ from hf_chts.commands.command import Command
 from hf_chts.config import SparsityConfig
 from hf_chts.config_file import ROOT
 from hf_chts.data.arguments import DataArguments
-from hf_chts.data.prepare import load_tokenizer, split_source
-from hf_chts.data.tokenize import prepare_tokens
+from hf_chts.data.loading import load_corpus
+from hf_chts.data.token_preparation import prepare_tokens
+from hf_chts.data.tokenizer import load_tokenizer
 from hf_chts.model_arguments import ModelArguments, load_config
 from hf_chts.training.arguments import SparseTrainingArguments
 
@@ -67,7 +68,7 @@ def _prepare(args: argparse.Namespace) -> None:
     config: Any = load_config(model_args, ROOT)
     tokenizer = load_tokenizer(data_args.tokenizer, config.vocab_size)
     index = prepare_tokens(
-        split_source(data_args, seed.seed),
+        load_corpus(data_args, seed.seed),
         tokenizer,
         args.out,
         tokenizer_name=data_args.tokenizer,
@@ -79,7 +80,7 @@ def _prepare(args: argparse.Namespace) -> None:
         tokens, documents, skipped = (
             sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents", "skipped")
         )
-        left_out = f"; {skipped:,} that could not be read are left out" if skipped else ""
+        left_out = f"; {skipped:,} that could not be read were skipped" if skipped else ""
         print(f"{split}: {tokens:,} tokens of {documents:,} documents{left_out}")
     print(f"prepared  {args.out}  (train on it with --dataset {args.out})")
 
