@@ -114,8 +114,8 @@ def main() -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from hf_chts.evaluation import check_model, evaluate_zero_shot, results_table, write_report, write_results
+    from hf_chts.evaluation.checks import check_options
     from hf_chts.evaluation.comparison import baseline_index
-    from hf_chts.evaluation.options import check_options
     from hf_chts.evaluation.result_files import check_output, results_json
     from hf_chts.evaluation.zero_shot import default_device
     from hf_chts.machine import device_line, without_fail
