@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_chts.config_file import PRESETS_ROOT, find, read_mapping
 from hf_chts.export.packed_loading import forget_packing
@@ -43,7 +43,7 @@ class ModelArguments:
             raise ValueError(f"export is plain or packed, got {self.export!r}")
 
 
-def load_config(args: ModelArguments) -> AutoConfig:
+def load_config(args: ModelArguments) -> PreTrainedConfig:
     """The model's config; a path is looked up from the working directory, then among the presets.
 
     Raises:
@@ -65,6 +65,6 @@ def load_config(args: ModelArguments) -> AutoConfig:
     return config
 
 
-def build_model(args: ModelArguments, config: AutoConfig) -> PreTrainedModel:
+def build_model(args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
     """A causal language model with new random weights in float32, from the global random generator."""
     return AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation, dtype=torch.float32)

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from hf_chts.command_line import parse_run
 
 from hf_chts import SparseTrainingArguments, SparsityConfig
 from hf_chts.__main__ import main
-from hf_chts.command_line import parse_run
 from hf_chts.data import DataArguments
 from hf_chts.data.embedded import train_byte_level_bpe
-from hf_chts.data.holdout import ByText
+from hf_chts.data.holdout import Holdout
 from hf_chts.data.token_files import TokenIndex
 from hf_chts.methods import METHODS
 from hf_chts.model_arguments import ModelArguments, load_config
@@ -176,7 +176,7 @@ def test_prepare_reads_a_config_as_training_does(tmp_path, little, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     prepare("--config", little, "--out", tmp_path / "out", "--workers", 1)
     texts = [path.read_text() for path in (little.parent / "texts").iterdir()]
-    held_out = sum(map(ByText(0.2, 3), texts))
+    held_out = sum(map(Holdout(0.2, 3), texts))
     assert 0 < held_out < 20
     assert f"of {held_out} documents" in capsys.readouterr().out
     index = TokenIndex.load(tmp_path / "out")

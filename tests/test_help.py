@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hf_chts.command_line import parse_run
 
 from hf_chts import SparseTrainingArguments, SparsityConfig
 from hf_chts.__main__ import COMMANDS, main
-from hf_chts.command_line import parse_run
 from hf_chts.data import DataArguments
 from hf_chts.model_arguments import ModelArguments
 

@@ -21,9 +21,7 @@ _PASSED_ON: dict[str, Any] = {
     "add_help_option": False,
 }
 
-app = typer.Typer(
-    name="hf-chts", help="Pretrain sparse language models, and what comes before and after.", **_SETTINGS
-)
+app = typer.Typer(name="hf-chts", help="Pretrain sparse language models, and what comes before and after.", **_SETTINGS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

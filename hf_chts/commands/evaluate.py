@@ -91,9 +91,7 @@ def evaluate(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR_OR_HUB_ID", help="Tokenizer for all models.", show_default="the one saved with each"
-        ),
+        typer.Option(metavar="DIR_OR_HUB_ID", help="Tokenizer for all models.", show_default="the one saved with each"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the first GPU, else cpu")
@@ -129,8 +127,8 @@ def evaluate(
     from transformers.utils.logging import disable_progress_bar
 
     from hf_chts.evaluation import check_model, evaluate_zero_shot, results_table, write_report, write_results
+    from hf_chts.evaluation.checks import check_options
     from hf_chts.evaluation.comparison import baseline_index
-    from hf_chts.evaluation.options import check_options
     from hf_chts.evaluation.result_files import check_output, results_json
     from hf_chts.evaluation.zero_shot import default_device
     from hf_chts.machine import device_line, without_fail
@@ -142,9 +140,7 @@ def evaluate(
     check_options(limit, num_fewshot, batch_size, device, task_data)
     baseline_index(models, baseline)
     for model in models:
-        check_model(
-            model, revision=revision, tokenizer=tokenizer is None, max_length=max_length, unsealed=unsealed
-        )
+        check_model(model, revision=revision, tokenizer=tokenizer is None, max_length=max_length, unsealed=unsealed)
 
     ranks, first = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
     if not first:

@@ -17,6 +17,8 @@ from hf_chts.config_file import find, find_config, read_mapping
 
 # Fields that may name a file or a directory
 _PATHS = ("model", "dataset", "tokenizer")
+# TrainingArguments declares them as text, but documents true
+_TEXT_OR_BOOL = ("resume_from_checkpoint", "fsdp")
 _IN_WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -33,7 +35,7 @@ def parse_run(
     *,
     program: str,
     description: str,
-    default_config: str | None = None,
+    default_config: Path | None = None,
     in_file_too: Sequence[Any] = (),
     only_in_file: Collection[str] = (),
 ) -> tuple[Any, ...]:
@@ -43,7 +45,7 @@ def parse_run(
         kinds: dataclasses with distinct field names.
         argv: the command line without the program's name.
         program: the name in usage and errors.
-        default_config: the file or preset to read without `--config`; None: no file.
+        default_config: the file to read without `--config`; None: no file.
         in_file_too: dataclasses whose fields the file may set for other commands. They are not read here.
         only_in_file: fields of `kinds` that are not options of this command.
 
@@ -68,7 +70,7 @@ def parse_run(
         "--config",
         metavar="FILE",
         help="YAML file with any of the options below, or the name of a preset, such as llama_60m. Options win over "
-        f"the file; what it sets stands beside their defaults. Default: {default_config or 'none'}.",
+        f"the file; what it sets stands beside their defaults. Default: {getattr(default_config, 'stem', 'none')}.",
     )
     fields = {field.name: field for kind in kinds for field in dataclasses.fields(kind) if field.init}
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items() if name in fields}
@@ -122,6 +124,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     Raises:
         ValueError: the value has another type.
     """
+    if name in _TEXT_OR_BOOL and isinstance(value, bool):
+        return value
     kinds = _kinds(hint)
     choices = [kind for kind in kinds if kind not in (*_IN_WORDS, NoneType)]  # Enum or Literal
     if type(value) in kinds or (value is None and NoneType in kinds) or (isinstance(value, str) and choices):

@@ -7,8 +7,9 @@ from typing import Any
 from hf_chts.commands.options import parse_run
 from hf_chts.config import SparsityConfig
 from hf_chts.data.arguments import DataArguments
-from hf_chts.data.prepare import load_tokenizer, split_source
-from hf_chts.data.tokenize import prepare_tokens
+from hf_chts.data.loading import load_corpus
+from hf_chts.data.token_preparation import prepare_tokens
+from hf_chts.data.tokenizer import load_tokenizer
 from hf_chts.model_arguments import ModelArguments, load_config
 from hf_chts.training.arguments import SparseTrainingArguments
 
@@ -50,7 +51,7 @@ def prepare(argv: Sequence[str], program: str) -> None:
     )
     config: Any = load_config(model_args)
     index = prepare_tokens(
-        split_source(data_args, args.seed),
+        load_corpus(data_args, args.seed),
         load_tokenizer(data_args.tokenizer, config.vocab_size),
         args.out,
         tokenizer_name=data_args.tokenizer,
@@ -62,6 +63,6 @@ def prepare(argv: Sequence[str], program: str) -> None:
         tokens, documents, skipped = (
             sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents", "skipped")
         )
-        left_out = f"; {skipped:,} that could not be read are left out" if skipped else ""
+        left_out = f"; {skipped:,} that could not be read were skipped" if skipped else ""
         print(f"{split}: {tokens:,} tokens of {documents:,} documents{left_out}")
     print(f"prepared  {args.out}  (train on it with --dataset {args.out})")

@@ -8,7 +8,7 @@ import pytest
 from corpus_files import write_file
 
 from hf_chts.data import embedded_documents, load_source
-from hf_chts.data.corpora import local_files
+from hf_chts.data.corpora import find_files
 from hf_chts.data.sources import texts_of_source
 
 TEXTS = ["The first document.\n\nIt has two paragraphs.", "Zweites: Grüße, 漢字.\n", "third"]
@@ -65,7 +65,7 @@ def test_folder_of_splits(tmp_path):
 def test_folder_without_train_is_not_of_splits(tmp_path):
     """A file is not left out because it happens to be called test, or readme."""
     files = [write(tmp_path / "notes.txt"), write(tmp_path / "readme.txt"), write(tmp_path / "test.txt")]
-    assert local_files(tmp_path, "train") == files
+    assert find_files(tmp_path, "train") == files
 
 
 def saved(path, **options):
@@ -231,7 +231,7 @@ def test_broken_file(tmp_path):
 
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "c.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"c\.txt: a byte that is no UTF-8 \(0xE9\) at character 3"):
+    with pytest.raises(ValueError, match=r"c\.txt: a byte that is not UTF-8 \(0xE9\) at character 3"):
         load(tmp_path / "c.txt")
     with pytest.raises(ValueError, match=r"holds no documents, and 1 that cannot be read; the first is .*c\.txt"):
         load(tmp_path / "c.txt", on_bad_document="skip")

@@ -73,7 +73,7 @@ def test_map_style(letters):
 @pytest.mark.parametrize(("rows", "characters"), [(1, 1), (2, 3), (100, 10**6)])
 def test_batches_do_not_show(letters, monkeypatch, rows, characters):
     monkeypatch.setattr(sources, "_READ_ROWS", rows)
-    monkeypatch.setattr(packing, "_ENCODE_CHARACTERS", characters)
+    monkeypatch.setattr("hf_chts.data.stream._ENCODE_CHARACTERS", characters)
     stream = BlockStream(documents_of(TEXTS).to_iterable_dataset(), letters, 4)
     assert spell_all(stream, letters) == BLOCKS
 

@@ -15,7 +15,7 @@ import torch
 from stream_worker import BATCHES, RANKS, STOP
 
 from hf_chts.data import BlockStream, FileSource, Shuffle, load_source
-from hf_chts.data.files import DataFile
+from hf_chts.data.formats import DataFile
 
 UNEVEN = (101, 7, 260)
 

@@ -207,7 +207,7 @@ def test_no_label_loses_a_result_or_the_next_model(run, saved_models, tmp_path, 
 
 
 def test_results_that_cannot_be_written_are_printed(run, saved_models, tmp_path, monkeypatch):
-    def full(path, write):
+    def full(path, data):
         raise OSError(28, "No space left on device")
 
     evaluated = []
@@ -215,7 +215,7 @@ def test_results_that_cannot_be_written_are_printed(run, saved_models, tmp_path,
     monkeypatch.setattr(
         hf_chts.evaluation, "evaluate_zero_shot", lambda *a, **o: evaluated.append(a[0]) or evaluate(*a, **o)
     )
-    monkeypatch.setattr(hf_chts.evaluation.result_files, "_replace", full)
+    monkeypatch.setattr(hf_chts.evaluation.result_files, "write_whole", full)
     code, printed = run(*saved_models, *NEXT_LINE, "--output", tmp_path / "results.json")
     assert evaluated == list(map(str, saved_models))
     assert "No space left" in code
@@ -390,7 +390,7 @@ def test_help_names_every_suite_and_default(run):
         (["{first}", "--output", "{folder}/results.md"], "is for the JSON file"),
         (["{first}", "--max_length", "641"], "max_length=641"),
         (["{first}", "--baseline", "other"], "baseline='other'"),
-        (["{first}", "--task_data", "{missing}"], "is no directory"),
+        (["{first}", "--task_data", "{missing}"], "is not a directory"),
         (["{first}", "--device", "cuda:99"], "device='cuda:99'"),
     ],
 )

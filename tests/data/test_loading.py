@@ -6,7 +6,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_chts.data import BlockStream, DataArguments, corpora, embedded_dataset, embedded_documents, load_data
-from hf_chts.data.holdout import ByText
+from hf_chts.data.holdout import Holdout
 
 
 def corpus(folder, texts, name="c.jsonl"):
@@ -106,7 +106,7 @@ def test_training_part_shorter_than_a_block(tmp_path, saved, streaming):
 def test_validation_part_shorter_than_a_block(tmp_path, saved):
     texts = [f"{i:02}" + "a" * 38 for i in range(20)]
     args = DataArguments(dataset=corpus(tmp_path, texts), tokenizer=saved, block_size=512, validation_fraction=0.2)
-    held_out = sum(map(ByText(0.2, 0), texts))
+    held_out = sum(map(Holdout(0.2, 0), texts))
     assert 0 < held_out * 41 < 512
     with pytest.raises(ValueError, match=rf"The validation part of .* holds {held_out * 41} tokens"):
         load_data(args, vocab_size=257, seed=0)

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from corpus_files import COMPRESS, NAMES, form_of, json_rows, write_file
 
-from hf_chts.data import files
+from hf_chts.data import formats
 from hf_chts.data.bad_documents import BadDocument
-from hf_chts.data.corpora import load_source, local_files
-from hf_chts.data.files import DataFile
+from hf_chts.data.corpora import find_files, load_source
+from hf_chts.data.formats import DataFile
 
 # of very different lengths, some empty, some missing; line ends and multi-byte characters inside
 TEXTS = [None if i % 11 == 5 else f"{i} ä€\n" * (i * 7 % 13) for i in range(53)]
@@ -168,7 +168,7 @@ DAMAGES = [
         "has no column 'text'.*It has id, content",
         those(lambda path: form_of(path) not in ("lines", "json", "tar")),
     ),
-    (remove, FileNotFoundError, "is not there any more", NAMES),
+    (remove, FileNotFoundError, "does not exist any more", NAMES),
 ]
 
 
@@ -195,9 +195,7 @@ def test_rows_that_are_no_objects(tmp_path):
 
 def test_folders_laid_out_as_on_the_hub(tmp_path):
     def names(folder, split, config=None):
-        return [
-            path.relative_to(tmp_path / folder).as_posix() for path in local_files(tmp_path / folder, split, config)
-        ]
+        return [path.relative_to(tmp_path / folder).as_posix() for path in find_files(tmp_path / folder, split, config)]
 
     for name in (
         "web/plain_text/train-00000-of-00002.parquet", "web/plain_text/train-00001-of-00002.parquet",
@@ -214,12 +212,12 @@ def test_folders_laid_out_as_on_the_hub(tmp_path):
     assert len(names("c4", "train", "en")) == 2
     assert len(names("c4", "train")) == 3
     with pytest.raises(ValueError, match=r"has no split 'validation', only train"):
-        local_files(tmp_path / "web", "validation")
+        find_files(tmp_path / "web", "validation")
     source = load_source(str(tmp_path / "c4"), "train", config="en")
     assert source.identity["files"] == 2
     write(tmp_path / "c4/en/more.json.gz")
     with pytest.raises(ValueError, match=r"that of .*more.json.gz does not: rename it"):
-        local_files(tmp_path / "c4", "train", "en")
+        find_files(tmp_path / "c4", "train", "en")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -230,7 +228,7 @@ def test_a_remote_file_is_tried_again(tmp_path, name, monkeypatch):
     assert file.remote
     whole = list(file.read("text", 1, 2))
     waits = []
-    monkeypatch.setattr(files.time, "sleep", waits.append)
+    monkeypatch.setattr(formats.time, "sleep", waits.append)
     open_file, opened = DataFile.open, []
 
     class Failing(io.BytesIO):
