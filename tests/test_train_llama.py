@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -14,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_chts.report.figures
-from hf_chts import SparseTrainer
+from hf_chts import SparseTrainer, SparseTrainingArguments
 from hf_chts.checkpoint import load_masks
+from hf_chts.commands.train import train, use_one_device
 from hf_chts.export import directory
 
 ROOT = Path(__file__).parents[1]
@@ -115,14 +115,13 @@ def two_steps(model, text, output):
 
 
 @pytest.fixture
-def main(smallest, tmp_path, monkeypatch, capsys):
+def main(smallest, tmp_path, capsys):
     """Train for two steps in this process; returns the exit status or message, and what was printed."""
 
     def run_script(*options):
-        argv = two_steps(*smallest, tmp_path / "run")
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "train_llama.py"), *map(str, [*argv, *options])])
+        argv = [*two_steps(*smallest, tmp_path / "run"), *options]
         try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            train([str(option) for option in argv], program="train_llama.py")
         except SystemExit as end:
             return end.code, capsys.readouterr()
         return 0, capsys.readouterr()
@@ -220,9 +219,7 @@ def saved(smallest, tmp_path_factory):
     """The directory of a run that was saved after its third and its last step."""
     place = tmp_path_factory.mktemp("saved") / "run"
     argv = [*two_steps(*smallest, place), *SIX_STEPS, "--save_strategy", "steps", "--save_steps", 3]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(ROOT / "train_llama.py"), *map(str, argv)])
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    train([str(option) for option in argv], program="train_llama.py")
     return place
 
 
@@ -344,11 +341,10 @@ def test_a_console_without_unicode(main, tmp_path, monkeypatch):
     assert "?" not in printed
 
 
-def test_one_gpu_of_several_is_used(monkeypatch):
-    script = runpy.run_path(str(ROOT / "train_llama.py"))
-    args = script["SparseTrainingArguments"](output_dir="unused", use_cpu=True)
+def test_one_gpu_of_several_is_used():
+    args = SparseTrainingArguments(output_dir="unused", use_cpu=True)
     args._n_gpu = 4  # what the Trainer would share a batch out over
-    script["use_one_device"](args)
+    use_one_device(args)
     assert args.n_gpu == 1
     assert args.train_batch_size == args.per_device_train_batch_size
 

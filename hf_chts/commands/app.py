@@ -77,7 +77,7 @@ def push(
         str, typer.Argument(metavar="DIR", help="An export, plain or packed, or a checkpoint. It is not changed.")
     ],
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="NAMESPACE/NAME on the Hub, created if missing.")],
-    further_figures: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    further_figures: Annotated[list[str] | None, typer.Argument(metavar="[FIGURE]...", hidden=True)] = None,
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository private if it is created here.")
     ] = False,
@@ -86,7 +86,12 @@ def push(
     ] = None,
     commit_message: Annotated[
         str | None,
-        typer.Option("--commit_message", metavar="TEXT", show_default="Upload sparse model with hf_chts"),
+        typer.Option(
+            "--commit_message",
+            metavar="TEXT",
+            help="Message of the commit.",
+            show_default="Upload sparse model with hf_chts",
+        ),
     ] = None,
     results: Annotated[
         str | None,

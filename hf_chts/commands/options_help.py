@@ -43,7 +43,7 @@ class RunHelp(argparse.HelpFormatter):
         return f"{', '.join(names)}{values}"
 
     def _expand_help(self, action: argparse.Action) -> str:
-        return str(action.help)  # as it is: in the help of TrainingArguments % is a percent sign
+        return str(action.help).replace("%%", "%")  # texts have both, and none is a format
 
 
 def describe(

@@ -115,7 +115,7 @@ def test_a_model_that_does_not_load_does_not_cost_the_others(run, saved_models, 
     assert (first["model"], second["model"]) == tuple(map(str, saved_models))
     assert second["difference"]["baseline"] == str(saved_models[0])  # as the one that was named is not there
     code, printed = run(broken, broken, *options)
-    assert code.startswith("eval_zero_shot.py: error: no model could be evaluated.")
+    assert code.startswith("eval_zero_shot.py: no model could be evaluated.")
     assert len(json.loads(output.read_text())) == 2
 
 
@@ -230,7 +230,7 @@ def test_a_place_that_takes_no_results_is_refused_before(run, saved_models, tmp_
     (tmp_path / "file").write_text("")
     (tmp_path / "folder/table.md").mkdir(parents=True)  # where the table would go
     code, printed = run(saved_models[0], "--output", tmp_path / place)
-    assert code.startswith("eval_zero_shot.py: error: ")
+    assert code.startswith("eval_zero_shot.py: ")
     assert "broken" not in code
     assert printed == ""
 
@@ -336,7 +336,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(run, checkpoint, saved_models
     change(checkpoint)
     for name in (checkpoint, "."):
         code, printed = run(saved_models[1], name, "--output", tmp_path / "results.json")
-        assert code.startswith("eval_zero_shot.py: error: ")
+        assert code.startswith("eval_zero_shot.py: ")
         assert named in code
         assert "--unsealed" in code
         assert "\n" not in code
@@ -399,7 +399,7 @@ def test_bad_input_is_one_line_and_no_results(run, saved_models, tmp_path, monke
     places = {"missing": tmp_path / "missing", "first": saved_models[0], "folder": tmp_path}
     code, printed = run(*(argument.format(**places) for argument in arguments))
     assert isinstance(code, str)  # sys.exit prints it and ends with status 1
-    assert code.startswith("eval_zero_shot.py: error: ")
+    assert code.startswith("eval_zero_shot.py: ")
     assert named in code
     assert "\n" not in code
     assert printed == ""

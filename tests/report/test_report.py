@@ -143,6 +143,6 @@ def test_what_is_refused(tmp_path, runs, what, message):
         "target": [runs["set"], "--output", tmp_path / "empty"],
     }[what]
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit, match=f"hf_chts report: .*{message}"):
+    with pytest.raises(SystemExit, match=f"hf-chts report: .*{message}"):
         main(["report", *map(str, arguments)])
     assert sorted(tmp_path.rglob("*")) == before
