@@ -122,14 +122,14 @@ def test_a_model_that_does_not_load_does_not_cost_the_others(run, saved_models, 
 def test_results_are_there_after_each_model(run, saved_models, tmp_path, monkeypatch):
     def killed(*arguments, **options):
         if arguments[0] == str(saved_models[1]):
-            raise KeyboardInterrupt
+            raise SystemExit("killed")
         return evaluate(*arguments, **options)
 
     evaluate = hf_chts.evaluation.evaluate_zero_shot
     monkeypatch.setattr(hf_chts.evaluation, "evaluate_zero_shot", killed)
     output = tmp_path / "results.json"
-    with pytest.raises(KeyboardInterrupt):
-        run(*saved_models, "--suite", "embedded_next_line", "--limit", 2, "--output", output)
+    code, _ = run(*saved_models, "--suite", "embedded_next_line", "--limit", 2, "--output", output)
+    assert code == "killed"
     assert [result["model"] for result in json.loads(output.read_text())] == [str(saved_models[0])]
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "results.png"}
 
@@ -255,14 +255,6 @@ def test_a_console_without_unicode(run, saved_models, tmp_path, monkeypatch):
     assert "?" not in printed
 
 
-def test_help_on_a_console_without_unicode():
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--help"], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
-    )
-    assert done.returncode == 0
-    assert b"--suite" in done.stdout
-
-
 def test_local_task_data(run, saved_models, tmp_path):
     write_task(tmp_path / "data", "sst2", 9)
     options = ["--task_data", tmp_path / "data", "--output", tmp_path / "results.json", "--suite", "sst2"]
@@ -369,14 +361,11 @@ def test_what_is_whole_or_none_of_ours_is_evaluated(checkpoint, saved_models, tm
     assert check_model(export) == str(export)
 
 
-def test_help_names_every_suite_and_default(run):
+def test_help_names_every_suite_and_exit_status(run):
     code, printed = run("--help")
     assert code == 0
     assert all(suite in printed for suite in SUITES)
-    options = [part.split()[0] for part in printed.split("Local data:")[0].split("\n  --")[1:]]
-    assert len(options) == 13
-    assert printed.count("default:") == len(options)
-    assert "3, some tasks or models were left out" in printed
+    assert "3, some tasks or models were left out" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize(
