@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from hf_chts.commands import one_line_errors
 from hf_chts.commands.evaluate import EPILOG, evaluate
@@ -74,19 +75,17 @@ def prepare(context: typer.Context) -> None:
 @one_line_errors("hf-chts push")
 def push(
     directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="An export, plain or packed, or a checkpoint. It is not changed.")
+        str, Argument(metavar="DIR", help="An export, plain or packed, or a checkpoint. It is not changed.")
     ],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="NAMESPACE/NAME on the Hub, created if missing.")],
-    further_figures: Annotated[list[str] | None, typer.Argument(metavar="[FIGURE]...", hidden=True)] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private if it is created here.")
-    ] = False,
+    repo_id: Annotated[str, Argument(metavar="REPO", help="NAMESPACE/NAME on the Hub, created if missing.")],
+    further_figures: Annotated[list[str] | None, Argument(metavar="[FIGURE]...", hidden=True)] = None,
+    private: Annotated[bool, Option("--private", help="Make the repository private if it is created here.")] = False,
     revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="Branch, created if missing.", show_default="main")
+        str | None, Option(metavar="BRANCH", help="Branch, created if missing.", show_default="main")
     ] = None,
     commit_message: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--commit_message",
             metavar="TEXT",
             help="Message of the commit.",
@@ -95,7 +94,7 @@ def push(
     ] = None,
     results: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="FILE",
             help="Zero-shot results for the model card, as written by hf-chts evaluate --output.",
             show_default="DIR/zero_shot.json if it exists",
@@ -103,7 +102,7 @@ def push(
     ] = None,
     figures: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="FILE...", help="Pictures for the model card, such as training.png.", show_default="DIR/figures"
         ),
     ] = None,
@@ -123,11 +122,10 @@ def push(
     print(f"pushed  {commit.repo_url}\ncommit  {commit.commit_url}")
 
 
-Source = Annotated[str, typer.Argument(metavar="DIR", help="Directory to read.")]
-Target = Annotated[str, typer.Argument(metavar="OUT", help="Directory to write, new or empty.")]
+Source = Annotated[str, Argument(metavar="DIR", help="Directory to read.")]
+Target = Annotated[str, Argument(metavar="OUT", help="Directory to write, new or empty.")]
 ShardSize = Annotated[
-    str,
-    typer.Option("--max_shard_size", metavar="SIZE", help="Largest size of a weights file, as in save_pretrained."),
+    str, Option("--max_shard_size", metavar="SIZE", help="Largest size of a weights file, as in save_pretrained.")
 ]
 
 
@@ -152,18 +150,16 @@ def unpack(source: Source, target: Target, max_shard_size: ShardSize = "50GB") -
 @app.command()
 @one_line_errors("hf-chts report")
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", help="output_dir of a run. Several are compared.")],
+    runs: Annotated[list[str], Argument(metavar="RUN_DIR...", help="output_dir of a run. Several are compared.")],
     output: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="FILE",
             help="HTML file to write, with a directory of its figures beside it.",
             show_default="RUN_DIR/report.html, or report.html here for several runs",
         ),
     ] = None,
-    layers: Annotated[
-        str, typer.Option(metavar="PATTERN", help="Layers to show one by one, such as '*.down_proj'.")
-    ] = "*",
+    layers: Annotated[str, Option(metavar="PATTERN", help="Layers to show one by one, such as '*.down_proj'.")] = "*",
 ) -> None:
     """Write an HTML report of one or more runs."""
     from hf_chts.report import write_report

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 # for scripts that look at the exit status
 SOME_LEFT_OUT = 3
@@ -31,23 +32,21 @@ def _batch_size(text: Any) -> Any:
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="DIR_OR_HUB_ID...", help="Exported directories, plain or packed, checkpoints, or Hub ids."
-        ),
+        Argument(metavar="DIR_OR_HUB_ID...", help="Exported directories, plain or packed, checkpoints, or Hub ids."),
     ],
     suite: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="SUITE_OR_TASK,...",
             help="embedded, glue, superglue, commonsense, perplexity, or tasks of the harness.",
         ),
     ] = "embedded",
     limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Documents of each task, from its start.", show_default="all")
+        int | None, Option(metavar="N", help="Documents of each task, from its start.", show_default="all")
     ] = None,
     num_fewshot: Annotated[
         int | None,
-        typer.Option(
+        Option(
             "--num_fewshot",
             metavar="K",
             help="Examples before each question.",
@@ -56,7 +55,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[
         Any,
-        typer.Option(
+        Option(
             "--batch_size",
             parser=_batch_size,
             metavar="N|auto",
@@ -65,7 +64,7 @@ def evaluate(
     ] = 8,
     max_length: Annotated[
         int | None,
-        typer.Option(
+        Option(
             "--max_length",
             metavar="N",
             help="Tokens of context, at most the model's max_position_embeddings.",
@@ -74,7 +73,7 @@ def evaluate(
     ] = None,
     task_data: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--task_data",
             metavar="DIR",
             help="Data files of tasks, DIR/TASK/SPLIT.jsonl, see below.",
@@ -83,33 +82,26 @@ def evaluate(
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR_OR_HUB_ID",
-            help="The model that the others are compared with.",
-            show_default="the first",
-        ),
+        Option(metavar="DIR_OR_HUB_ID", help="The model that the others are compared with.", show_default="the first"),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="DIR_OR_HUB_ID", help="Tokenizer for all models.", show_default="the one saved with each"),
+        Option(metavar="DIR_OR_HUB_ID", help="Tokenizer for all models.", show_default="the one saved with each"),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the first GPU, else cpu")
-    ] = None,
+    device: Annotated[str | None, Option(help="Such as cpu or cuda:1.", show_default="the first GPU, else cpu")] = None,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Number format of the weights. auto: as saved."),
+        Literal["auto", "float32", "bfloat16", "float16"], Option(help="Number format of the weights. auto: as saved.")
     ] = "auto",
     unsealed: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--unsealed", help="Evaluate checkpoints even where their seal is missing or does not match their files."
         ),
     ] = False,
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit of Hub ids.")] = "main",
+    revision: Annotated[str, Option(help="Branch, tag or commit of Hub ids.")] = "main",
     output: Annotated[
         Path,
-        typer.Option(
+        Option(
             metavar="FILE",
             help="JSON file for the results. A table and a figure go beside it, as .md and .png. All are replaced "
             "after each model.",

@@ -136,7 +136,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return [value]
     takes_text = str in kinds or choices
     remedy = ""
-    if takes_text:
+    if takes_text and not isinstance(value, dict | list | None):
         remedy = ": put it in quotes" + (", YAML reads yes, no, on and off as bool" if isinstance(value, bool) else "")
     elif isinstance(value, str) and re.fullmatch(r"[-+.\de]+|true|false", value, re.IGNORECASE):
         remedy = ": leave out the quotes"
