@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from hf_chts.topology import schedules
+from hf_chts.topology.parts import SPARSITY_SCHEDULES
 from hf_chts.topology.softness import temperature
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class SchedulePlan:
 
     def _idle_steps(self, links: Callable[[float], Sequence[int]] | None) -> frozenset[int]:
         config, interval = self.config, self.config.update_interval
-        if config.regrowth == "stored":  # weights grow past each other, and ζ has no part in it
+        if config.selects:  # weights grow past each other, and ζ has no part in it
             return frozenset()
         # these move links between layers, or away from dead neurons, without ζ
         moves = config.percolation or config.allocation == "global"
@@ -120,12 +121,9 @@ class SchedulePlan:
         config = self.config
         if not self.decay_end:
             return config.sparsity
-        if config.sparsity_schedule == "elastic":
-            return schedules.elastic(step, self.decay_end, config.sparsity)
-        window = (step, 0, self.decay_end, config.initial_sparsity, config.sparsity)
-        if config.sparsity_schedule == "sigmoid":
-            return schedules.sigmoid(*window, k=config.sigmoid_k)
-        return {"linear": schedules.linear, "cubic": schedules.cubic}[config.sparsity_schedule](*window)
+        schedule = SPARSITY_SCHEDULES[config.sparsity_schedule]
+        ends = {"initial": config.initial_sparsity, "final": config.sparsity}
+        return float(schedule(config, step=step, start=0, end=self.decay_end, **ends))
 
     def drop_fraction(self, step: int) -> float:
         """ζ at `step`; it reaches 0 where updates end (`update_until` of the run)."""

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import is_adapted, uncompiled, unwrap, wrappers
+from hf_chts.sparse_model import SparsityHandle
 
 Adapters: TypeAlias = Literal["refuse", "merge", "merge_masked", "leave_out"]
 
@@ -66,7 +66,7 @@ def check_adapters(model: nn.Module, adapters: str) -> None:
             raise ValueError(f"the adapters of {name} are merged into its weight: call unmerge_adapter() first")
 
 
-def plain_model(sparse: SparseModel, adapters: str) -> PlainModel:
+def plain_model(sparse: SparsityHandle, adapters: str) -> PlainModel:
     """The plain model, after `check_adapters`.
 
     Raises:

@@ -28,8 +28,8 @@ from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, WeightFiles, re
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published
 from hf_chts.files.atomic import write_whole
 from hf_chts.files.full_disk import explain_failed_write
-from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_keys, original_name
+from hf_chts.sparse_model import SparsityHandle
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def export_sparse(
         PushFailed: the Hub refuses or cannot be reached. The directory is complete then.
     """
     directory, pictures = Path(directory), [Path(path) for path in figures]
-    sparse = SparseModel.of(model)
+    sparse = SparsityHandle.of(model)
     if sparse is None:
         raise ValueError(
             "the model is not sparse: call sparsify(model, config) or train it with SparseTrainer; for a dense model "
@@ -170,7 +170,7 @@ def export_sparse(
 class _Export:
     """What is written; see `export_sparse`. `masks` are bool (out, in) by layer name, `card` is the model card."""
 
-    sparse: SparseModel
+    sparse: SparsityHandle
     masks: dict[str, Tensor]
     tokenizer: PreTrainedTokenizerBase | None
     card: str
@@ -244,8 +244,8 @@ def _write_evidence(directory: Path, zero_shot: Mapping[str, Any] | None, figure
         write_whole(directory / FIGURES / path.name, path.read_bytes())
 
 
-def _check_whole(sparse: SparseModel, state_dict: dict[str, Tensor]) -> None:
-    """As `SparseModel.check`, for weights that are given as a complete state dict."""
+def _check_whole(sparse: SparsityHandle, state_dict: dict[str, Tensor]) -> None:
+    """As `SparsityHandle.check`, for weights that are given as a complete state dict."""
     for name, layer in sparse.layers.items():
         weight = state_dict.get(f"{name}.weight")
         if weight is None or weight.shape != layer.mask.shape:

@@ -15,7 +15,7 @@ from hf_chts.export.packed_format import is_packed
 from hf_chts.export.sources import architecture, checked_config, local_directory
 from hf_chts.export.weight_files import PLAIN_STEM, DamagedFile, WeightFiles
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
-from hf_chts.layers.patching import sparsify
+from hf_chts.sparse_model import sparsify
 
 _QUANTIZING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 
@@ -24,8 +24,8 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load an export, plain or packed, with its masks, to train on. For inference `from_pretrained` is enough.
 
     The model has the class that `architectures` in its config names, head included: one of transformers, or one that
-    has been imported. It is already sparse: `SparseModel.of(model)` is its handle. No file of the export can make this
-    run code or open other files.
+    has been imported. It is already sparse: `SparsityHandle.of(model)` is its handle. No file of the export can make
+    this run code or open other files.
 
     Args:
         source: a directory or a Hub id.

@@ -14,8 +14,8 @@ from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed, plain_config
 from hf_chts.export.sources import architecture
 from hf_chts.export.weight_files import read_json
-from hf_chts.layers.patching import SparseModel
 from hf_chts.names import last_part
+from hf_chts.sparse_model import SparsityHandle
 from hf_chts.topology.bits import count_bits
 
 
@@ -57,7 +57,7 @@ class ModelFacts:
         return 1 - self.links / possible if possible else 0.0
 
     @classmethod
-    def of_model(cls, sparse: SparseModel, masks: Mapping[str, Tensor] | None = None) -> "ModelFacts":
+    def of_model(cls, sparse: SparsityHandle, masks: Mapping[str, Tensor] | None = None) -> "ModelFacts":
         """Facts of a sparse model; `masks`, bool (out, in) by layer name, stand in for its own."""
         layers = []
         for name, mask in (sparse.masks() if masks is None else masks).items():

@@ -7,9 +7,9 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from hf_chts.evolution.update_figures import LayerUpdate
 from hf_chts.names import layer_kind, shortest_endings
 from hf_chts.plotting import COLOURS, WIDTH, as_shares, step_ticks
-from hf_chts.records.update_figures import LayerUpdate
 from hf_chts.report.drawing import Drawing
 from hf_chts.report.run import Run
 

@@ -1,6 +1,5 @@
 """What a report knows about a run: its logs, the records of its topology, and what is missing."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -11,10 +10,11 @@ from transformers.trainer_utils import sort_checkpoints
 
 from hf_chts.checkpoint.run_folder import all_sealed, sealed
 from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.evolution.update_figures import LayerUpdate, overall_figures
+from hf_chts.files.reading import read_json
 from hf_chts.names import shortest_endings
 from hf_chts.records.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, read_lines
 from hf_chts.records.snapshots import LayerSnapshot, load_snapshot, snapshot_paths
-from hf_chts.records.update_figures import LayerUpdate, overall_figures
 from hf_chts.schedule_plan import SchedulePlan
 
 TRAINER_STATE = "trainer_state.json"
@@ -133,9 +133,7 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
             "Give the output_dir that the run was trained with"
         )
     if state is None:
-        notes.append(
-            "There is no checkpoint yet, so losses are not known: the Trainer's log is only in memory."
-        )
+        notes.append("There is no checkpoint yet, so losses are not known: the Trainer's log is only in memory.")
     found = state or {}
     log = [entry for entry in found.get("log_history", []) if isinstance(entry, dict) and "step" in entry]
     config = _read_config(places, notes)
@@ -215,16 +213,14 @@ def _first(places: Sequence[Path], name: str, notes: list[str]) -> dict[str, Any
 
 
 def _json(path: Path, notes: list[str]) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file, or, with a note, if it cannot be read."""
     if not path.is_file():
         return {}
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(contents, dict):
-            return contents
-        notes.append(f"{path} could not be read: it is not a JSON object.")
+        return read_json(path)
     except (ValueError, OSError) as error:
         notes.append(f"{path} could not be read: {error}.")
-    return {}
+        return {}
 
 
 def _read_records(

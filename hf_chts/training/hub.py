@@ -26,7 +26,7 @@ from hf_chts.export.hub_files import CARD
 from hf_chts.export.model_card import model_card
 from hf_chts.export.model_facts import ModelFacts
 from hf_chts.files.atomic import write_whole
-from hf_chts.layers.patching import SparseModel
+from hf_chts.sparse_model import SparsityHandle
 from hf_chts.training.hub_contents import STAGED, model_contents, push_checkpoint, stage, tensorboard_logs
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class HubPushes(_AnyTrainer):
             that is a Hub id, goes into their metadata.
     """
 
-    sparse: SparseModel
+    sparse: SparsityHandle
     recipe: Mapping[str, Any] | None = None
     hub_model_id: Any  # the Trainer's own, which says None of both
     push_in_progress: Any

@@ -1,6 +1,6 @@
 """The table of a model's layers that is printed when training begins: which are sparse, which are not, and why."""
 
-from hf_chts.layers.patching import SparseModel
+from hf_chts.layers.sparse_layers import SparseLayers
 from hf_chts.layers.targets import matrix_shape, why_dense
 from hf_chts.layers.wrappers import named_originals
 from hf_chts.names import last_part
@@ -8,7 +8,7 @@ from hf_chts.sharding.partitions import weight_shape
 from hf_chts.text_table import text_table
 
 
-def layer_lines(sparse: SparseModel) -> list[str]:
+def layer_lines(sparse: SparseLayers) -> list[str]:
     """A line for all linear layers of a model with the same last part of the name and the same shape."""
     model, modules = sparse.model, named_originals(sparse.model)
     reasons = why_dense(model, sparse.config, sparse.layers)

@@ -115,7 +115,7 @@ def test_documents_that_were_skipped_are_counted_in_the_log(folder):
     unbroken.train()
     counts = skipped_in(unbroken.state.log_history)
     # what the windows hold that the batches so far are of, two documents an epoch; steps with an update are logged too
-    logged = {step for step in range(1, 31) if step % 5 == 0 or unbroken.topology.plan.is_update(step)}
+    logged = {step for step in range(1, 31) if step % 5 == 0 or unbroken.evolver.plan.is_update(step)}
     loader = stream_of(folder).loader(batch_size=BATCH, workers=2)
     expected = []
     for taken, _ in enumerate(islice(loader, 30 * ACCUMULATION), 1):

@@ -15,7 +15,7 @@ from tiny import VOCABULARY, tiny_llama
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from hf_chts import SparseModel, SparsityConfig, export_sparse, sparsify
+from hf_chts import SparsityConfig, SparsityHandle, export_sparse, sparsify
 from hf_chts.__main__ import main
 from hf_chts.export import PushFailed, push_directory, unpack_directory
 from hf_chts.export.hub_errors import TRIES
@@ -80,14 +80,14 @@ for directory, name in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 PULL = """
 import sys, torch
-from hf_chts import SparseModel, load_sparse
+from hf_chts import SparsityHandle, load_sparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 found = {}
 for name in ("me/plain", "me/packed", "me/dense"):
     model = load_sparse(name).eval()
     with torch.no_grad():
-        found[name] = model(torch.arange(30).view(2, 15) % 96).logits, SparseModel.of(model).masks()
+        found[name] = model(torch.arange(30).view(2, 15) % 96).logits, SparsityHandle.of(model).masks()
 model = AutoModelForCausalLM.from_pretrained("me/packed")
 with torch.no_grad():
     found["from_pretrained"] = model(torch.arange(30).view(2, 15) % 96).logits, {}
@@ -120,7 +120,7 @@ def test_pushed_by_one_process_and_pulled_by_others(hub, exports, model, tmp_pat
     pulled = torch.load(tmp_path / "pulled.pt")
     with torch.no_grad():
         expected = model(IDS).logits
-    masks = SparseModel.of(model).masks()
+    masks = SparsityHandle.of(model).masks()
     for name in ("me/plain", "me/packed"):
         logits, found = pulled[name]
         assert logits.equal(expected)

@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_chts import SparseModel, SparsityConfig, export_sparse, load_sparse, sparsify
+from hf_chts import SparsityConfig, SparsityHandle, export_sparse, load_sparse, sparsify
 from hf_chts.export import pack_directory
 
 IDS = torch.arange(30).view(2, 15) % VOCABULARY
@@ -77,9 +77,9 @@ def test_the_class_and_its_head(tmp_path, registered, name, kind):
     weights = model.state_dict()
     assert loaded.state_dict().keys() == weights.keys()
     assert all(value.equal(weights[key]) for key, value in loaded.state_dict().items())
-    masks = SparseModel.of(model).masks()
-    assert masks.keys() == SparseModel.of(loaded).masks().keys()
-    assert all(mask.equal(masks[layer]) for layer, mask in SparseModel.of(loaded).masks().items())
+    masks = SparsityHandle.of(model).masks()
+    assert masks.keys() == SparsityHandle.of(loaded).masks().keys()
+    assert all(mask.equal(masks[layer]) for layer, mask in SparsityHandle.of(loaded).masks().items())
     with torch.no_grad():
         assert loaded(IDS)[0].equal(model(IDS)[0])
 
@@ -146,7 +146,7 @@ def test_code_in_the_directory_runs_only_where_it_is_trusted(tmp_path):
     loaded = load_sparse(tmp_path, trust_remote_code=True)
     assert type(loaded).__name__ == "RemoteForCausalLM"
     assert loaded.ran
-    assert SparseModel.of(loaded).links() == SparseModel.of(sparse_llama()).links()
+    assert SparsityHandle.of(loaded).links() == SparsityHandle.of(sparse_llama()).links()
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -15,7 +15,7 @@ from tiny import VOCABULARY, random_blocks, tiny_llama
 from tiny_architectures import ARCHITECTURES
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, Trainer, TrainingArguments
 
-from hf_chts import SparseModel, SparsityConfig, export_sparse, load_sparse, sparsify
+from hf_chts import SparsityConfig, SparsityHandle, export_sparse, load_sparse, sparsify
 from hf_chts.__main__ import main
 from hf_chts.export import pack_directory, unpack_directory
 from hf_chts.export.packed_format import pack_values, unpack_weight
@@ -89,7 +89,7 @@ def test_nan_and_infinity_survive(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_every_bit_survives(tmp_path, dtype):
     model = sparse_llama(dtype)
-    for layer in SparseModel.of(model).layers.values():
+    for layer in SparsityHandle.of(model).layers.values():
         links = layer.mask.nonzero()[:4]
         numbers = layer.weight.data.view(INTEGERS[layer.weight.element_size()])
         for link, number in zip(links, [0, -0.0, 1, 2], strict=True):
@@ -110,8 +110,8 @@ def test_every_bit_survives(tmp_path, dtype):
         assert (tmp_path / "unpacked" / name).read_text() == (plain / name).read_text()
     loaded = load_sparse(packed)
     assert same_bits(dict(loaded.state_dict()), dict(model.state_dict()))
-    masks = SparseModel.of(loaded).masks()
-    assert all(mask.equal(masks[name]) for name, mask in SparseModel.of(model).masks().items())  # zeros are links
+    masks = SparsityHandle.of(loaded).masks()
+    assert all(mask.equal(masks[name]) for name, mask in SparsityHandle.of(model).masks().items())  # zeros are links
     assert same_bits(dict(AutoModelForCausalLM.from_pretrained(packed).state_dict()), dict(model.state_dict()))
 
 
@@ -128,7 +128,7 @@ def test_packed_and_unpacked_again(tmp_path, name):
     assert same_bits(dict(loaded.state_dict()), dict(model.state_dict()))
     again = load_sparse(packed)
     assert type(again) is type(model)
-    handle = SparseModel.of(again)
+    handle = SparsityHandle.of(again)
     assert handle.config == sparse.config
     assert same_bits(handle.masks(), sparse.masks())
     # without the model at hand, classes tell how weights lie
@@ -161,7 +161,7 @@ def test_weights_that_transformers_stores_under_other_names(tmp_path, name):
         assert not any(info.values())
         again = load_sparse(tmp_path / directory)
         assert type(again) is type(loaded) is type(model)
-        assert same_bits(SparseModel.of(again).masks(), masks)
+        assert same_bits(SparsityHandle.of(again).masks(), masks)
         assert same(outputs(again, batch), expected)
         assert same(outputs(loaded, batch), expected)
 
@@ -299,7 +299,7 @@ def test_from_the_hub(tmp_path, monkeypatch):
         options = {"cache_dir": tmp_path / "hub", "local_files_only": True}
         loaded = load_sparse(f"me/{kind}", revision="main", **options)
         assert same_bits(dict(loaded.state_dict()), dict(model.state_dict()))
-        assert SparseModel.of(loaded).links() == SparseModel.of(model).links()
+        assert SparsityHandle.of(loaded).links() == SparsityHandle.of(model).links()
         by_class = AutoModelForCausalLM.from_pretrained(f"me/{kind}", **options)
         assert same_bits(dict(by_class.state_dict()), dict(model.state_dict()))
     asked = {}

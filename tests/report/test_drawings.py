@@ -16,9 +16,9 @@ from matplotlib import image as pictures
 import hf_chts.report
 from hf_chts import plotting
 from hf_chts.evaluation import figure as evaluation_figure
+from hf_chts.evolution.update_figures import LayerUpdate
 from hf_chts.plotting import COLOURS, DASHES, MARKERS, step_ticks
 from hf_chts.records.snapshots import LayerSnapshot
-from hf_chts.records.update_figures import LayerUpdate
 from hf_chts.report import figures, network_drawings, training_drawings
 from hf_chts.report.drawing import Series
 from hf_chts.report.drawings import comparison_of, drawings_of

@@ -275,7 +275,7 @@ def test_a_smaller_batch_is_found_and_the_run_begins_again(tmp_path, monkeypatch
     run.train()
     assert tried[0] == 4
     assert set(tried[3:]) == {tried[-1]}
-    assert [entry["step"] for entry in run.topology.history] == [4, 8, 12, 16]
+    assert [entry["step"] for entry in run.evolver.history] == [4, 8, 12, 16]
     run.sparse.check()
 
 
@@ -347,7 +347,7 @@ def test_a_trainer_that_makes_its_model_anew_resumes_bit_for_bit(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert losses(again) == losses(whole)
     assert same_weights(weights(again), weights(whole))
-    assert [entry["step"] for entry in again.topology.history] == [4, 8, 12, 16]
+    assert [entry["step"] for entry in again.evolver.history] == [4, 8, 12, 16]
 
 
 def test_damaged_checkpoints_are_passed_over_where_that_is_asked_for(tmp_path, caplog):
@@ -427,7 +427,7 @@ def test_a_checkpoint_at_sigterm_is_whole_and_has_the_update_of_its_step(tmp_pat
     expected = losses(whole)
     assert losses(again) == (expected if event == "after a save" else expected[: step - 1] + expected[step:])
     histories = [
-        [{k: v for k, v in line.items() if "seconds" not in k} for line in run.topology.history]
+        [{k: v for k, v in line.items() if "seconds" not in k} for line in run.evolver.history]
         for run in (again, whole)
     ]
     assert histories[0] == histories[1]

@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 
 from hf_chts import SparseTrainer
 from hf_chts.checkpoint.seal import SEAL_NAME, verify_seal
+from hf_chts.evolution.held_tensors import weights_and_moments
 from hf_chts.finite import not_finite
 from hf_chts.training.divergence import StopsOnDivergence
-from hf_chts.training.held_tensors import weights_and_moments
 
 POISONED = "model.layers.1.mlp.up_proj.weight"
 
@@ -148,7 +148,7 @@ def test_one_value_in_a_thousand_is_found(dtype, value, place):
 
 def spoil_stored(run):
     def do(model, optimizer):
-        run.topology.stored[POISONED.removesuffix(".weight")].view(-1)[3] = math.nan
+        run.evolver.stored[POISONED.removesuffix(".weight")].view(-1)[3] = math.nan
 
     return do
 
@@ -180,7 +180,7 @@ def test_an_update_refuses_what_is_not_finite(tmp_path, case, what, spoil):
     with pytest.raises(FloatingPointError, match=rf"step {2 * INTERVAL}\b.*: {what} of {layer}\. .*checkpoint-6"):
         run.train()
     assert all(mask.equal(masks[name]) for name, mask in run.sparse.masks().items())
-    assert [line["step"] for line in run.topology.history] == [INTERVAL]
+    assert [line["step"] for line in run.evolver.history] == [INTERVAL]
 
 
 def test_a_scaled_loss_may_overflow_in_an_update(tmp_path):
@@ -190,11 +190,11 @@ def test_a_scaled_loss_may_overflow_in_an_update(tmp_path):
 
     class Scaled(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            run.topology.engine.loss_scale = lambda: 2.0**16
+            run.evolver.engine.loss_scale = lambda: 2.0**16
 
     run.add_callback(Scaled())
     run.train()
-    assert [line["step"] for line in run.topology.history] == [4, 8, 12, 16]
+    assert [line["step"] for line in run.evolver.history] == [4, 8, 12, 16]
     run.sparse.check()
 
 

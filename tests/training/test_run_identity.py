@@ -18,8 +18,8 @@ from hf_chts.checkpoint.run_folder import OutputLock, last_sealed
 from hf_chts.checkpoint.seal import SEAL_NAME, seal, sealed_run, verify_seal
 from hf_chts.records.run_record import read_lines
 from hf_chts.report.run import read_run
-from hf_chts.training import same_on_ranks
-from hf_chts.training.same_on_ranks import together
+from hf_chts.sharding import ranks as ranks_module
+from hf_chts.sharding.ranks import together
 
 
 class Stop(TrainerCallback):
@@ -369,8 +369,8 @@ def ranks(monkeypatch, *others):
     def gather(everyone, mine):
         everyone[:] = [mine, *others]
 
-    monkeypatch.setattr(same_on_ranks, "rank_and_world", lambda: (0, 1 + len(others)))
-    monkeypatch.setattr(same_on_ranks.dist, "all_gather_object", gather)
+    monkeypatch.setattr(ranks_module, "rank_and_world", lambda: (0, 1 + len(others)))
+    monkeypatch.setattr(ranks_module.dist, "all_gather_object", gather)
 
 
 def test_ranks_that_differ_are_named_with_what_differs(monkeypatch):
