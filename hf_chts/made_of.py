@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from hf_chts.data import DataArguments, PreparedData
+from hf_chts.data.arguments import DataArguments
+from hf_chts.data.loading import LoadedData
 from hf_chts.data.stream import BlockStream
 
 # settings that no weight depends on
@@ -19,7 +20,7 @@ _THE_DATA = (
 _BLOCKS_READ = 64  # of the training data, for their digest
 
 
-def made_of(config: PreTrainedConfig, args: DataArguments, data: PreparedData) -> dict[str, Any]:
+def made_of(config: PreTrainedConfig, args: DataArguments, data: LoadedData) -> dict[str, Any]:
     """Model settings, data settings and a digest of some blocks, by name, as JSON can hold them.
 
     A stream has no digest: its state in the checkpoint identifies it.

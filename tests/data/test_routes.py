@@ -17,9 +17,9 @@ import pytest
 from corpus_files import NAMES, write_file, zstd
 
 from hf_chts.data import BlockStream, DataArguments, Shuffle, load_data, load_source
+from hf_chts.data.loading import load_corpus
 from hf_chts.data.packing import encode
-from hf_chts.data.prepare import split_source
-from hf_chts.data.tokenize import prepare_tokens
+from hf_chts.data.token_preparation import prepare_tokens
 
 ROUTES = ["map", "stream", "prepare"]
 every_route = pytest.mark.parametrize("route", ROUTES)
@@ -42,7 +42,7 @@ class Route:
         if route == "prepare":
             on_bad = args.on_bad_document or "error"
             self.index = prepare_tokens(
-                split_source(args, seed),
+                load_corpus(args, seed),
                 load_data(DataArguments(**SMALL, tokenizer=str(tokenizer)), vocab_size=257, seed=0).tokenizer,
                 out,
                 tokenizer_name="letters",
@@ -283,7 +283,7 @@ def test_bad_documents(damaged, tokenizer, route, caplog):
         if policy == "skip":  # once a process
             told = [message for message in caplog.messages if f"{folder}/corpus/train/" in message]
             assert len(told) == 1
-            assert told[0].endswith(": left out")
+            assert told[0].endswith(": skipped")
         if route == "map":
             assert "1 of" in " ".join(caplog.messages)
 

@@ -14,19 +14,18 @@ from torch.utils.data import DataLoader
 
 from hf_chts import SparseTrainer
 from hf_chts.__main__ import main
-from hf_chts.data import DataArguments, load_data, pack_blocks
-from hf_chts.data import tokenize as tokenize_module
-from hf_chts.data.holdout import ByText
-from hf_chts.data.prepare import split_source
+from hf_chts.data import DataArguments, load_data, pack_blocks, token_preparation
+from hf_chts.data.holdout import Holdout
+from hf_chts.data.loading import load_corpus
 from hf_chts.data.token_files import TokenIndex
-from hf_chts.data.tokenize import prepare_tokens
+from hf_chts.data.token_preparation import prepare_tokens
 
 TEXTS = [text for file, count in enumerate(UNEVEN) for text in documents(file, count)]
 
 
 def prepare(corpus, tokenizer, out, workers=1, **changes):
     args = DataArguments(dataset=str(corpus), streaming=True, **changes)
-    return prepare_tokens(split_source(args, 3), tokenizer, out, tokenizer_name="letters", workers=workers)
+    return prepare_tokens(load_corpus(args, 3), tokenizer, out, tokenizer_name="letters", workers=workers)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def ids_of(texts, tokenizer):
 @pytest.mark.parametrize("block_size", [7, 16, 1000])
 def test_packed_blocks_of_any_size(prepared, letters, block_size):
     data = load(prepared, block_size=block_size)
-    held_out = ByText(0.2, 3)
+    held_out = Holdout(0.2, 3)
     for part, texts in (
         (data.train, [text for text in TEXTS if not held_out(text)]),
         (data.validation, [text for text in TEXTS if held_out(text)]),
@@ -73,7 +72,7 @@ def test_a_document_a_block(prepared, letters):
     import datasets
 
     data = load(prepared, packing="truncate_and_pad", block_size=40)
-    held_out = ByText(0.2, 3)
+    held_out = Holdout(0.2, 3)
     texts = [text for text in TEXTS if not held_out(text)]
     expected = pack_blocks(datasets.Dataset.from_dict({"text": texts}), letters, 40, "truncate_and_pad")
     assert len(data.train) == len(texts) == len(expected)
@@ -124,9 +123,9 @@ def test_bad_documents_are_refused_or_left_out_from_the_command_line(tmp_path, l
     begun = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("train-*.tokens")}
     assert len(begun) == 7
     main([str(option) for option in [*options, "--on_bad_document", "skip"]])
-    assert "1 bad documents left out" in (shown := capsys.readouterr().out)
-    held_out = sum(ByText(0.05, 42)(f"file {file} row {row}") for file in range(20) for row in range(5))
-    assert f"of {100 - held_out} documents; 2 that could not be read are left out" in shown
+    assert "1 bad documents skipped" in (shown := capsys.readouterr().out)
+    held_out = sum(Holdout(0.05, 42)(f"file {file} row {row}") for file in range(20) for row in range(5))
+    assert f"of {100 - held_out} documents; 2 that could not be read were skipped" in shown
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in begun} == begun
     index = TokenIndex.load(tmp_path / "out")
     assert [shard.skipped for shard in index.splits["train"]] == [int(file in (7, 19)) for file in range(20)]
@@ -146,7 +145,7 @@ def test_by_several_processes_and_from_the_command_line(tmp_path, corpus, prepar
     options = ["--config", tmp_path / "run.yaml", "--dataset", corpus, "--out", out, "--workers", 2]
     main(["prepare", *map(str, options)])
     shown = capsys.readouterr().out
-    held_out = sum(map(ByText(0.2, 3), TEXTS))
+    held_out = sum(map(Holdout(0.2, 3), TEXTS))
     assert f"of {held_out} documents" in shown
     assert f"of {len(TEXTS) - held_out} documents" in shown
     one, two = (TokenIndex.load(directory) for directory in (prepared, out))
@@ -155,7 +154,7 @@ def test_by_several_processes_and_from_the_command_line(tmp_path, corpus, prepar
 
 def test_taken_up_where_it_was_left(tmp_path, corpus, letters, monkeypatch):
     out = tmp_path / "tokens"
-    make, made = tokenize_module.make_shard, []
+    make, made = token_preparation.make_shard, []
 
     def make_some(job):
         if len(made) == 5:
@@ -163,7 +162,7 @@ def test_taken_up_where_it_was_left(tmp_path, corpus, letters, monkeypatch):
         made.append(job.number)
         return make(job)
 
-    monkeypatch.setattr(tokenize_module, "make_shard", make_some)
+    monkeypatch.setattr(token_preparation, "make_shard", make_some)
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, letters, out)
     assert not (out / "hf_chts_tokens.json").exists()
@@ -171,7 +170,7 @@ def test_taken_up_where_it_was_left(tmp_path, corpus, letters, monkeypatch):
     assert len(before) == 10
     # what a shard that was being made left behind is never taken for one
     (out / ".train-00005.tokens.123").write_bytes(b"half")
-    monkeypatch.setattr(tokenize_module, "make_shard", make)
+    monkeypatch.setattr(token_preparation, "make_shard", make)
     index = prepare(corpus, letters, out)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     whole = prepare(corpus, letters, tmp_path / "whole")
@@ -191,7 +190,7 @@ def test_another_directory_is_refused(tmp_path, corpus, letters, bpe):
             prepare(corpus, tokenizer, out, **changes)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not empty and holds no prepared tokens"):
+    with pytest.raises(FileExistsError, match="is not empty and does not hold prepared tokens"):
         prepare(corpus, letters, tmp_path / "other")
 
 
@@ -221,7 +220,7 @@ def test_wide_tokens_for_a_large_vocabulary(tmp_path, corpus, letters, monkeypat
     index = prepare(corpus, letters, tmp_path / "tokens")
     assert index.dtype == "<u4"
     tokens = np.concatenate([np.fromfile(p, "<u4") for p in sorted((tmp_path / "tokens").glob("train-*.tokens"))])
-    held_out = ByText(0.05, 3)
+    held_out = Holdout(0.05, 3)
     assert tokens.tolist() == ids_of([text for text in TEXTS if not held_out(text)], letters)
 
 

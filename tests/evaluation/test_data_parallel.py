@@ -8,7 +8,7 @@ import sys
 import pytest
 from launching import BIN, ROOT
 
-from hf_chts.evaluation.harness import _in_turns
+from hf_chts.evaluation.harness import _merge
 
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "configs/accelerate/cpu_ddp.yaml")]
 
@@ -24,7 +24,7 @@ def run(*command):
 def test_what_ranks_gather_is_in_the_order_of_the_documents():
     # documents go round the ranks: 0 has 0, 3, 6, rank 1 has 1, 4, and rank 2 has 2, 5
     gathered = [{"task": {("acc", "none"): list(range(rank, 7, 3))}, "other": [rank]} for rank in range(3)]
-    assert _in_turns(gathered) == {"task": {("acc", "none"): list(range(7))}, "other": [0, 1, 2]}
+    assert _merge(gathered) == {"task": {("acc", "none"): list(range(7))}, "other": [0, 1, 2]}
 
 
 @pytest.mark.distributed

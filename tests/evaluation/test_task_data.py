@@ -225,7 +225,7 @@ def test_bad_files_are_named(tmp_path, score):
     (tmp_path / "rte/validation.csv").touch()
     with pytest.raises(ConnectionError, match=r"validation.jsonl and validation.csv: leave one"):
         score(tmp_path, "rte")
-    with pytest.raises(FileNotFoundError, match=r"task_data='.*none' is no directory"):
+    with pytest.raises(FileNotFoundError, match=r"task_data='.*none' is not a directory"):
         score(tmp_path / "none", "rte")
 
 

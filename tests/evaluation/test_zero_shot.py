@@ -285,7 +285,7 @@ def test_the_harness_has_every_task_of_the_suites_without_a_scan_of_all_its_file
         ({"dtype": "bfloat16"}, ValueError, "dtype='bfloat16'"),
         ({"max_length": 641}, ValueError, "max_length=641.*640"),
         ({"suite": "embedded,"}, ValueError, "empty name"),
-        ({"device": "gpu"}, ValueError, "device='gpu' is no device"),
+        ({"device": "gpu"}, ValueError, "device='gpu' does not exist"),
         ({"device": "cuda:99"}, ValueError, "device='cuda:99': this machine shows"),
     ],
 )
@@ -322,5 +322,5 @@ def test_a_missing_model_is_an_error_before_anything_is_loaded(tmp_path, tiny_ll
     with pytest.raises(ValueError, match=r"max_length=641.*640.*of runs"):
         check_model("runs", tokenizer=False, max_length=641)
     Path("runs/config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ValueError, match="runs is a t5, which is no causal language model"):
+    with pytest.raises(ValueError, match="runs is a t5, which is not a causal language model"):
         check_model("runs", tokenizer=False)

@@ -344,7 +344,7 @@ def test_exporting_again_replaces_the_weights(tmp_path):
 
 def test_a_new_model_of_a_packed_one_s_config(tmp_path):
     packed = export_sparse(sparse_llama(), tmp_path / "packed", packed=True)
-    for config in (AutoConfig.from_pretrained(packed), load_config(ModelArguments(model=str(packed)), tmp_path)):
+    for config in (AutoConfig.from_pretrained(packed), load_config(ModelArguments(model=str(packed)))):
         model = AutoModelForCausalLM.from_config(config)
         sparsify(model, SparsityConfig())
         export_sparse(model, tmp_path / "new")

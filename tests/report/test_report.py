@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 from page_reader import Page
+from runs import BITS, LOSSES, log_of, trained
 
 from hf_chts.__main__ import main
 from hf_chts.report import write_report
-from runs import BITS, LOSSES, log_of, trained
 
 HOSTILE = "<script>alert(\"x\")& 'run'"
 
@@ -143,6 +143,6 @@ def test_what_is_refused(tmp_path, runs, what, message):
         "target": [runs["set"], "--output", tmp_path / "empty"],
     }[what]
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit, match=f"hf_chts report: .*{message}"):
+    with pytest.raises(SystemExit, match=f"hf-chts report: .*{message}"):
         main(["report", *map(str, arguments)])
     assert sorted(tmp_path.rglob("*")) == before

@@ -10,10 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from corpus_files import COMPRESS, NAMES, form_of, json_rows, write_file
 
-from hf_chts.data import files
+from hf_chts.data import formats
 from hf_chts.data.bad_documents import BadDocument
-from hf_chts.data.corpora import load_source, local_files
-from hf_chts.data.files import DataFile
+from hf_chts.data.formats import DataFile
 
 # of very different lengths, some empty, some missing; line ends and multi-byte characters inside
 TEXTS = [None if i % 11 == 5 else f"{i} ä€\n" * (i * 7 % 13) for i in range(53)]
@@ -168,7 +167,7 @@ DAMAGES = [
         "has no column 'text'.*It has id, content",
         those(lambda path: form_of(path) not in ("lines", "json", "tar")),
     ),
-    (remove, FileNotFoundError, "is not there any more", NAMES),
+    (remove, FileNotFoundError, "does not exist any more", NAMES),
 ]
 
 
@@ -193,35 +192,6 @@ def test_rows_that_are_no_objects(tmp_path):
     assert "a row is str, not an object" in bad.reason
 
 
-def test_folders_laid_out_as_on_the_hub(tmp_path):
-    def names(folder, split, config=None):
-        return [
-            path.relative_to(tmp_path / folder).as_posix() for path in local_files(tmp_path / folder, split, config)
-        ]
-
-    for name in (
-        "web/plain_text/train-00000-of-00002.parquet", "web/plain_text/train-00001-of-00002.parquet",
-        "c4/en/c4-train.00000-of-00002.json.gz", "c4/en/c4-train.00001-of-00002.json.gz",
-        "c4/en/c4-validation.00000-of-00001.json.gz", "c4/de/c4-train.00000-of-00001.json.gz",
-    ):  # fmt: skip
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path)
-    (tmp_path / "web/dataset_infos.json").write_text("{}")
-    web = ["plain_text/train-00000-of-00002.parquet", "plain_text/train-00001-of-00002.parquet"]
-    assert names("web", "train") == names("web", "train", "plain_text") == names("web", "train", "other") == web
-    assert names("c4", "validation", "en") == ["en/c4-validation.00000-of-00001.json.gz"]
-    assert len(names("c4", "train", "en")) == 2
-    assert len(names("c4", "train")) == 3
-    with pytest.raises(ValueError, match=r"has no split 'validation', only train"):
-        local_files(tmp_path / "web", "validation")
-    source = load_source(str(tmp_path / "c4"), "train", config="en")
-    assert source.identity["files"] == 2
-    write(tmp_path / "c4/en/more.json.gz")
-    with pytest.raises(ValueError, match=r"that of .*more.json.gz does not: rename it"):
-        local_files(tmp_path / "c4", "train", "en")
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_remote_file_is_tried_again(tmp_path, name, monkeypatch):
     memory = fsspec.filesystem("memory")
@@ -230,7 +200,7 @@ def test_a_remote_file_is_tried_again(tmp_path, name, monkeypatch):
     assert file.remote
     whole = list(file.read("text", 1, 2))
     waits = []
-    monkeypatch.setattr(files.time, "sleep", waits.append)
+    monkeypatch.setattr(formats.time, "sleep", waits.append)
     open_file, opened = DataFile.open, []
 
     class Failing(io.BytesIO):

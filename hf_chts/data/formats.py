@@ -1,9 +1,9 @@
-"""The files of a corpus, read from any document on, local or remote.
+"""The formats of a corpus's files, each read from any document on, local or remote.
 
-A position in a file is a whole number, and counts what the format can jump to: rows of a Parquet file (row groups
-before it are not read), bytes of uncompressed JSON lines, rows of a JSON array, 0 or 1 for a text file, which is one
-document. Nobody can jump into other formats: a position counts the lines of compressed JSON lines, the rows of CSV, TSV
-and Arrow files and the samples of a tar, and what comes before it is read again.
+A position in a file is an integer that counts what the format can jump to: rows of a Parquet file (row groups before it
+are not read), bytes of uncompressed JSON lines, rows of a JSON array; 0 or 1 for a text file, which is one document. It
+is impossible to jump into other formats: a position counts the lines of compressed JSON lines, the rows of CSV, TSV and
+Arrow files and the samples of a tar, and what comes before it is read again.
 """
 
 import bisect
@@ -19,29 +19,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
-from pathlib import PurePosixPath
+from pathlib import PurePath
 from typing import IO, Any, TypeAlias
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_chts.data.bad_documents import BadDocument, Document, Unreadable, text_or_reason
+from hf_chts.data.bad_documents import BadDocument, ReadDocument, Unreadable, text_or_reason
 
 # a document and the position after it
-Row: TypeAlias = tuple[Document, int]
-# what a format's reader finds: a value that should be text, where it is in words, and the position after it
+Row: TypeAlias = tuple[ReadDocument, int]
+# what the reader of a format finds: a value that should be text, its place in words, and the position after it
 Found: TypeAlias = tuple[Any, str, int]
 
+# file ending → format
+FORMATS = {
+    **{".txt": "text", ".text": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"},
+    **{".csv": "csv", ".tsv": "tsv", ".arrow": "arrow", ".tar": "tar"},
+}
 # file ending → fsspec's name of the compression
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
 _BATCH_ROWS = 256
 _BUFFER = 2**17
-# of a remote file that cannot be read, and the seconds before the second, doubled each time
+# for a remote file that cannot be read; the seconds of waiting double each time
 _ATTEMPTS, _WAIT = 6, 1.0
-# what a damaged file makes its reader raise
+# what readers raise for a damaged file
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, tarfile.TarError, csv.Error, ValueError)
+
+
+def format_of(path: PurePath) -> str | None:
+    """The format that a file's name says, compressed or not; None for an unknown ending."""
+    name = PurePath(path.name.lower())
+    return FORMATS.get((name.with_suffix("") if name.suffix in COMPRESSIONS else name).suffix)
 
 
 @dataclass(frozen=True)
@@ -50,10 +61,9 @@ class DataFile:
 
     Attributes:
         path: a local path or a URL that fsspec opens.
-        name: what a checkpoint knows it by: relative to the corpus's folder.
-        size: bytes; None where it is not known, and a remote path then names its revision.
-        format: "parquet", "json", "text", "csv", "tsv", "arrow" or "tar"; any of them may be compressed, as the name's
-            ending says.
+        name: tells it from others in a checkpoint: relative to the corpus's folder, with the ending of its compression.
+        size: in bytes; None for a file on the Hub, whose path has the revision in it.
+        format: one of `FORMATS`.
         changed: when a local file was last written, in nanoseconds.
     """
 
@@ -69,16 +79,16 @@ class DataFile:
 
     @property
     def compression(self) -> str | None:
-        return COMPRESSIONS.get(PurePosixPath(self.name.lower()).suffix)
+        return COMPRESSIONS.get(PurePath(self.name.lower()).suffix)
 
     def read(self, text_column: str, part: int = 0, parts: int = 1, start: int | None = None) -> Iterator[Row]:
-        """The documents of part `part` of `parts`, each in exactly one of them, from position `start` on.
+        """The documents of part `part` of `parts` from position `start` on; each document is in one of the parts.
 
-        A document that cannot be trained on is a `BadDocument`, and those after it are read all the same.
+        A `BadDocument` stands for one that cannot be trained on; those after it are read.
 
         Raises:
-            FileNotFoundError: the file is not there any more.
-            ValueError: it is damaged, cannot be reached after several attempts, or has no column `text_column`; the
+            FileNotFoundError: the file is gone.
+            ValueError: it is damaged, could not be reached in several attempts, or has no column `text_column`; the
                 message names it.
         """
         after, failures, where = start, 0, ""
@@ -94,7 +104,7 @@ class DataFile:
                 return
             except FileNotFoundError as error:
                 raise FileNotFoundError(
-                    f"{self.path} is not there any more: put it back as it was, or start a run without it"
+                    f"{self.path} does not exist any more: put it back as it was, or start a run without it"
                 ) from error
             except KeyError as error:
                 raise ValueError(
@@ -106,7 +116,7 @@ class DataFile:
                 if not self.remote and not isinstance(error, _DAMAGE):
                     raise
                 if self.remote and failures < _ATTEMPTS:
-                    # the network; a file that is damaged fails again
+                    # probably the network; a damaged file fails again
                     time.sleep(_WAIT * 2**failures)
                     continue
                 raise ValueError(
@@ -122,7 +132,7 @@ class DataFile:
     def open(self) -> Iterator[IO[bytes]]:
         """The file's contents, decompressed."""
         if self.compression == "zstd":
-            # what fsspec has for it depends on what is installed, and may take the first of several frames for the end
+            # fsspec's decompressor depends on what is installed, and may stop after the first of several frames
             with (
                 fsspec.open(self.path, "rb") as packed,
                 io.BufferedReader(pa.CompressedInputStream(packed, "zstd"), _BUFFER) as opened,
@@ -171,7 +181,7 @@ def _values(column: pa.Array) -> list[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        # Arrow does not look whether strings are UTF-8: only those that are not shall be lost
+        # Arrow does not check that strings are UTF-8: lose only those that are not
         plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
         found = plain.cast(pa.large_binary()).to_pylist()
         return [data if data is None else data.decode("utf-8", "surrogateescape") for data in found]
@@ -181,7 +191,7 @@ def _json(file: DataFile, column: str, part: int, parts: int, start: int | None)
     with file.open() as opened:
         if _is_array(opened):
             rows = json.loads(_decoded(opened.read()))
-            # datasets takes an array of strings for a column of this name
+            # an array of strings is a column "text", as for datasets
             strings = column == "text" and rows and isinstance(rows[0], str)
             for index in range(max(len(rows) * part // parts, start or 0), len(rows) * (part + 1) // parts):
                 text = rows[index] if strings else _text_of(rows[index], column)
@@ -189,14 +199,14 @@ def _json(file: DataFile, column: str, part: int, parts: int, start: int | None)
         elif file.compression is None:
             yield from _lines(opened, column, part, parts, start)
         else:
-            # nobody can jump into it: the parts take turns, and parse only their own lines
+            # no jump is possible: the parts take turns, and parse only their own lines
             for index, line in enumerate(opened):
                 if index % parts == part and index >= (start or 0) and not line.isspace():
                     yield _text_of_line(line, column), f"line {index + 1}", index + 1
 
 
 def _is_array(opened: IO[bytes]) -> bool:
-    """Whether the first character is [; the file is at its beginning afterwards."""
+    """Whether the first character is [; leaves the file at its beginning."""
     if isinstance(opened, io.BufferedReader) and not opened.seekable():
         return opened.peek(1).lstrip().startswith(b"[")
     first = b" "
@@ -226,7 +236,7 @@ def _lines(opened: IO[bytes], column: str, part: int, parts: int, start: int | N
 
 
 def _decoded(data: bytes) -> str:
-    # bytes that are no UTF-8 spoil the strings that they are in, and nothing else
+    # bytes that are not UTF-8 make only the strings that hold them unreadable
     return data.decode(json.detect_encoding(data), "surrogateescape")
 
 
@@ -234,7 +244,7 @@ def _text_of_line(line: bytes, column: str) -> Any:
     try:
         row = json.loads(_decoded(line))
     except (ValueError, RecursionError) as error:
-        return Unreadable(f"the line is no JSON ({error})")
+        return Unreadable(f"the line is not JSON ({error})")
     return _text_of(row, column)
 
 
@@ -251,17 +261,17 @@ def _text(file: DataFile, column: str, part: int, parts: int, start: int | None)
 
 
 def _universal_newlines(data: bytes) -> str:
-    """With the line ends of a file opened as text."""
+    """Decoded, with the line ends of a file opened as text."""
     return data.decode("utf-8", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _csv(
     file: DataFile, column: str, part: int, parts: int, start: int | None, *, delimiter: str = ","
 ) -> Iterator[Found]:
-    # the module's own limit is 128 Ki characters, and there is one for the whole process
+    # the limit of 128 Ki characters can only be changed for the whole process
     csv.field_size_limit(2**31 - 1)
     with file.open() as opened:
-        # line ends inside of quotes are the text's own
+        # line ends inside quotes belong to the text
         lines = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = _csv_rows(csv.reader(lines, delimiter=delimiter, strict=True))
         names = next(rows, [column])
@@ -275,7 +285,7 @@ def _csv(
                 continue
             value: Any
             if isinstance(row, csv.Error):
-                value = Unreadable(f"the row is no CSV ({row})")
+                value = Unreadable(f"the row is not CSV ({row})")
             elif len(row) != len(names):
                 value = Unreadable(f"the row has {len(row)} fields, the header {len(names)}")
             else:
@@ -290,35 +300,35 @@ def _csv_rows(reader: Iterator[list[str]]) -> Iterator[list[str] | csv.Error]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield error  # the next row begins on the next line
+            yield error  # and go on with the next line
 
 
 def _arrow(file: DataFile, column: str, part: int, parts: int, start: int | None) -> Iterator[Found]:
     with file.open_seekable() as opened:
         magic = opened.read(6)
         opened.seek(0)
-        # what datasets writes is a stream; Feather is a file
+        # datasets writes streams, Feather is a file
         reader = pa.ipc.open_file(opened) if magic == b"ARROW1" else pa.ipc.open_stream(opened)
         if column not in reader.schema.names:
             raise KeyError(", ".join(reader.schema.names))
         batches = map(reader.get_batch, range(reader.num_record_batches)) if magic == b"ARROW1" else reader
         before = 0
         for batch in batches:
-            # the parts take turns; the first row of this one's that is not before `start`
+            # the parts take turns: the first row of this part at or after `start`
             first = max(start or 0, before)
             first += (part - first) % parts
             rows = range(first, before + batch.num_rows, parts)
             values = batch.column(column)
             for index in range(0, len(rows), _BATCH_ROWS):
-                some = rows[index : index + _BATCH_ROWS]
-                taken = values.take(pa.array([row - before for row in some], pa.int64()))
-                for text, row in zip(_values(taken), some, strict=True):
+                chunk = rows[index : index + _BATCH_ROWS]
+                taken = values.take(pa.array([row - before for row in chunk], pa.int64()))
+                for text, row in zip(_values(taken), chunk, strict=True):
                     yield text, f"row {row + 1}", row + 1
             before += batch.num_rows
 
 
 def _tar(file: DataFile, column: str, part: int, parts: int, start: int | None) -> Iterator[Found]:
-    """WebDataset: files that share a name but for what comes after its first dot are a sample, and that is a column."""
+    """WebDataset: files with the same name up to its first dot are a sample, and the rest of the name is a column."""
     wanted = (column, "txt") if column == "text" else (column,)
     with file.open() as opened, tarfile.open(fileobj=opened, mode="r|", tarinfo=_Member) as archive:
         files = (member for member in archive if member.isfile() and _sample(member)[1])
@@ -334,19 +344,19 @@ def _tar(file: DataFile, column: str, part: int, parts: int, start: int | None) 
             if text is None:
                 text = Unreadable(f"no file that ends in .{' or .'.join(wanted)}, only .{', .'.join(found)}")
             yield text, f"sample {index + 1}", index + 1
-        while opened.read(_BUFFER):  # the checksum of a compressed one comes last
+        while opened.read(_BUFFER):  # the checksum of a compressed archive comes last
             pass
 
 
 class _Member(tarfile.TarInfo):
-    """Of an archive that ends where its end is marked, and not where it was cut."""
+    """Makes an archive without an end mark an error: it was cut."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Member":
         try:
             return super().fromtarfile(archive)
         except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
-            raise OSError("the archive has no end") from None
+            raise OSError("the archive has no end mark") from None
 
 
 def _sample(member: tarfile.TarInfo) -> tuple[str, str]:

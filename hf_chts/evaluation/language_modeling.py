@@ -1,6 +1,7 @@
 """Loss, perplexity and bits per byte of a language model, as a module of the `evaluate` library.
 
-`evaluate.load` copies this file out of the package and imports the copy, so it imports nothing of hf_chts.
+`evaluate.load` takes the path of this file and needs no network. It imports a copy of the file, which is why nothing of
+hf_chts is imported here.
 """
 
 import math
@@ -30,7 +31,7 @@ def language_modeling_scores(nll: ArrayLike, byte_lengths: ArrayLike) -> dict[st
     """`loss` (nats per token), `perplexity` and `bits_per_byte` of the predicted tokens of a text.
 
     Args:
-        nll: negative log-likelihood of each token in nats, (tokens,), any float type; added up in float64.
+        nll: negative log-likelihood of each token in nats, (tokens,), any float type; summed in float64.
         byte_lengths: UTF-8 bytes each of these tokens stands for, (tokens,), integers.
 
     Raises:
@@ -50,7 +51,7 @@ def language_modeling_scores(nll: ArrayLike, byte_lengths: ArrayLike) -> dict[st
     loss = float(nats.mean())
     return {
         "loss": loss,
-        # above 709 nats exp() leaves the range of a float: a diverged model, not an error of ours
+        # exp() overflows above 709 nats, which is a diverged model and not an error
         "perplexity": math.exp(loss) if not loss > 709 else math.inf,
         "bits_per_byte": float(nats.sum() / (math.log(2) * lengths.sum())),
     }
