@@ -1,5 +1,6 @@
 """A stream's batches, with worker processes, stopped anywhere and taken up again: the very same ones."""
 
+import gc
 import gzip
 import json
 import subprocess
@@ -213,7 +214,9 @@ def test_a_moved_folder_is_the_same_corpus(corpus, letters, tmp_path):
     assert take(again, 5) == take(stream_of(tmp_path / "elsewhere", letters).loader(), 35)[30:]
 
 
-def test_a_file_that_is_damaged_is_named_by_the_worker_that_reads_it(corpus, letters):
+def test_a_file_that_is_damaged_is_named_by_the_worker_that_reads_it(corpus, letters, monkeypatch):
+    # torch waits for so many seconds for each worker after an error
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     source = load_source(str(corpus))
     assert isinstance(source, FileSource)
     last = corpus / "train-00002-of-00003.parquet"
@@ -221,3 +224,4 @@ def test_a_file_that_is_damaged_is_named_by_the_worker_that_reads_it(corpus, let
     loader = BlockStream(source, letters, 16, shuffle=Shuffle(1000, 0)).loader(workers=2)
     with pytest.raises(ValueError, match=f"{last} could not be read"):
         take(loader, 200)
+    gc.collect()  # the workers' end, before the interval is as it was

@@ -1,8 +1,10 @@
-"""Tokens prepared ahead: the very blocks that the corpus gives, whatever is cut from them; begun, damaged, resumed."""
+"""Tokens prepared ahead: the same blocks as the corpus gives, of any size; damaged files; resumed preparation."""
 
 import json
 import pickle
+import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -33,11 +35,12 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("c") / "corpus", "parquet")
 
 
-@pytest.fixture
-def prepared(tmp_path, corpus, letters):
-    prepare(corpus, letters, tmp_path / "tokens", validation_fraction=0.2)
-    letters.save_pretrained(tmp_path / "letters")
-    return tmp_path / "tokens"
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, corpus, letters):
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(corpus, letters, folder / "tokens", validation_fraction=0.2)
+    letters.save_pretrained(folder / "letters")
+    return folder / "tokens"
 
 
 def load(prepared, vocab_size=257, **changes):
@@ -52,16 +55,11 @@ def ids_of(texts, tokenizer):
 @pytest.mark.parametrize("block_size", [7, 16, 1000])
 def test_packed_blocks_of_any_size(prepared, letters, block_size):
     data = load(prepared, block_size=block_size)
-    held_out = Holdout(0.2, 3)
-    for part, texts in (
-        (data.train, [text for text in TEXTS if not held_out(text)]),
-        (data.validation, [text for text in TEXTS if held_out(text)]),
-    ):
-        expected = ids_of(texts, letters)
+    for part, rest in ((data.train, True), (data.validation, False)):
+        expected = ids_of(filter(Holdout(0.2, 3, rest=rest), TEXTS), letters)
         assert len(part) == len(expected) // block_size
-        assert (
-            torch.cat([part[i]["input_ids"] for i in range(len(part))]).tolist() == expected[: len(part) * block_size]
-        )
+        found = torch.cat([part[i]["input_ids"] for i in range(len(part))]).tolist()
+        assert found == expected[: len(part) * block_size]
         assert torch.equal(part[0]["labels"], part[0]["input_ids"])
         assert part[0]["input_ids"].dtype == torch.long
         with pytest.raises(IndexError):
@@ -69,11 +67,8 @@ def test_packed_blocks_of_any_size(prepared, letters, block_size):
 
 
 def test_a_document_a_block(prepared, letters):
-    import datasets
-
     data = load(prepared, packing="truncate_and_pad", block_size=40)
-    held_out = Holdout(0.2, 3)
-    texts = [text for text in TEXTS if not held_out(text)]
+    texts = list(filter(Holdout(0.2, 3, rest=True), TEXTS))
     expected = pack_blocks(datasets.Dataset.from_dict({"text": texts}), letters, 40, "truncate_and_pad")
     assert len(data.train) == len(texts) == len(expected)
     for made, block in zip((data.train[i] for i in range(len(texts))), expected, strict=True):
@@ -107,14 +102,14 @@ def test_a_validation_split_of_its_own_and_many_files(tmp_path, letters):
 
 
 def test_bad_documents_are_refused_or_left_out_from_the_command_line(tmp_path, letters, capsys):
-    """What was made before it was refused is kept; the number left out stays in the index."""
+    """What was made before an error is kept; the number of skipped documents is in the index."""
     letters.save_pretrained(tmp_path / "letters")
     (tmp_path / "model.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
+    (tmp_path / "c").mkdir()
     for file in range(20):
         rows = [json.dumps({"text": f"file {file} row {row}"}) for row in range(5)]
         if file in (7, 19):
             rows.insert(2, '{"text": "a\\ud83d"}')
-        (tmp_path / "c").mkdir(exist_ok=True)
         (tmp_path / f"c/{file:02}.jsonl").write_text("\n".join(rows))
     options = ["prepare", "--dataset", tmp_path / "c", "--out", tmp_path / "out", "--workers", 1]
     options += ["--tokenizer", tmp_path / "letters", "--model", tmp_path / "model.json"]
@@ -129,7 +124,7 @@ def test_bad_documents_are_refused_or_left_out_from_the_command_line(tmp_path, l
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in begun} == begun
     index = TokenIndex.load(tmp_path / "out")
     assert [shard.skipped for shard in index.splits["train"]] == [int(file in (7, 19)) for file in range(20)]
-    # an index of before there were counts
+    # the first indices had no counts
     path = tmp_path / "out/hf_chts_tokens.json"
     path.write_text(path.read_text().replace(',\n    "skipped": 0', ""))
     assert path.read_text().count("skipped") == 2
@@ -139,7 +134,7 @@ def test_bad_documents_are_refused_or_left_out_from_the_command_line(tmp_path, l
 def test_by_several_processes_and_from_the_command_line(tmp_path, corpus, prepared, letters, capsys):
     (tmp_path / "model.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
     run = {"model": str(tmp_path / "model.json"), "dataset": "somewhere/else", "seed": 3, "learning_rate": 1e-3}
-    run |= {"tokenizer": str(tmp_path / "letters"), "validation_fraction": "2e-1", "max_eval_tokens": None}
+    run |= {"tokenizer": str(prepared.parent / "letters"), "validation_fraction": "2e-1", "max_eval_tokens": None}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     out = tmp_path / "again"
     options = ["--config", tmp_path / "run.yaml", "--dataset", corpus, "--out", out, "--workers", 2]
@@ -168,14 +163,14 @@ def test_taken_up_where_it_was_left(tmp_path, corpus, letters, monkeypatch):
     assert not (out / "hf_chts_tokens.json").exists()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tokens")}
     assert len(before) == 10
-    # what a shard that was being made left behind is never taken for one
+    # what was written of a shard is not taken for a shard
     (out / ".train-00005.tokens.123").write_bytes(b"half")
     monkeypatch.setattr(token_preparation, "make_shard", make)
     index = prepare(corpus, letters, out)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     whole = prepare(corpus, letters, tmp_path / "whole")
     assert index.splits == whole.splits
-    # a shard that was damaged meanwhile is found
+    # a shard that has been damaged is found
     path = next(path for path in sorted(before) if path.stat().st_size)
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(ValueError, match=f"{path} is damaged, its checksum differs"):
@@ -209,10 +204,11 @@ def first_tokens(directory):
         (lambda d: None, {"block_size": 10**6, "max_eval_tokens": None}, ValueError, r"fewer than one block"),
     ],
 )
-def test_what_does_not_fit_is_refused(prepared, damage, changes, error, message):
-    damage(prepared)
+def test_what_does_not_fit_is_refused(tmp_path, prepared, damage, changes, error, message):
+    shutil.copytree(prepared.parent, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "tokens")
     with pytest.raises(error, match=message):
-        load(prepared, **changes)
+        load(tmp_path / "tokens", **changes)
 
 
 def test_wide_tokens_for_a_large_vocabulary(tmp_path, corpus, letters, monkeypatch):
@@ -220,8 +216,7 @@ def test_wide_tokens_for_a_large_vocabulary(tmp_path, corpus, letters, monkeypat
     index = prepare(corpus, letters, tmp_path / "tokens")
     assert index.dtype == "<u4"
     tokens = np.concatenate([np.fromfile(p, "<u4") for p in sorted((tmp_path / "tokens").glob("train-*.tokens"))])
-    held_out = Holdout(0.05, 3)
-    assert tokens.tolist() == ids_of([text for text in TEXTS if not held_out(text)], letters)
+    assert tokens.tolist() == ids_of(filter(Holdout(0.05, 3, rest=True), TEXTS), letters)
 
 
 def test_training_on_prepared_tokens_resumes_bit_for_bit(tmp_path, prepared):
@@ -233,18 +228,15 @@ def test_training_on_prepared_tokens_resumes_bit_for_bit(tmp_path, prepared):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def run(name, checkpoint=None):
+        settings = {"max_steps": 9, "save_steps": 4, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2}
         trainer = Recording(
             model=tiny_llama(vocab_size=257),
-            args=arguments(
-                tmp_path / name, max_steps=9, save_steps=4, gradient_accumulation_steps=2, dataloader_num_workers=2
-            ),
+            args=arguments(tmp_path / name, **settings),
             sparsity=case_config(update_interval=3),
             train_dataset=load(prepared).train,
         )
         trainer.train(resume_from_checkpoint=checkpoint)
         return weights(trainer)
 
-    unbroken = run("a")
-    resumed = run("b", str(tmp_path / "a/checkpoint-4"))
-    assert same_weights(unbroken, resumed)
+    assert same_weights(run("a"), run("b", str(tmp_path / "a/checkpoint-4")))
     assert seen[str(tmp_path / "b")] == seen[str(tmp_path / "a")][8:]

@@ -1,4 +1,4 @@
-"""Who reads which documents, worked out by brute force: none lost, none twice, whatever is dealt to whom."""
+"""Which reader gets which documents, checked by brute force: none is lost and none comes twice."""
 
 from collections import Counter
 from itertools import islice
@@ -13,7 +13,7 @@ from hf_chts.data.windows import Place, Shuffle, pieces_of_reader, read_ahead, w
 
 
 class Shards:
-    """Documents in shards of given sizes; `reads` has what was read of each: (shard, first row)."""
+    """Documents in shards of given sizes; `reads` has the reads: (shard, first row)."""
 
     identity: dict = {}  # noqa: RUF012
     cache_key = None
@@ -40,7 +40,7 @@ SIZES = [(40,), (1, 2, 3), (0, 9, 0), (5, 30, 1, 17), (3,) * 20, (7,) * 40]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("readers", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("readers", [1, 2, 3, 6])
 @pytest.mark.parametrize("buffer", [0, 1, 4, 1000])
 def test_an_epoch_is_every_document_once(sizes, readers, buffer):
     source = Shards(*sizes)
