@@ -4,14 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hf_chts.topology import schedules
 from hf_chts.topology.parts import SPARSITY_SCHEDULES
 from hf_chts.topology.softness import temperature
-
-if TYPE_CHECKING:
-    from hf_chts.config import SparsityConfig
 
 
 @dataclass(frozen=True)
@@ -19,13 +16,14 @@ class SchedulePlan:
     """The schedules of one run. Steps count finished optimizer steps: an update at step 100 follows the 100th.
 
     Attributes:
+        config: the SparsityConfig, which makes its plan itself.
         window_end: the last multiple of update_interval in the window of updates; 0 where nothing evolves.
         decay_end: the update at which the final sparsity is reached; 0 if sparsity is constant.
         floor: what sparsity does not fall below: that of a model which is ahead of the schedule.
         idle: multiples of update_interval in the window at which an update could change nothing, so that there is none.
     """
 
-    config: "SparsityConfig"
+    config: Any
     max_steps: int
     window_end: int
     decay_end: int
@@ -35,7 +33,7 @@ class SchedulePlan:
     @classmethod
     def of(
         cls,
-        config: "SparsityConfig",
+        config: Any,
         max_steps: int,
         *,
         floor: float = 0.0,
