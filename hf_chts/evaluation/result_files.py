@@ -1,14 +1,13 @@
 """Results on disk: JSON, Markdown and a figure."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_chts.evaluation.comparison import compare_models
 from hf_chts.evaluation.tables import results_table
-from hf_chts.files.atomic import whole_file, write_whole
+from hf_chts.files.atomic import finite_or_null, whole_file, write_whole
 from hf_chts.machine import check_can_write
 from hf_chts.markdown import picture
 
@@ -24,7 +23,7 @@ def write_results(results: Sequence[dict[str, Any]], path: Path, *, baseline: st
 def results_json(results: Sequence[dict[str, Any]]) -> str:
     """The JSON that `write_results` writes, without the line break at the end."""
     kept = [{key: value for key, value in result.items() if key != "documents"} for result in results]
-    return json.dumps(_finite(kept), indent=2, allow_nan=False, default=_plain)
+    return json.dumps(finite_or_null(kept), indent=2, allow_nan=False, default=_plain)
 
 
 def write_report(results: Sequence[dict[str, Any]], path: Path, *, baseline: str | None = None) -> tuple[Path, Path]:
@@ -70,12 +69,4 @@ def check_output(path: Path) -> None:
 
 def _plain(value: Any) -> Any:
     """A number or text for what JSON does not know, such as a task's version that YAML reads as a date."""
-    return _finite(value.item()) if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite_or_null(value.item()) if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)

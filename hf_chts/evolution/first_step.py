@@ -16,9 +16,9 @@ def check_first_step(engine: Engine, layers: Mapping[str, MaskedLayer]) -> None:
 
     NaN is left to those who look for it: a gradient that is NaN may have been spread by clipping.
     """
-    found = [any(engine.strays(layer, finite=True).values()) for layer in layers.values()]
+    found = [any(layer.storage.strays(engine, finite=True).values()) for layer in layers.values()]
     if layers and rank_and_world()[1] > 1:
-        device = next(iter(layers.values())).mask.device
+        device = next(iter(layers.values())).storage.device
         anywhere = torch.tensor(found, dtype=torch.int32, device=device)
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
         found = anywhere.bool().tolist()

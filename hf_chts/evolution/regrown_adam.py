@@ -36,7 +36,7 @@ class RegrownAdam:
         update_interval: optimizer steps between topology updates.
 
     Attributes:
-        born: int16 by name, for this rank's extent of the weight (`Engine.store`): the number of the update, from 1,
+        born: int16 by name, for this rank's extent of the weight (`Engine.zeros`): the number of the update, from 1,
             that regrew a link; 0 for links that were there from the start, and off the mask.
     """
 
@@ -44,7 +44,7 @@ class RegrownAdam:
         self.layers = layers
         self.engine = engine
         self.update_interval = update_interval
-        self.born = {name: torch.zeros_like(engine.store(x), dtype=torch.int16) for name, x in layers.items()}
+        self.born = {name: torch.zeros_like(engine.zeros(x), dtype=torch.int16) for name, x in layers.items()}
         # (interval, positions, births) of the links that are young enough to correct, in the interval between updates
         self._young: dict[str, tuple[int, Tensor, Tensor]] = {}
 
@@ -73,13 +73,8 @@ class RegrownAdam:
                 f"{number}: raise update_interval, or set regrown_adam to global_steps"
             )
 
-    def regrow(self, name: str, before: Tensor, after: Tensor, update: int) -> None:
-        """Note an update of a layer's mask, bool as the weight lies, that was number `update`."""
-        born = self.born[name]
-        start, stop = self.engine.extent(self.layers[name])
-        before, after = (mask.reshape(-1)[start:stop].view_as(born) for mask in (before, after))
-        born.masked_fill_(~after, 0)
-        born.masked_fill_(after & ~before, update)
+    def changed(self, name: str) -> None:
+        """The layer's links, and `born` with them, have changed."""
         self._young.pop(name, None)
 
     def restore(self, name: str, born: Tensor) -> None:
@@ -91,8 +86,6 @@ class RegrownAdam:
     @torch.no_grad()
     def correct(self, optimizer: Any, step: int) -> None:
         """Correct the step that `optimizer` has just taken, the one that makes it `step` finished steps."""
-        if getattr(optimizer, "step_was_skipped", False):  # the GradScaler's, on overflow
-            return
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
             state, group = optimizer.state.get(layer.weight, {}), groups.get(id(layer.weight))

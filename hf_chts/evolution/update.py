@@ -1,41 +1,22 @@
 """What a topology update does with the layers that one rank evolves: the config's parts put together."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from hf_chts.config import SparsityConfig
 from hf_chts.layers.initial_masks import block_links
 from hf_chts.schedule_plan import SchedulePlan
-from hf_chts.topology import link_prediction, link_sampling, scores
-from hf_chts.topology.evolution import Choice, Evolution, joined, regrow, remove, reselect
+from hf_chts.topology.evolution import Choice, LayerEvolution, joined, regrow, remove, selected
+from hf_chts.topology.parts import REGROWTH, REMOVAL, Part
 from hf_chts.topology.percolation import Junction, percolate
 from hf_chts.topology.random_streams import random_stream
 from hf_chts.topology.softness import temperature
-
-# The parts that a config names
-SCORES: dict[str, Callable[..., Tensor]] = {
-    "magnitude": scores.magnitude,
-    "magnitude_by_sign": scores.magnitude_by_sign,
-    "relative_importance": scores.relative_importance,
-    "mest": scores.mest,
-    "random": scores.random,
-    "gradient": scores.gradient,
-    "ch2_l3n": link_prediction.ch2_l3n,
-    "ch3_l3n": link_prediction.ch3_l3n,
-    "ch3_1_l3n": link_prediction.ch3_1_l3n,
-}
-NEED_GRADIENT = ("mest", "gradient")
-# soft regrowth that needs no scores
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "ch2_l3n": link_sampling.sample_ch2_l3n,
-    "ch3_l3n": link_sampling.sample_ch3_l3n,
-}
 
 # Layers that are evolved at a time in one process: each holds several copies of itself meanwhile
 _WORKERS = 4
@@ -68,11 +49,11 @@ class TopologyUpdate:
     blocks: Mapping[str, int] = field(default_factory=dict)
     softness: Mapping[str, float] = field(default_factory=dict)
 
-    def evolve(self, group: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, Evolution]:
+    def evolve(self, group: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, LayerEvolution]:
         """Evolve layers that are coupled, or one that is not; `weights` are theirs, (out, in), read only."""
         pieces = {name: self._pieces(name) for name in group}
-        if self.plan.config.regrowth == "stored":
-            return {name: joined([self._reselect(p, weights[name]) for p in pieces[name]]) for name in group}
+        if self._part("regrowth").kind == "selection":
+            return {name: joined([self._select(p, weights[name]) for p in pieces[name]]) for name in group}
         stay, kept = {}, {}
         for name in group:
             halves = [self._remove(piece, weights[name]) for piece in pieces[name]]
@@ -83,7 +64,10 @@ class TopologyUpdate:
             met = [name for junction in junctions for name in junction.layers if name in self.masks]
             fixed = {name: self.masks[name] for name in met if name not in kept}
             kept = percolate(kept | fixed, junctions, fixed)
-        return {name: joined([self._regrow(piece, stay[name], kept[name]) for piece in pieces[name]]) for name in group}
+        return {
+            name: joined([self._regrow(piece, weights[name], stay[name], kept[name]) for piece in pieces[name]])
+            for name in group
+        }
 
     def _pieces(self, name: str) -> "list[_Piece]":
         rows, n = self.masks[name].shape[0], self.blocks.get(name, 1)
@@ -92,14 +76,11 @@ class TopologyUpdate:
             for i in range(n)
         ]
 
-    def _reselect(self, piece: "_Piece", weight: Tensor) -> Evolution:
-        return reselect(
-            weight[piece.rows],
-            self.masks[piece.layer][piece.rows],
-            self.stored[piece.layer][piece.rows],
-            links=piece.links,
-            generator=self._stream(piece, "pruning"),
-        )
+    def _select(self, piece: "_Piece", weight: Tensor) -> LayerEvolution:
+        mask = self.masks[piece.layer][piece.rows]
+        given = {"links": piece.links, "generator": self._stream(piece, "pruning")}
+        chosen = self._part("regrowth")(self.plan.config, **self._given(piece, weight, mask), **given)
+        return selected(mask, chosen)
 
     def _remove(self, piece: "_Piece", weight: Tensor) -> tuple[Tensor, Tensor]:
         config = self.plan.config
@@ -110,33 +91,42 @@ class TopologyUpdate:
             links=piece.links,
             drop_fraction=self.plan.drop_fraction(self.step),
             removal=Choice(
-                self._score(config.removal, piece),
+                self._score("removal", piece),
                 config.removal_choice == "soft",
                 self.plan.temperature(self.step) if softness is None else temperature(softness),
             ),
-            pruning=Choice(self._score(config.pruning, piece)),
+            pruning=Choice(self._score("pruning", piece)),
             streams=partial(self._stream, piece),
         )
 
-    def _regrow(self, piece: "_Piece", stay: Tensor, kept: Tensor) -> Evolution:
-        config = self.plan.config
+    def _regrow(self, piece: "_Piece", weight: Tensor, stay: Tensor, kept: Tensor) -> LayerEvolution:
+        config, part = self.plan.config, self._part("regrowth")
+
+        def score(mask: Tensor) -> Tensor:
+            left = {"weight": weight.where(kept, 0)} if "weight" in part.needs else {}
+            return part(config, **self._given(piece, weight, mask) | {n: w[piece.rows] for n, w in left.items()})
+
         return regrow(
             self.masks[piece.layer][piece.rows],
             stay[piece.rows],
             kept[piece.rows],
             links=piece.links,
-            regrowth=Choice(
-                self._score(config.regrowth, piece),
-                config.regrowth_choice == "soft",
-                sampler=SAMPLERS.get(config.regrowth),
-            ),
+            regrowth=Choice(score, config.regrowth_choice == "soft", sampler=part.sampler),
             streams=partial(self._stream, piece),
         )
 
-    def _score(self, part: str, piece: "_Piece") -> Callable[..., Tensor]:
-        if part not in NEED_GRADIENT:
-            return SCORES[part]
-        return partial(SCORES[part], grad=self.gradients[piece.layer][piece.rows])
+    def _part(self, field: str) -> Part:
+        parts = REGROWTH if field == "regrowth" else REMOVAL
+        return parts[getattr(self.plan.config, field)]
+
+    def _score(self, field: str, piece: "_Piece") -> Callable[[Tensor, Tensor], Tensor]:
+        part = self._part(field)
+        return lambda weight, mask: part(self.plan.config, **self._given(piece, None, mask) | {"weight": weight})
+
+    def _given(self, piece: "_Piece", weight: Tensor | None, mask: Tensor) -> dict[str, Any]:
+        """What a part may need of the rows of a piece; `weight` is of the whole layer."""
+        found = {"weight": weight, "grad": self.gradients.get(piece.layer), "stored": self.stored.get(piece.layer)}
+        return {"mask": mask} | {name: whole[piece.rows] for name, whole in found.items() if whole is not None}
 
     def _stream(self, piece: "_Piece", purpose: str) -> torch.Generator:
         layer = list(self.masks).index(piece.layer)
@@ -179,14 +169,8 @@ def in_threads(evolve: Callable[[list[str]], _T], groups: Sequence[list[str]], d
         torch.set_num_threads(threads)  # MKL's number is not a thread's own
 
 
-def update_cost(shape: Sequence[int], regrowth: str, choice: str) -> float:
+def update_cost(shape: tuple[int, int], config: SparsityConfig) -> float:
     """Roughly how many operations an update of a layer of `shape` (out, in) takes, to share layers out over ranks."""
-    out_features, in_features = shape
-    numel = out_features * in_features
-    selection = 100.0 * numel
-    if choice == "soft" and regrowth in SAMPLERS:
-        # pairs of nodes are compared by their links, 64 at a time, for a share of the links
-        return selection + numel * (out_features + in_features) / 64
-    if regrowth.endswith("_l3n"):
-        return selection + 4.0 * numel * (out_features + in_features)
-    return selection * math.log2(max(numel, 2)) / 16
+    part = REGROWTH[config.regrowth]
+    drawn = config.regrowth_choice == "soft" and part.sampler is not None
+    return (part.sampler_cost if drawn else part.cost)(*shape)

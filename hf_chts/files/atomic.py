@@ -1,9 +1,10 @@
 """Writing files and directories whole or not at all, so that no reader and no crash ever sees half of one."""
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +42,15 @@ def write_whole(path: str | Path, data: bytes | str) -> None:
 def write_json(path: str | Path, contents: Any, *, indent: int = 1) -> None:
     """Write `contents` as JSON to `path`, as `whole_file` does."""
     write_whole(path, json.dumps(contents, indent=indent))
+
+
+def finite_or_null(contents: Any) -> Any:
+    """What JSON can hold of nested `contents`: NaN and infinity, for which it has no word, become None."""
+    if isinstance(contents, Mapping):
+        return {name: finite_or_null(value) for name, value in contents.items()}
+    if isinstance(contents, list | tuple):
+        return [finite_or_null(value) for value in contents]
+    return None if isinstance(contents, float) and not math.isfinite(contents) else contents
 
 
 @contextmanager

@@ -22,9 +22,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_chts.evolution.update_figures import LayerUpdate
 from hf_chts.files.atomic import write_whole
 from hf_chts.records.snapshots import save_snapshot, snapshot_layers, snapshot_path, snapshot_paths, snapshot_steps
-from hf_chts.records.update_figures import LayerUpdate
 from hf_chts.schedule_plan import SchedulePlan
 
 RECORD_DIR = "topology"
@@ -100,7 +100,7 @@ class RunRecord:
         except OSError as error:
             self._writes = False
             _log.warning(
-                "The topology is no longer recorded in %s (%s). Training goes on, and the report will lack what follows",
+                "The topology is no longer recorded in %s (%s). Training goes on; the report will lack what follows",
                 self.directory,
                 error,
             )

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hf_chts.files.atomic import write_whole
+from hf_chts.names import layer_kind
 from hf_chts.schedule_plan import SchedulePlan
 
 FORMAT = "hf_chts topology snapshot, 1"
@@ -74,11 +75,6 @@ def snapshot_layers(names: list[str]) -> list[str]:
         kinds.setdefault(layer_kind(name), []).append(name)
     chosen = [layer for kind in (*list(kinds)[:1], *list(kinds)[-1:]) for layer in (kinds[kind][0], kinds[kind][-1])]
     return list(dict.fromkeys(chosen))
-
-
-def layer_kind(name: str) -> str:
-    """A layer's name without numbers, which its siblings in other blocks share."""
-    return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def snapshot_path(directory: Path, step: int) -> Path:

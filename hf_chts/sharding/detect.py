@@ -5,9 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_chts.layers.masked_layer import MaskedLayer
-from hf_chts.layers.plain_weight import check_places, check_plain
-from hf_chts.sharding.interface import Engine
+from hf_chts.sharding.interface import Engine, SparseLayer
 from hf_chts.sharding.optimizer_state import check_state
 from hf_chts.sharding.replicated import ReplicatedWeights
 from hf_chts.sharding.zero import ZeroStage3Weights, ZeroStage12Weights
@@ -26,7 +24,7 @@ _ELEMENTWISE = (
 _IMPOSSIBLE = ("lbfgs", "lomo", "galore", "apollo", "onebit", "zeroone", "4bit", "8bit", "fp8")
 
 
-def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: Any) -> Engine:
+def engine_of(model: nn.Module, layers: Mapping[str, SparseLayer], optimizer: Any) -> Engine:
     """The engine that holds the weights of `layers`. Collective; to be called when model and optimizer are prepared.
 
     Args:
@@ -38,10 +36,6 @@ def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: An
         ValueError: the engine, the optimizer, or what holds a layer's weight, is one with which topologies cannot be
             evolved rightly; the message names it.
     """
-    check_places(model, layers)
-    for name, layer in layers.items():
-        check_plain(name, layer)
-        layer.mask_by_hook()  # load_state_dict(assign=True) puts another tensor in the weight's place
     scaler = getattr(optimizer, "scaler", None)
     while type(optimizer).__module__.startswith("accelerate."):
         optimizer = optimizer.optimizer
@@ -73,10 +67,10 @@ def engine_of(model: nn.Module, layers: Mapping[str, MaskedLayer], optimizer: An
         check_fsdp2(model, layers)
         return Fsdp2Weights(layers.values(), optimizer, scale)
     for name, layer in layers.items():
-        if layer.weight.shape != layer.mask.shape:
+        if layer.weight.shape != layer.storage.parameter_shape:
             raise ValueError(
-                f"{name} has a weight of {tuple(layer.weight.shape)} and a mask of {tuple(layer.mask.shape)} under "
-                f"{kind}: what holds the weight is none of DDP, FSDP2, and DeepSpeed ZeRO 1, 2 and 3"
+                f"{name} has a weight of {tuple(layer.weight.shape)} where {tuple(layer.storage.parameter_shape)} is "
+                f"expected, under {kind}: what holds the weight is none of DDP, FSDP2, and DeepSpeed ZeRO 1, 2 and 3"
             )
     return ReplicatedWeights(optimizer, scale, mixing=mixing)
 
@@ -112,7 +106,7 @@ def _kind(optimizer: Any) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def _check_stage_3(layers: Mapping[str, MaskedLayer], optimizer: Any) -> None:
+def _check_stage_3(layers: Mapping[str, SparseLayer], optimizer: Any) -> None:
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
         raise ValueError("ZeRO stage 3 keeps weights or moments on NVMe, which is not supported: offload to the CPU")
     for name, layer in layers.items():

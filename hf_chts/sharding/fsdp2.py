@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hf_chts.layers.masked_layer import MaskedLayer
-from hf_chts.sharding.interface import ShardedEngine, in_groups, moments
+from hf_chts.sharding.interface import ShardedEngine, SparseLayer, in_groups, moments
 from hf_chts.sharding.partitions import held_part
 
 
@@ -21,7 +20,7 @@ class Fsdp2Weights(ShardedEngine):
 
     def __init__(
         self,
-        layers: Iterable[MaskedLayer],
+        layers: Iterable[SparseLayer],
         optimizer: torch.optim.Optimizer,
         loss_scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
@@ -29,14 +28,14 @@ class Fsdp2Weights(ShardedEngine):
         self.loss_scale = loss_scale
         super().__init__(layers)
 
-    def optimizes(self, layer: MaskedLayer) -> bool:
+    def optimizes(self, layer: SparseLayer) -> bool:
         return in_groups(layer.weight, self.optimizer)
 
-    def find_extent(self, layer: MaskedLayer) -> tuple[int, int]:
+    def find_extent(self, layer: SparseLayer) -> tuple[int, int]:
         part, start = held_part(_sharded(layer))
         return start, start + part.numel()
 
-    def held(self, layer: MaskedLayer) -> dict[str, Tensor]:
+    def held(self, layer: SparseLayer) -> dict[str, Tensor]:
         weight = _sharded(layer)
         held = {"weight": weight.detach().to_local()}  # type: ignore[attr-defined]
         if weight.grad is not None:
@@ -45,14 +44,14 @@ class Fsdp2Weights(ShardedEngine):
         return held | {name: value.to_local() for name, value in found.items() if isinstance(value, DTensor)}
 
 
-def _sharded(layer: MaskedLayer) -> DTensor:
+def _sharded(layer: SparseLayer) -> DTensor:
     weight = layer.weight
     if not isinstance(weight, DTensor):
         raise RuntimeError("a weight is gathered at the moment: ask between a backward pass and the next forward")
     return weight
 
 
-def check_fsdp2(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
+def check_fsdp2(model: nn.Module, layers: Mapping[str, SparseLayer]) -> None:
     """Raises ValueError, naming the layer, if a weight is not under `fully_shard`."""
     managed = {
         id(module) for wrapper in model.modules() if isinstance(wrapper, FSDPModule) for module in wrapper.modules()

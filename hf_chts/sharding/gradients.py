@@ -14,13 +14,13 @@ class DenseGradient(ABC):
     """Adds up a layer's dense gradient over the micro-batches of a step, in fp32.
 
     Args:
-        mask: the layer's, of the weight's shape.
+        shape, device: of the dense weight, as it lies in the layer.
         owner: the rank that the mean over all ranks goes to.
         loss_scale: what the loss is multiplied by, when asked in the backward pass.
     """
 
-    def __init__(self, mask: Tensor, owner: int, loss_scale: Callable[[], float]) -> None:
-        self.mask = mask
+    def __init__(self, shape: torch.Size, device: torch.device, owner: int, loss_scale: Callable[[], float]) -> None:
+        self.shape, self.device = shape, device
         self.owner = owner
         self.loss_scale = loss_scale
         self.sum: Tensor | None = None
@@ -36,13 +36,13 @@ class DenseGradient(ABC):
 
     def _accumulate(self, grad: Tensor) -> None:
         if self.sum is None:
-            self.sum = torch.zeros(self.mask.shape, dtype=torch.float32, device=self.mask.device)
+            self.sum = torch.zeros(self.shape, dtype=torch.float32, device=self.device)
         self.sum.add_(grad, alpha=1 / self.loss_scale())
 
     def _take_mean(self) -> Tensor:
         _, world_size = rank_and_world()
         if self.sum is None:  # the layer took no part in the step
-            return torch.zeros(self.mask.shape, dtype=torch.float32, device=self.mask.device)
+            return torch.zeros(self.shape, dtype=torch.float32, device=self.device)
         total, self.sum = self.sum, None
         return total.div_(world_size)
 

@@ -5,59 +5,76 @@ them, some rows, or any stretch. Engines say which run that is and which tensors
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.sharding.gradients import DenseGradient, ReducedGradient
 from hf_chts.sharding.partitions import whole_weight
 from hf_chts.sharding.ranks import rank_and_world
-from hf_chts.topology.bits import link_positions
 
-# What torch's Adamax and Rprop keep of each weight is above 0 from the first step on, by which a weight whose gradient
-# is 0 does not move
-_NEVER_ZERO = ("exp_inf", "step_size")
+
+class Storage(Protocol):
+    """What engines ask of how a layer's links are stored (hf_chts/layers/links.py)."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def weight_shape(self) -> torch.Size: ...
+    @property
+    def parameter_shape(self) -> torch.Size: ...
+
+
+class SparseLayer(Protocol):
+    """A layer whose weight an engine holds."""
+
+    weight: Tensor
+
+    @property
+    def storage(self) -> Storage: ...
 
 
 class Engine(ABC):
-    """Holds the weights, gradients and optimizer moments of masked layers.
+    """Holds the parameters, gradients and optimizer moments of sparse layers: says where they are, and moves them.
 
-    Everything is laid out as the weight lies, `layer.mask.shape`; `layer.matrix` views it as (out, in). The methods
-    that are said to be collective are called by all ranks, for the same layers in the same order.
+    Everything has the layout of the layer's parameter, `layer.storage.parameter_shape`. All ranks call the methods
+    marked collective, for the same layers in the same order.
     """
 
     #: whether a rank holds a part of each weight, so that whole ones must be gathered
     sharded: ClassVar[bool] = False
 
+    #: whether the optimizer may move a weight whose gradient is 0, so that missing links must be set to 0 after a step
+    moves_missing_links: bool = False
+
     #: what multiplies the loss, hence the gradients, at this moment: that of a gradient scaler
     loss_scale: Callable[[], float] = staticmethod(lambda: 1.0)
 
     @abstractmethod
-    def extents(self, layer: MaskedLayer) -> Sequence[tuple[int, int]]:
+    def extents(self, layer: SparseLayer) -> Sequence[tuple[int, int]]:
         """(start, stop) of the elements of the layer's weight that each rank holds, by rank; (n, n) for none."""
 
     @abstractmethod
-    def optimizes(self, layer: MaskedLayer) -> bool:
+    def optimizes(self, layer: SparseLayer) -> bool:
         """Whether the optimizer has the layer's weight: it has not what was frozen when it was made."""
 
-    def trained(self, layers: Mapping[str, MaskedLayer]) -> list[str]:
+    def trained(self, layers: Mapping[str, SparseLayer]) -> list[str]:
         """The names of the layers whose weights train at this moment, on every rank. Collective.
 
         The others were frozen, or never given to the optimizer.
         """
         trains = [layer.weight.requires_grad and self.optimizes(layer) for layer in layers.values()]
         if layers and rank_and_world()[1] > 1:
-            agreed = torch.tensor(trains, dtype=torch.int32, device=next(iter(layers.values())).mask.device)
+            agreed = torch.tensor(trains, dtype=torch.int32, device=next(iter(layers.values())).storage.device)
             dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
             trains = agreed.bool().tolist()
         return [name for name, train in zip(layers, trains, strict=True) if train]
 
     @abstractmethod
-    def held(self, layer: MaskedLayer) -> dict[str, Tensor]:
+    def held(self, layer: SparseLayer) -> dict[str, Tensor]:
         """The live tensors that cover this rank's extent, by name: flat, or whole and of the weight's shape.
 
         "weight" comes first and is what the optimizer steps on: the fp32 master weight where the engine has one. Others
@@ -65,19 +82,19 @@ class Engine(ABC):
         Of a weight that the optimizer does not have, what there is.
         """
 
-    def copies(self, layer: MaskedLayer) -> dict[str, Tensor]:
+    def copies(self, layer: SparseLayer) -> dict[str, Tensor]:
         """The live tensors that this rank holds whole beside its extent, by name, of the weight's shape.
 
         Which there are is the same on all ranks.
         """
         return {}
 
-    def extent(self, layer: MaskedLayer) -> tuple[int, int]:
+    def extent(self, layer: SparseLayer) -> tuple[int, int]:
         """(start, stop) of the elements of the layer's weight that this rank holds."""
         return self.extents(layer)[rank_and_world()[0]]
 
     def gather(
-        self, destinations: Sequence[tuple[MaskedLayer, int]], pieces: Sequence[Tensor] | None = None
+        self, destinations: Sequence[tuple[SparseLayer, int]], pieces: Sequence[Tensor] | None = None
     ) -> list[Tensor | None]:
         """Bring whole weights together, each on one rank. Collective.
 
@@ -100,7 +117,7 @@ class Engine(ABC):
             piece = (self.held(layer)["weight"] if pieces is None else pieces[tag]).detach().reshape(-1)
             extents = self.extents(layer)
             if destination == rank:
-                whole = torch.empty(layer.mask.shape, dtype=piece.dtype, device=layer.mask.device)
+                whole = torch.empty(layer.storage.parameter_shape, dtype=piece.dtype, device=layer.storage.device)
                 for source, (start, stop) in enumerate(extents):
                     part = whole.view(-1)[start:stop]
                     if source == rank:
@@ -110,7 +127,7 @@ class Engine(ABC):
                 found.append(whole)
             else:
                 if piece.numel():
-                    piece = piece.to(layer.mask.device)
+                    piece = piece.to(layer.storage.device)
                     transfers.append(dist.P2POp(dist.isend, piece, destination, tag=tag))
                 found.append(None)
         if transfers:
@@ -118,127 +135,50 @@ class Engine(ABC):
                 work.wait()
         return found
 
-    def whole(self, layer: MaskedLayer, piece: Tensor | None = None) -> Tensor:
+    def whole(self, layer: SparseLayer, piece: Tensor | None = None) -> Tensor:
         """The whole weight, or what `piece` is this rank's extent of, on every rank, to read. Collective."""
         if piece is None and not self.optimizes(layer):
             return whole_weight(layer.weight)
         (tensor,) = self.gather([(layer, 0)], None if piece is None else [piece])
         if tensor is None:
             like = self.held(layer)["weight"] if piece is None else piece
-            tensor = torch.empty(layer.mask.shape, dtype=like.dtype, device=layer.mask.device)
+            tensor = torch.empty(layer.storage.parameter_shape, dtype=like.dtype, device=layer.storage.device)
         dist.broadcast(tensor, src=0)
         return tensor
 
-    @torch.no_grad()
-    def set_topology(self, layer: MaskedLayer, mask: Tensor, stored: Tensor | None = None) -> None:
-        """Give the layer a new mask; every weight, gradient and moment of the links that go becomes 0. Collective.
-
-        Links that come were 0 in all of them, by the invariant, and stay so; with `stored` they start with its weight,
-        and the weights of the links that go are put there.
-
-        Args:
-            mask: bool of the weight's shape, the same on all ranks.
-            stored: what `store` or `cut` returned for the layer.
-        """
-        mask = mask.to(layer.mask.device)
-        held, copies = self.held(layer), self.copies(layer)
-        gone = link_positions(layer.mask & ~mask)
-        for tensor in copies.values():
-            _fill(tensor, gone)
-        here = self._here(layer, gone)
-        if stored is not None:
-            come = link_positions(mask & ~layer.mask)
-            weight = held["weight"]
-            start, stop = self.extent(layer)
-            links = layer.mask.reshape(-1)[start:stop].to(stored.device)
-            revived = stored.take(self._here(layer, come).to(stored.device))
-            torch.where(links.view_as(stored), weight.view_as(stored), stored, out=stored)
-        for tensor in held.values():
-            _fill(tensor, here)
-        if stored is not None:
-            for name in ("weight", "working"):
-                if name in held:
-                    _put(held[name], self._here(layer, come), revived)
-            if "working" in copies:
-                self._spread(layer, copies["working"], come, revived)
-        layer.mask.copy_(mask)
-
-    def store(self, layer: MaskedLayer) -> Tensor:
-        """Zeros that cover this rank's extent, to keep the weights of links that left."""
+    def zeros(self, layer: SparseLayer) -> Tensor:
+        """Zeros that cover this rank's extent, of the weight's dtype, to keep something of a layer in."""
         return torch.zeros_like(self.held(layer)["weight"])
 
-    def cut(self, layer: MaskedLayer, whole: Tensor) -> Tensor:
-        """This rank's extent of a tensor of the weight's shape, as a tensor of its own such as `store` makes."""
+    def part_of(self, layer: SparseLayer, whole: Tensor) -> Tensor:
+        """This rank's extent of a tensor of the parameter's shape, as a tensor of its own such as `zeros` makes."""
         start, stop = self.extent(layer)
-        store = self.store(layer)
-        return store.copy_(whole.reshape(-1)[start:stop].view_as(store))
+        part = self.zeros(layer)
+        return part.copy_(whole.reshape(-1)[start:stop].view_as(part))
 
-    def dense_gradient(self, layer: MaskedLayer, owner: int) -> DenseGradient:
+    def dense_gradient(self, layer: SparseLayer, owner: int) -> DenseGradient:
         """What to set as `layer.dense_gradient` for the micro-batches of a step, for rank `owner` to have the mean."""
-        return ReducedGradient(layer.mask, owner, self.loss_scale)
+        return ReducedGradient(layer.storage.weight_shape, layer.storage.device, owner, self.loss_scale)
 
-    def after_step(self, layers: Iterable[MaskedLayer]) -> None:  # noqa: B027 - most optimizers need nothing
-        """Called after each optimizer step, for engines whose optimizer may have moved missing links."""
-
-    @torch.no_grad()
-    def forget_missing(self, layers: Iterable[MaskedLayer]) -> None:
-        """Set to 0, off the masks, all that the optimizer keeps: moments, gradients and master weights.
-
-        For an optimizer that stepped on other masks. The weights of the forward stay as they are.
-        """
-        for layer in layers:
-            held, copies = self.held(layer), self.copies(layer)
-            of_forward = "working" if "working" in held or "working" in copies else "weight"
-            start, stop = self.extent(layer)
-            missing = ~layer.mask.reshape(-1)
-            for tensors, off in ((held, missing[start:stop]), (copies, missing)):
-                for name, tensor in tensors.items():
-                    if name != of_forward:
-                        tensor.masked_fill_(off.view(tensor.shape).to(tensor.device), 0)
-
-    def strays(self, layer: MaskedLayer, *, finite: bool = False) -> dict[str, int]:
-        """How many elements are not 0 off the mask, by the names of `held` and `copies`, on this rank.
+    def spread(self, layer: SparseLayer, positions: Tensor, mine: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give every rank the values that each knows for its own extent. Collective.
 
         Args:
-            finite: count no NaN and no infinite ones.
+            positions: in the whole flattened parameter, ascending; the same on all ranks.
+            mine: the values at those that are in this rank's extent.
+
+        Returns:
+            (positions, values) of one rank after the other.
         """
-        start, stop = self.extent(layer)
-        missing = ~layer.mask.reshape(-1)
-        counts: dict[str, int] = {}
-        for tensors, off in ((self.held(layer), missing[start:stop]), (self.copies(layer), missing)):
-            for name, tensor in tensors.items():
-                if name in _NEVER_ZERO:
-                    continue
-                values = tensor.detach().reshape(-1)
-                nonzero = values != 0
-                if finite:
-                    nonzero &= values.isfinite()
-                counts[name] = counts.get(name, 0) + int((nonzero & off.to(nonzero.device)).sum())
-        return counts
-
-    def check(self, layers: dict[str, MaskedLayer]) -> None:
-        """Raises RuntimeError, naming layer and tensor, if anything this rank holds is not 0 off a mask."""
-        for name, layer in layers.items():
-            strays = {tensor: count for tensor, count in self.strays(layer).items() if count}
-            if strays:
-                raise RuntimeError(
-                    f"{name} is not 0 off its mask: {strays} elements. Something wrote past the mask, or the optimizer "
-                    "moves weights whose gradient is 0"
-                )
-
-    def _here(self, layer: MaskedLayer, positions: Tensor) -> Tensor:
-        """The positions, ascending, that are in this rank's extent, counted from its start."""
-        return _within(positions, self.extent(layer))
-
-    def _spread(self, layer: MaskedLayer, copy: Tensor, come: Tensor, revived: Tensor) -> None:
-        """Put the weights of the links that come, which each rank knows for its own extent, into the whole copies."""
         rank, _ = rank_and_world()
         for source, (start, stop) in enumerate(self.extents(layer)):
-            here = _within(come, (start, stop))
-            if here.numel():
-                values = revived.to(copy.device) if source == rank else revived.new_empty(len(here), device=copy.device)
+            bounds = torch.tensor((start, stop), device=positions.device)
+            first, last = torch.searchsorted(positions, bounds).tolist()
+            if first < last:
+                device = layer.storage.device
+                values = mine.to(device) if source == rank else mine.new_empty(last - first, device=device)
                 dist.broadcast(values, src=source)
-                _put(copy, here + start, values)
+                yield positions[first:last], values
 
 
 class ShardedEngine(Engine):
@@ -250,7 +190,7 @@ class ShardedEngine(Engine):
 
     sharded = True
 
-    def __init__(self, layers: Iterable[MaskedLayer]) -> None:
+    def __init__(self, layers: Iterable[SparseLayer]) -> None:
         layers = list(layers)
         mine = [self.find_extent(layer) for layer in layers]
         _, world_size = rank_and_world()
@@ -266,17 +206,18 @@ class ShardedEngine(Engine):
                 if start != end:
                     break
                 end = stop
-            if end != layer.mask.numel():
+            if end != layer.storage.parameter_shape.numel():
                 raise ValueError(
-                    f"a weight of shape {tuple(layer.mask.shape)} is not split over all {world_size} ranks in one run "
-                    f"of elements each, but as {extents}: hierarchical and tensor parallel layouts are not supported"
+                    f"a weight of shape {tuple(layer.storage.parameter_shape)} is not split over all {world_size} "
+                    f"ranks in one run of elements each, but as {extents}: hierarchical and tensor parallel layouts "
+                    "are not supported"
                 )
 
     @abstractmethod
-    def find_extent(self, layer: MaskedLayer) -> tuple[int, int]:
+    def find_extent(self, layer: SparseLayer) -> tuple[int, int]:
         """(start, stop) of the elements that this rank holds."""
 
-    def extents(self, layer: MaskedLayer) -> Sequence[tuple[int, int]]:
+    def extents(self, layer: SparseLayer) -> Sequence[tuple[int, int]]:
         return self._extents[layer]
 
 
@@ -306,20 +247,3 @@ def moments(state: dict[str, object], like: Tensor, *, elementwise: bool = True)
             )
         found[name] = value
     return found
-
-
-def _within(positions: Tensor, extent: tuple[int, int]) -> Tensor:
-    first, last = torch.searchsorted(positions, torch.tensor(extent, device=positions.device)).tolist()
-    return positions[first:last] - extent[0]
-
-
-def _fill(tensor: Tensor, positions: Tensor) -> None:
-    positions = positions.to(tensor.device)
-    if tensor.is_contiguous():
-        tensor.view(-1).index_fill_(0, positions, 0)
-    else:
-        tensor.put_(positions, tensor.new_zeros(positions.shape))
-
-
-def _put(tensor: Tensor, positions: Tensor, values: Tensor) -> None:
-    tensor.put_(positions.to(tensor.device), values.to(tensor.device, tensor.dtype))

@@ -57,27 +57,3 @@ def whole_weight(weight: Tensor) -> Tensor:
         dist.all_gather_into_tensor(parts, part, group=split.ds_process_group)
         return parts[: split.ds_numel].view(split.ds_shape)
     return split
-
-
-@torch.no_grad()
-def zero_off_mask(weight: Tensor, mask: Tensor) -> None:
-    """Set what this rank holds of a weight to 0 off the mask, bool of the whole weight's shape, in place."""
-    for part, off in _parts(weight, mask):
-        part.masked_fill_(off, 0)
-
-
-def strays(weight: Tensor, mask: Tensor) -> int:
-    """How many elements that this rank holds are not 0 off the mask, bool of the whole weight's shape."""
-    return max(int((part.detach().ne(0) & off).sum()) for part, off in _parts(weight, mask))
-
-
-def _parts(weight: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What this rank holds of a weight, each part with where it is off the mask."""
-    part, start = held_part(weight)
-    off = (~mask).to(part.device)
-    if part.dim() == 1 != mask.dim():
-        off = off.reshape(-1)[start : start + part.numel()]
-    parts = [(part, off)]
-    if hasattr(weight, "ds_tensor") and weight.numel() == mask.numel():
-        parts.append((weight.detach(), ~mask))  # gathered at the moment as well
-    return parts

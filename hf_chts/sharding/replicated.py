@@ -1,13 +1,12 @@
 """One process, or DDP: every rank holds every weight and every moment whole."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.sharding.gradients import DenseGradient, LocalGradient
-from hf_chts.sharding.interface import Engine, in_groups, moments
+from hf_chts.sharding.interface import Engine, SparseLayer, in_groups, moments
 from hf_chts.sharding.ranks import rank_and_world
 
 
@@ -27,39 +26,30 @@ class ReplicatedWeights(Engine):
     ) -> None:
         self.optimizer = optimizer
         self.loss_scale = loss_scale
-        self.mixing = mixing
+        self.moves_missing_links = mixing
 
-    @torch.no_grad()
-    def after_step(self, layers: Iterable[MaskedLayer]) -> None:
-        if self.mixing:
-            for layer in layers:
-                missing = ~layer.mask
-                layer.weight.masked_fill_(missing, 0)
-                for moment in self._moments(layer).values():
-                    moment.masked_fill_(missing, 0)
-
-    def _moments(self, layer: MaskedLayer) -> dict[str, Tensor]:
+    def _moments(self, layer: SparseLayer) -> dict[str, Tensor]:
         state = self.optimizer.state.get(layer.weight, {})
-        return moments(state, layer.weight, elementwise=not self.mixing)
+        return moments(state, layer.weight, elementwise=not self.moves_missing_links)
 
-    def optimizes(self, layer: MaskedLayer) -> bool:
+    def optimizes(self, layer: SparseLayer) -> bool:
         return in_groups(layer.weight, self.optimizer)
 
-    def extents(self, layer: MaskedLayer) -> Sequence[tuple[int, int]]:
-        return [(0, layer.mask.numel())] * rank_and_world()[1]
+    def extents(self, layer: SparseLayer) -> Sequence[tuple[int, int]]:
+        return [(0, layer.storage.parameter_shape.numel())] * rank_and_world()[1]
 
-    def held(self, layer: MaskedLayer) -> dict[str, Tensor]:
+    def held(self, layer: SparseLayer) -> dict[str, Tensor]:
         weight = layer.weight
         held = {"weight": weight.detach()}
         if weight.grad is not None:
             held["gradient"] = weight.grad
         return held | self._moments(layer)
 
-    def whole(self, layer: MaskedLayer, piece: Tensor | None = None) -> Tensor:
+    def whole(self, layer: SparseLayer, piece: Tensor | None = None) -> Tensor:
         return layer.weight.detach() if piece is None else piece
 
     def gather(
-        self, destinations: Sequence[tuple[MaskedLayer, int]], pieces: Sequence[Tensor] | None = None
+        self, destinations: Sequence[tuple[SparseLayer, int]], pieces: Sequence[Tensor] | None = None
     ) -> list[Tensor | None]:
         rank, _ = rank_and_world()
         tensors = [layer.weight.detach() for layer, _ in destinations] if pieces is None else pieces
@@ -68,5 +58,5 @@ class ReplicatedWeights(Engine):
             for tensor, (_, destination) in zip(tensors, destinations, strict=True)
         ]
 
-    def dense_gradient(self, layer: MaskedLayer, owner: int) -> DenseGradient:
-        return LocalGradient(layer.mask, owner, self.loss_scale)
+    def dense_gradient(self, layer: SparseLayer, owner: int) -> DenseGradient:
+        return LocalGradient(layer.storage.weight_shape, layer.storage.device, owner, self.loss_scale)

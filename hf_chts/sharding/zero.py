@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_chts.layers.masked_layer import MaskedLayer
-from hf_chts.sharding.interface import ShardedEngine, moments
+from hf_chts.sharding.interface import ShardedEngine, SparseLayer, moments
 from hf_chts.sharding.partitions import held_part
 
 
@@ -23,22 +22,22 @@ class ZeroStage12Weights(ShardedEngine):
         optimizer: DeepSpeed's, which wraps the one that steps.
     """
 
-    def __init__(self, layers: Iterable[MaskedLayer], optimizer: Any) -> None:
+    def __init__(self, layers: Iterable[SparseLayer], optimizer: Any) -> None:
         self.optimizer = optimizer
         self.loss_scale = lambda: float(getattr(optimizer, "loss_scale", 1.0))
         super().__init__(layers)
 
-    def optimizes(self, layer: MaskedLayer) -> bool:
+    def optimizes(self, layer: SparseLayer) -> bool:
         return hasattr(layer.weight, "_hp_mapping")  # None on a rank that holds nothing of it
 
-    def find_extent(self, layer: MaskedLayer) -> tuple[int, int]:
+    def find_extent(self, layer: SparseLayer) -> tuple[int, int]:
         mapping = getattr(layer.weight, "_hp_mapping", None)
         if mapping is None:
             return 0, 0
         address = mapping.lp_fragment_address
         return address.start, address.start + address.numel
 
-    def held(self, layer: MaskedLayer) -> dict[str, Tensor]:
+    def held(self, layer: SparseLayer) -> dict[str, Tensor]:
         if not self.optimizes(layer):
             return {}
         mapping = layer.weight._hp_mapping  # type: ignore[attr-defined]
@@ -50,7 +49,7 @@ class ZeroStage12Weights(ShardedEngine):
         wrapped = self.optimizer.optimizer
         return _cut(wrapped, wrapped.param_groups[group]["params"][0], start, size)
 
-    def copies(self, layer: MaskedLayer) -> dict[str, Tensor]:
+    def copies(self, layer: SparseLayer) -> dict[str, Tensor]:
         weight = layer.weight
         gradients = {"gradient": weight.grad}
         gradients |= {name: getattr(weight, name, None) for name in ("grad_accum", "_hp_grad")}
@@ -68,19 +67,19 @@ class ZeroStage3Weights(ShardedEngine):
         optimizer: DeepSpeed's, which wraps the one that steps.
     """
 
-    def __init__(self, layers: Iterable[MaskedLayer], optimizer: Any) -> None:
+    def __init__(self, layers: Iterable[SparseLayer], optimizer: Any) -> None:
         self.optimizer = optimizer
         self.loss_scale = lambda: float(optimizer.loss_scale)
         super().__init__(layers)
 
-    def optimizes(self, layer: MaskedLayer) -> bool:
+    def optimizes(self, layer: SparseLayer) -> bool:
         return self.optimizer.get_param_id(layer.weight) in self.optimizer.grad_position
 
-    def find_extent(self, layer: MaskedLayer) -> tuple[int, int]:
+    def find_extent(self, layer: SparseLayer) -> tuple[int, int]:
         part, start = held_part(layer.weight)
         return start, start + part.numel()
 
-    def held(self, layer: MaskedLayer) -> dict[str, Tensor]:
+    def held(self, layer: SparseLayer) -> dict[str, Tensor]:
         weight: Any = layer.weight
         if not self.optimizes(layer):
             return {"working": held_part(weight)[0]}
@@ -94,7 +93,7 @@ class ZeroStage3Weights(ShardedEngine):
             held["gradient"] = gradient.view(-1)[: stop - start]
         return held
 
-    def copies(self, layer: MaskedLayer) -> dict[str, Tensor]:
+    def copies(self, layer: SparseLayer) -> dict[str, Tensor]:
         weight: Any = layer.weight
         return {"working": weight.detach()} if weight.ds_status.name == "AVAILABLE" else {}
 

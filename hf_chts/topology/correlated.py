@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from hf_chts.topology.allocation import layer_links
+from hf_chts.topology.parts import register
 from hf_chts.topology.sampling import choose
 
 # Rows of the correlation matrix computed at a time, in float64
 _BLOCK_ROWS = 1024
 
 
+@register.initial_topology("correlated")
 def correlated(inputs: Tensor, out_features: int, sparsity: float, *, generator: torch.Generator) -> Tensor:
     """CSTI: links where the layer's input features are correlated over calibration inputs (arXiv 2501.19107, App. D).
 

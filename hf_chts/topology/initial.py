@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hf_chts.topology.allocation import layer_links
 from hf_chts.topology.correlated import correlated
+from hf_chts.topology.parts import register
 from hf_chts.topology.receptive_field import bipartite_receptive_field
 from hf_chts.topology.scale_free import bipartite_scale_free
 from hf_chts.topology.small_world import bipartite_small_world
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 
+@register.initial_topology("erdos_renyi")
 def erdos_renyi(out_features: int, in_features: int, sparsity: float, *, generator: torch.Generator) -> Tensor:
     """Every set of links equally likely, with the exact number of links."""
     links = layer_links(out_features, in_features, sparsity)

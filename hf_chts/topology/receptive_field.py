@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_chts.topology.allocation import layer_links
+from hf_chts.topology.parts import register
 
 # Arrival times that are held at a time: those of all rows of a large layer would be gigabytes
 _BLOCK_ELEMENTS = 1 << 22
@@ -19,6 +20,7 @@ _BLOCK_ELEMENTS = 1 << 22
 _POINT = 3.0
 
 
+@register.initial_topology("bipartite_receptive_field", options={"r": "brf_r", "degree_distribution": "brf_degrees"})
 def bipartite_receptive_field(
     out_features: int,
     in_features: int,

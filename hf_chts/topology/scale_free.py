@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from hf_chts.topology.allocation import apportion, layer_links
+from hf_chts.topology.parts import register
 
 
+@register.initial_topology(
+    "bipartite_scale_free", options={"equal_partition": "bsf_equal_partition", "resort": "bsf_resort"}
+)
 def bipartite_scale_free(
     out_features: int,
     in_features: int,

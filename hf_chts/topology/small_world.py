@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from hf_chts.topology.allocation import layer_links
+from hf_chts.topology.parts import register
 from hf_chts.topology.sampling import choose
 
 # Rows rewired at a time: float64 keys for all rows of a large layer would be gigabytes
 _BLOCK_ELEMENTS = 1 << 24
 
 
+@register.initial_topology("bipartite_small_world", options={"beta": "bsw_beta"})
 def bipartite_small_world(
     out_features: int,
     in_features: int,

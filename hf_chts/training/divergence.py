@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_chts.checkpoint.run_folder import last_sealed
+from hf_chts.evolution.held_tensors import MASTER, weights_and_moments, weights_of
 from hf_chts.finite import not_finite
 from hf_chts.layers.shares import some
 from hf_chts.sharding.ranks import rank_and_world
-from hf_chts.training.held_tensors import MASTER, weights_and_moments, weights_of
 from hf_chts.training.unlabelled import UnlabelledEvaluation, excused, without_labels
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
     Weights and optimizer state are read before they are saved or pushed, and at the end of training.
     """
 
-    topology: Any  # the TopologyCallback, or None for a dense run
+    topology_callback: Any  # the TopologyCallback, or None for a dense run
     _watch: Watch | None = None
     _begun: bool = False  # the weights that training starts from have been read
     unlabelled: Tensor | None = None  # bool (): the labels of the last micro-batch are all -100
@@ -107,7 +107,7 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
             if bad := not_finite(weights_of(cast(nn.Module, self.model), frozen=True), device=self.args.device):
                 raise FloatingPointError(
                     f"these weights hold NaN or infinity before step {self.state.global_step + 1}, so nothing is "
-                    f"trained: {some(bad)}. Load or initialize them anew"
+                    f"trained: {some(bad)}. Load or initialize them again"
                 )
         super()._run_epoch(*args, **kwargs)
 
@@ -149,9 +149,9 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
         self._refuse_divergence(together=True)
         held = weights_and_moments(cast(nn.Module, self.model), self.optimizer)
         if bad := not_finite(held, device=self.args.device):
-            if MASTER in bad and self.topology is not None and self.topology.engine is not None:
-                engine = self.topology.engine
-                parts = {name: list(engine.held(layer).values()) for name, layer in self.topology.sparse.layers.items()}
+            evolver = self.topology_callback.evolver if self.topology_callback is not None else None
+            if MASTER in bad and evolver is not None and (engine := evolver.engine) is not None:
+                parts = {name: list(engine.held(layer).values()) for name, layer in evolver.sparse.layers.items()}
                 bad = [*not_finite(parts, device=self.args.device), *bad]  # the layers, where they are known
             raise diverged(self.state.global_step, bad, self.args.output_dir, what)
 
@@ -181,7 +181,7 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
         """Raises FloatingPointError if a loss or a gradient was NaN or infinite."""
         loss, gradient, unlabelled = self._watched().look(together=together)
         if min(loss, gradient) < _NEVER:
-            what = "the loss" if loss <= gradient else "the gradient (under a loss that is none)"
+            what = "the loss" if loss <= gradient else "the gradient (with a finite loss)"
             if self._unlabelled_said or unlabelled:
                 what += ", as it may be where a loss of your own divides by the number of labels and a batch has none,"
             raise FloatingPointError(

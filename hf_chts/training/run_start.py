@@ -22,10 +22,11 @@ from hf_chts.checkpoint.run_folder import (
 from hf_chts.checkpoint.run_identity import RunIdentity
 from hf_chts.checkpoint.seal import verify_seal, what_is_unsealed
 from hf_chts.files.full_disk import explain_failed_write
-from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_name
 from hf_chts.machine import version_of
-from hf_chts.training.same_on_ranks import decisive_arguments, together
+from hf_chts.sharding.ranks import together
+from hf_chts.sparse_model import SparsityHandle
+from hf_chts.training.same_on_ranks import decisive_arguments
 
 if TYPE_CHECKING:
     from hf_chts.training.callback import TopologyCallback
@@ -48,8 +49,8 @@ class BeginsRuns(_AnyTrainer):
         resumed_from: the checkpoint that this training goes on from; None before and after.
     """
 
-    sparse: SparseModel
-    topology: "TopologyCallback | None"
+    sparse: SparsityHandle
+    topology_callback: "TopologyCallback | None"
     made_of: dict[str, Any]
     identity: RunIdentity | None = None
     run_dir: str | None = None
@@ -95,8 +96,8 @@ class BeginsRuns(_AnyTrainer):
         except OSError as error:
             problem = error
         together({}, problem)
-        if self.topology is not None:
-            self.topology.identity, self.topology.run_dir = self.identity, run_dir
+        if self.topology_callback is not None:
+            self.topology_callback.identity, self.topology_callback.run_dir = self.identity, run_dir
         self.resumed_from = checkpoint
         return checkpoint
 
@@ -108,7 +109,7 @@ class BeginsRuns(_AnyTrainer):
 
     def _writes(self) -> bool:
         """Whether training writes anything into its folder: checkpoints, or records of the topology."""
-        return self.topology is not None or self.args.save_strategy != SaveStrategy.NO
+        return self.topology_callback is not None or self.args.save_strategy != SaveStrategy.NO
 
     def _whole_checkpoint(self, resume: str | bool | None, run_dir: str) -> tuple[str | None, list[Path]]:
         """The checkpoint to resume from, every file of it read; and newer ones that are damaged, if they may be."""
@@ -211,7 +212,7 @@ class BeginsRuns(_AnyTrainer):
     def _say_other_length(self, earlier: int) -> None:
         """Where updates of a topology depend on the length, the plan says more (begin_lines.py)."""
         now = self.args.max_steps
-        if now > 0 and earlier not in (0, now) and not (self.topology and self.sparse.config.evolves):
+        if now > 0 and earlier not in (0, now) and not (self.topology_callback and self.sparse.config.evolves):
             _log.warning(
                 "The run goes on to step %d, that of the checkpoint would have gone to %d: the learning rate follows "
                 "the schedule of the new length",

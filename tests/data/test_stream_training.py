@@ -128,7 +128,7 @@ def test_documents_that_were_skipped_are_counted_in_the_log(folder, trained):
     unbroken.train()
     counts = skipped_in(unbroken.state.log_history)
     # the bad documents in the windows of the batches so far, two in an epoch; steps with an update are logged too
-    logged = {step for step in range(1, 31) if step % 5 == 0 or unbroken.topology.plan.is_update(step)}
+    logged = {step for step in range(1, 31) if step % 5 == 0 or unbroken.evolver.plan.is_update(step)}
     loader = stream_of(folder).loader(batch_size=BATCH, workers=2)
     expected = []
     for taken, _ in enumerate(islice(loader, 30 * ACCUMULATION), 1):

@@ -1,7 +1,9 @@
 """What engines that are made for GPUs need on the CPU."""
 
 import os
+import sys
 
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
@@ -24,3 +26,15 @@ def use_gloo_alone():
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def leave_ranks():
+    """End this process well, once all ranks have come so far.
+
+    gloo's threads may abort a process that goes on to destroy its groups, or that is left to Python's end.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import arguments, case_config, trainer
+from cpu_engines import leave_ranks
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import SparseTrainer
@@ -93,4 +94,4 @@ def one_identity(made):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    dist.destroy_process_group()
+    leave_ranks()

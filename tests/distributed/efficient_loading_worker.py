@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import arguments, case_config
-from cpu_engines import allow_fsdp
+from cpu_engines import allow_fsdp, leave_ranks
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import SparseTrainer
+from hf_chts.layers.links import check_zeros
 
 
 def train(directory, efficient):
@@ -28,9 +28,9 @@ def train(directory, efficient):
     allow_fsdp()
     run = SparseTrainer(model=tiny_llama(), args=args, sparsity=case_config("chtss"), train_dataset=random_blocks())
     run.train()
-    engine = run.topology.engine
+    engine = run.evolver.engine
     assert type(engine).__name__ == "Fsdp2Weights"
-    engine.check(run.sparse.layers)
+    check_zeros(run.sparse.layers, engine)
     whole = {name: engine.whole(layer).clone() for name, layer in run.sparse.layers.items()}
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry], run.sparse.masks(), whole
 
@@ -47,4 +47,4 @@ def main(directory):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
-    dist.destroy_process_group()
+    leave_ranks()

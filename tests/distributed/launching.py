@@ -26,3 +26,4 @@ def launch(command):
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-8000:]
+    return result.stdout

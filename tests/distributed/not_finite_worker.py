@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import INTERVAL, STEPS, arguments, case_config, losses
-from cpu_engines import allow_fsdp, use_gloo_alone
+from cpu_engines import allow_fsdp, leave_ranks, use_gloo_alone
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
@@ -24,7 +24,7 @@ SPOILT = 6
 
 
 class Spoilt(SparseTrainer):
-    """Rank 1 has a gradient that is NaN, under a loss that is finite, or no labels."""
+    """Rank 1 has a NaN gradient with a finite loss, or no labels."""
 
     scenario = ""
 
@@ -45,17 +45,17 @@ class Spoils(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         layer = self.trainer.sparse.layers[LAYER]
         gradient = getattr(layer.dense_gradient, "sum", None)
-        mine = args.process_index == 1 or self.trainer.topology.engine.sharded  # which only the owner has, then
+        mine = args.process_index == 1 or self.trainer.evolver.engine.sharded  # which only the owner has, then
         if gradient is not None and mine and self.trainer.scenario == "dense gradient":
             gradient[:] = torch.nan if state.global_step == 2 * INTERVAL else gradient
         if args.process_index != 1:
             return
         if self.trainer.scenario == "weight" and state.global_step == SPOILT:
-            self.trainer.topology.engine.held(layer)["weight"].view(-1)[:] = torch.nan
+            self.trainer.evolver.engine.held(layer)["weight"].view(-1)[:] = torch.nan
         if self.trainer.scenario == "moment" and state.global_step == SPOILT:
-            self.trainer.topology.engine.held(layer)["exp_avg"].view(-1)[:] = torch.inf
+            self.trainer.evolver.engine.held(layer)["exp_avg"].view(-1)[:] = torch.inf
         if self.trainer.scenario == "update" and state.global_step == 2 * INTERVAL:
-            self.trainer.topology.engine.held(layer)["weight"].view(-1)[:] = torch.nan
+            self.trainer.evolver.engine.held(layer)["weight"].view(-1)[:] = torch.nan
 
 
 def run_of(directory, scenario):
@@ -103,5 +103,4 @@ def main(directory, *scenarios):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_ranks()

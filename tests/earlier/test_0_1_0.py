@@ -15,7 +15,7 @@ from earlier_runs import CASES, SAVED, links_by_layer, logits, losses_after, tra
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_chts import SparseModel, SparsityConfig, load_sparse
+from hf_chts import SparsityConfig, SparsityHandle, load_sparse
 from hf_chts.checkpoint import load_topology
 from hf_chts.config_file import read_mapping
 from hf_chts.evaluation import compare_models
@@ -53,7 +53,7 @@ def test_exports_are_loaded(tmp_path):
     recorded = FIGURES["chtss"]
     models = {kind: load_sparse(EARLIER / kind) for kind in ("plain", "packed")}
     for model in models.values():
-        sparse = SparseModel.of(model)
+        sparse = SparsityHandle.of(model)
         sparse.check()
         assert links_by_layer(sparse.masks()) == recorded["links"]
         close(logits(model).tolist(), recorded["logits"])

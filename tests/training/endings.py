@@ -37,11 +37,11 @@ from transformers.trainer_callback import CallbackHandler
 from hf_chts.checkpoint import seal as checkpoint_seal
 from hf_chts.checkpoint import topology_state
 from hf_chts.checkpoint.run_folder import last_sealed
+from hf_chts.evolution import update_ranks
 from hf_chts.evolution.regrown_adam import RegrownAdam
 from hf_chts.records import run_record, snapshots
 from hf_chts.training import run_start
 from hf_chts.training import trainer as sparse_trainer
-from hf_chts.training.callback import TopologyCallback
 
 from kill_worker import digest, load_all  # isort: skip - beside this file
 
@@ -53,8 +53,8 @@ STAGES = {
     "as training begins": (CallbackHandler, "on_train_begin", 1, 0),
     "in a forward": (Trainer, "compute_loss", 6, 4),
     "before an optimizer step": (CallbackHandler, "on_pre_optimizer_step", 7, 4),
-    "in an update, some layers changed": (RegrownAdam, "regrow", 18, 4),  # 14 layers: of the second, at step 8
-    "after an update": (TopologyCallback, "_figures", 2, 4),
+    "in an update, some layers changed": (RegrownAdam, "changed", 18, 4),  # 14 layers: of the second, at step 8
+    "after an update": (update_ranks, "overall_figures", 2, 4),
     "in a record": (run_record, "_append", 3, 4),
     "as a snapshot is written": (snapshots, "write_whole", 3, 4),
     "as a save begins": (sparse_trainer, "save_topology", 2, 4),

@@ -89,7 +89,7 @@ class Told(TrainerCallback):
 
 def digest(run) -> str:
     """SHA-256 of weights, masks, what else is kept of the topology, optimizer state and losses at a run's end."""
-    topology = run.topology.state(run.state.global_step)
+    topology = run.evolver.state(run.state.global_step)
     tensors = {f"weight {name}": tensor for name, tensor in run.model.state_dict().items()}
     for kind in ("masks", "explored", "stored", "born"):
         tensors |= {f"{kind} {name}": tensor for name, tensor in getattr(topology, kind).items()}

@@ -82,7 +82,7 @@ def test_counts_are_those_of_the_masks(tmp_path, case):
     assert [(line["step"], line["steps"]) for line in seconds] == [(4, 4), (8, 4), (12, 4), (16, 4), (24, 8)]
     assert all(0 <= line["topology_seconds"] <= line["seconds"] for line in seconds)
     assert [line["topology_seconds"] for line in seconds][:4] == [
-        entry["topology_seconds"] for entry in run.topology.history
+        entry["topology_seconds"] for entry in run.evolver.history
     ]
 
 
@@ -158,7 +158,7 @@ def test_training_goes_on_if_the_record_cannot_be_written(tmp_path, monkeypatch,
 @pytest.mark.parametrize("zero", [True, False])
 def test_rank_0_alone_writes(tmp_path, zero):
     callback = TopologyCallback(sparsify(tiny_llama(), case_config("set")))
-    optimizer = torch.optim.AdamW(callback.sparse.model.parameters())
+    optimizer = torch.optim.AdamW(callback.evolver.sparse.model.parameters())
     state = SimpleNamespace(max_steps=STEPS, global_step=0, is_world_process_zero=zero)
     callback.on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), state, None, optimizer=optimizer)
     assert (tmp_path / "topology").exists() == zero

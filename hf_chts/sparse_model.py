@@ -1,123 +1,56 @@
-"""sparsify(): which projections of a model become masked layers, with which topology; and dense again."""
+"""sparsify(): makes the linear projections of a model sparse, and gives a handle on it."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_chts.config import SparsityConfig
+from hf_chts.evolution.evolver import Evolver
 from hf_chts.layers.conversion import convert_layers
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.heads import head_blocks
 from hf_chts.layers.initial_masks import check_links, initial_masks
-from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.masked_linear import masked_class
-from hf_chts.layers.plain_weight import check_places, check_plain
 from hf_chts.layers.shares import Lazy, overrides
+from hf_chts.layers.sparse_layers import HANDLE, SparseLayers
 from hf_chts.layers.targets import check_targets, earlier_targets, find_targets, matrix_shape
-from hf_chts.layers.wrappers import named_originals, unwrap
-from hf_chts.sharding.partitions import strays, whole_weight
-
-_HANDLE = "_hf_chts_sparse_model"
+from hf_chts.layers.wrappers import unwrap
+from hf_chts.sharding.partitions import whole_weight
 
 
-class SparseModel:
-    """A handle on a model that `sparsify` has patched.
-
-    Attributes:
-        model: the model itself, without wrappers.
-        config: the SparsityConfig it was patched with.
-        layers: its masked layers by their name in the model, in the model's order.
-        blocks: into how many blocks of rows, each with a topology of its own, a layer is cut; by name, 1 where absent.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: SparsityConfig,
-        layers: dict[str, MaskedLayer],
-        blocks: Mapping[str, int] | None = None,
-    ) -> None:
-        self.model = model
-        self.config = config
-        self.layers = layers
-        self.blocks = dict(blocks or {})
+class SparsityHandle(SparseLayers):
+    """A handle on a model that `sparsify` has made sparse; see `SparseLayers`."""
 
     @staticmethod
-    def of(model: nn.Module) -> "SparseModel | None":
-        """The handle of a patched model, wrapped or not, or None."""
-        return getattr(unwrap(model), _HANDLE, None)
+    def of(model: nn.Module) -> "SparsityHandle | None":
+        """The handle of a sparse model, wrapped or not, or None."""
+        return getattr(unwrap(model), HANDLE, None)
 
-    def sparsity(self) -> float:
-        """The share of missing links over all masked layers; 0 for a dense model."""
-        total = sum(layer.mask.numel() for layer in self.layers.values())
-        return 1 - self.links() / total if total else 0.0
+    def evolver(self, optimizer: Any, max_steps: int, *, step: int = 0) -> Evolver:
+        """Evolve the topology in a training loop of your own; see `Evolver`. Collective.
 
-    def links(self) -> int:
-        """The number of links of all masked layers."""
-        return sum(layer.links for layer in self.layers.values())
-
-    def masks(self) -> dict[str, Tensor]:
-        """The masks by layer name: bool (out_features, in_features), views of the live buffers."""
-        return {name: layer.topology for name, layer in self.layers.items()}
-
-    def copies(self) -> dict[str, MaskedLayer]:
-        """Masked layers in the model that are none of `layers`, by name: copies of them, as PEFT's modules_to_save.
-
-        They keep their links, and nobody evolves them.
-        """
-        mine = {id(layer) for layer in self.layers.values()}
-        return {
-            name: module
-            for name, module in named_originals(self.model).items()
-            if isinstance(module, MaskedLayer) and id(module) not in mine
-        }
-
-    def check(self) -> None:
-        """Raises RuntimeError, naming the layer, if a weight is not 0 where there is no link.
+        Args:
+            optimizer: torch's, Accelerate's or DeepSpeed's, as prepared for the run.
+            max_steps: optimizer steps of the run, for the schedules.
+            step: how many of them are finished.
 
         Raises:
-            ValueError: something else has taken hold of a weight, or the place of a layer.
+            ValueError: the optimizer has none of the sparse layers' weights, or see `Evolver.begin`.
         """
-        check_places(self.model, self.layers)
-        for name, layer in (self.layers | self.copies()).items():
-            check_plain(name, layer)
-            count = strays(layer.weight, layer.mask)
-            if count:
-                raise RuntimeError(
-                    f"{name} has {count} weights that are not 0 off its mask: something wrote to the weight past the "
-                    "mask. Assign weights before sparsify(), or call set_mask(layer.topology) after writing"
-                )
-
-    def unsparsify(self) -> nn.Module:
-        """Make every layer a plain dense one again, with the weights as they are, and return the model.
-
-        Raises:
-            ValueError: something else has taken hold of a weight. Nothing is changed then.
-        """
-        layers = self.layers | self.copies()
-        for name, layer in layers.items():
-            check_plain(name, layer)
-        for layer in layers.values():
-            layer.revert()
-        self.layers = {}
-        if hasattr(self.model, _HANDLE):
-            delattr(self.model, _HANDLE)
-        self.ignore_masks_in_ddp(self.model)
-        return self.model
-
-    def ignore_masks_in_ddp(self, model: nn.Module) -> None:
-        """Tell DDP, which is to wrap `model`, the model or something around it, to leave the masks alone.
-
-        It would send every mask from rank 0 at each forward. Ranks agree on masks by construction.
-        """
-        masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLayer)]
-        others = [
-            name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not name.endswith(".mask")
-        ]
-        model._ddp_params_and_buffers_to_ignore = [*others, *(f"{name}.mask" for name in sorted(masked))]  # type: ignore[assignment]
+        evolver = Evolver(self)
+        evolver.begin(max_steps, optimizer, step)
+        assert evolver.engine is not None
+        trains = [layer for layer in self.layers.values() if layer.weight.requires_grad]
+        if trains and not evolver.engine.trained(self.layers):
+            evolver.close()
+            raise ValueError(
+                "the optimizer has none of the sparse layers' weights: make it from model.parameters() of this model, "
+                "and pass the one that steps"
+            )
+        return evolver
 
 
 def sparsify(
@@ -126,7 +59,7 @@ def sparsify(
     *,
     masks: dict[str, Tensor] | None = None,
     calibration: Mapping[str, Tensor] | None = None,
-) -> SparseModel:
+) -> SparsityHandle:
     """Make the target layers of `model` sparse, in place.
 
     Args:
@@ -138,7 +71,7 @@ def sparsify(
             (samples, in_features) by layer name.
 
     Returns:
-        The handle; also found again with `SparseModel.of(model)`.
+        The handle; also found again with `SparsityHandle.of(model)`.
 
     Raises:
         ValueError: nothing matches, a weight is shared, frozen, too small, without data or held by something else, the
@@ -146,8 +79,8 @@ def sparsify(
             is checked before the model is touched.
     """
     model = unwrap(model)
-    if SparseModel.of(model) is not None:
-        raise ValueError("the model is sparse already: call unsparsify() on its handle, SparseModel.of(model)")
+    if SparsityHandle.of(model) is not None:
+        raise ValueError("the model is sparse already: call unsparsify() on its handle, SparsityHandle.of(model)")
     targets = {} if config.is_dense else _targets(model, config, masks)
     _refuse_meta(targets)
     if config.percolation and targets:
@@ -163,14 +96,14 @@ def sparsify(
     else:
         _check_masks(masks, shapes)
     layers = convert_layers(targets, masks)
-    sparse = SparseModel(model, config, layers, blocks)
+    sparse = SparsityHandle(model, config, layers, blocks)
     # not a submodule: plain attribute, so it is in no state dict
-    object.__setattr__(model, _HANDLE, sparse)
+    object.__setattr__(model, HANDLE, sparse)
     sparse.ignore_masks_in_ddp(model)
     return sparse
 
 
-def follow_masks(sparse: SparseModel, masks: Mapping[str, Tensor]) -> None:
+def follow_masks(sparse: SparsityHandle, masks: Mapping[str, Tensor]) -> None:
     """Make the layers sparse that have masks in a checkpoint which an earlier version wrote with default targets.
 
     Nothing is done where the masks are of any other layers.
