@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trai
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig
 from hf_chts.data import BlockStream, DataArguments, Shuffle, embedded_documents, embedded_tokenizer, load_source
-from hf_chts.data.prepare import split_source
-from hf_chts.data.tokenize import prepare_tokens
+from hf_chts.data.loading import load_corpus
+from hf_chts.data.token_preparation import prepare_tokens
 
 MODELS = Path(__file__).parents[1] / "configs/models"
 FILES, LINES = 8, 60
@@ -122,7 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         write_corpus(folder)
-        corpus = split_source(DataArguments(dataset=str(folder / "parquet"), streaming=True), seed=0)
+        corpus = load_corpus(DataArguments(dataset=str(folder / "parquet"), streaming=True), seed=0)
         index = prepare_tokens(corpus, tokenizer, folder / "tokens", tokenizer_name="embedded", workers=1)
         tokens = index.blocks(folder / "tokens", "train", tokenizer, 256, "packed")
         streams = {

@@ -22,8 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 
+from hf_chts.files.atomic import write_whole
+from hf_chts.plotting import COLOURS, encoded, look
 from hf_chts.topology.initial import bipartite_receptive_field, erdos_renyi
 from hf_chts.topology.link_prediction import ch2_l3n, ch2_l3p, ch3_l3n, ch3_l3p
 from hf_chts.topology.random_streams import random_stream
@@ -95,27 +99,23 @@ def _mean(values: list[float]) -> float | None:
     return None if math.isnan(mean) else round(mean, 3)
 
 
+@look()
 def write_figure(cases: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullLocator
-
-    figure, axes = plt.subplots(3, 2, figsize=(10, 11), sharex=True, layout="constrained")
+    figure = Figure(figsize=(10, 11), layout="constrained")
+    axes = figure.subplots(3, 2, sharex=True)
     for column, kind in enumerate(NETWORKS):
         for color, size in enumerate(SIZES):
             rows = [case for case in cases if case["network"] == kind and tuple(case["size"]) == size]
             x = [row["density"] for row in rows]
             for name, line in (("CH2-L3n", "--"), ("CH2-L3p", "-")):
                 y = [row["milliseconds"][name] for row in rows]
-                axes[0, column].plot(x, y, line, color=f"C{color}", marker=".", label=f"{size[0]}×{size[1]} {name}")
+                axes[0, column].plot(x, y, line, color=COLOURS[color], marker=".", label=f"{size[0]}×{size[1]} {name}")
             for row, how in ((1, "reached"), (2, "top")):
                 for pair, line in (("CH2", "-"), ("CH3", ":")):
                     found = [case["agreement"][f"{pair} {how}"] for case in rows]
                     y = [math.nan if value is None else value for value in found]
                     label = f"{size[0]}×{size[1]} {pair}"
-                    axes[row, column].plot(x, y, line, color=f"C{color}", marker=".", label=label)
+                    axes[row, column].plot(x, y, line, color=COLOURS[color], marker=".", label=label)
         axes[0, column].set_title(f"{kind} networks")
         axes[0, column].set_yscale("log")
         axes[0, column].set_ylim(0.1, 3000)  # with room for the legend
@@ -125,16 +125,12 @@ def write_figure(cases: list[dict], path: Path) -> None:
         axes[2, column].set_xlabel("density")
         axes[1, column].set_ylim(0.5, 1.02)
         axes[2, column].set_ylim(0.5, 1.02)
-        for row in axes:
-            row[column].grid(alpha=0.3)
     axes[0, 0].set_ylabel("milliseconds per call")
     axes[1, 0].set_ylabel("Spearman's ρ over reached links")
     axes[2, 0].set_ylabel("share of the top that both have")
     for row in axes:
-        row[1].legend(frameon=False, fontsize=7, ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        row[1].legend(fontsize=7, ncols=2)
+    write_whole(path, encoded(figure, "png", dpi=120))
 
 
 def write_table(cases: list[dict], path: Path, figure: Path | None, command: str, machine: str, load: float) -> None:

@@ -56,7 +56,7 @@ class Probe(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         # the callback that evolves the topology does so in on_step_end, which comes later
-        if self.trainer.topology.plan.is_update(state.global_step + 1):
+        if self.trainer.evolver.plan.is_update(state.global_step + 1):
             self.before.append(self.loss())
             self.after.append([])
 

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_chts import SparsityConfig, TopologyCallback, sparsify
-from hf_chts.layers.patching import find_targets
-from hf_chts.training.sharding import ReplicatedWeights, share_out
-from hf_chts.training.update import update_cost
+from hf_chts import SparsityConfig, sparsify
+from hf_chts.evolution.evolver import Evolver
+from hf_chts.evolution.update import update_cost
+from hf_chts.sharding.ranks import share_out
+from hf_chts.sharding.replicated import ReplicatedWeights
+from hf_chts.sparse_model import find_targets
 
 ROOT = Path(__file__).parents[1]
 # Bytes a parameter, under the mixed precision that people use there: weight, gradient, master weight, two moments
@@ -72,7 +74,7 @@ def measure(shape: tuple[int, int], method: str, repeats: int) -> dict[str, Any]
         target_modules=["0"],
     )  # fmt: skip
     model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
-    callback = TopologyCallback(sparsify(model, config))
+    callback = Evolver(sparsify(model, config))
     callback.prepare(100, ReplicatedWeights(torch.optim.AdamW(model.parameters())))
     seconds = []
     for step in range(1, repeats + 2):

@@ -25,11 +25,12 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_chts import SparsityConfig, TopologyCallback, sparsify
-from hf_chts.training import callback as callback_module
-from hf_chts.training.sharding import ReplicatedWeights
-from hf_chts.training.sharding import ranks as ranks_module
-from hf_chts.training.sharding import replicated as replicated_module
+from hf_chts import SparsityConfig, sparsify
+from hf_chts.evolution import update_ranks as update_module
+from hf_chts.evolution.evolver import Evolver
+from hf_chts.sharding import ranks as ranks_module
+from hf_chts.sharding import replicated as replicated_module
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 MODEL = Path(__file__).parents[1] / "configs/models/llama_60m.json"
 INTERVAL, STEPS = 100, 10_000
@@ -56,7 +57,7 @@ def steady(method: str, sparsity: float, **changes: Any) -> SparsityConfig:
 def one_world() -> Iterator[None]:
     """As if this rank were the only one."""
     with ExitStack() as patches:
-        for module in (callback_module, ranks_module, replicated_module):
+        for module in (update_module, ranks_module, replicated_module):
             patches.enter_context(mock.patch.object(module, "rank_and_world", return_value=(0, 1)))
         yield
 
@@ -65,7 +66,7 @@ def over_ranks(rank: int, ranks: int, threads: int, port: int, method: str, spar
     """One rank of the comparison; rank 0 prints it. While it works alone, the others wait."""
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    alone, shared = (TopologyCallback(sparsify(llama_60m(), steady(method, sparsity))) for _ in range(2))
+    alone, shared = (Evolver(sparsify(llama_60m(), steady(method, sparsity))) for _ in range(2))
     engines = [ReplicatedWeights(torch.optim.AdamW(c.sparse.model.parameters())) for c in (alone, shared)]
     shared.prepare(STEPS, engines[1])
     seconds: dict[str, list[float]] = {"alone": [], "shared": []}
@@ -107,9 +108,9 @@ def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = llama_60m().to(device)
     config = steady(method, sparsity)
-    callback = TopologyCallback(sparsify(model, config))
+    evolver = Evolver(sparsify(model, config))
     optimizer = torch.optim.AdamW(model.parameters())
-    callback.prepare(STEPS, ReplicatedWeights(optimizer))
+    evolver.prepare(STEPS, ReplicatedWeights(optimizer))
     ids = torch.randint(0, model.config.vocab_size, (tokens // 256, 256), device=device)
 
     def now() -> float:
@@ -125,14 +126,14 @@ def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
         optimizer.step()  # so that there are moments to zero
         optimizer.zero_grad()
         start = now()
-        callback.update((repeat + 1) * INTERVAL)
+        evolver.update((repeat + 1) * INTERVAL)
         updates.append(now() - start)
     update, one_pass = statistics.median(updates[1:]), statistics.median(passes[1:])  # the first of each warms up
     return {
         "benchmark": "topology_update",
         "method": method,
         "sparsity": sparsity,
-        "layers": len(callback.sparse.layers),
+        "layers": len(evolver.sparse.layers),
         "update_seconds": round(update, 4),
         "forward_backward_seconds": round(one_pass, 4),
         "tokens": tokens,
@@ -159,13 +160,13 @@ def peak_copies(out_features: int, in_features: int, method: str, sparsity: floa
     """
     config = steady(method, sparsity, target_modules=["0"])
     model = torch.nn.Sequential(torch.nn.Linear(in_features, out_features, bias=False))
-    callback = TopologyCallback(sparsify(model, config))
+    evolver = Evolver(sparsify(model, config))
     optimizer = torch.optim.AdamW(model.parameters())
-    callback.prepare(STEPS, ReplicatedWeights(optimizer))
+    evolver.prepare(STEPS, ReplicatedWeights(optimizer))
     model(torch.randn(1, in_features)).sum().backward()
     optimizer.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        callback.update(INTERVAL)
+        evolver.update(INTERVAL)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -11,8 +12,9 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from hf_chts.config_file import read
-from hf_chts.methods import CHOICES, DEFAULTS, METHODS, ORIGINAL
+from hf_chts.methods import CHOICES, DEFAULTS, METHODS
 from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.topology.parts import REGROWTH, REMOVAL, SPARSITY_SCHEDULES, Part, foreign_modules, import_parts
 
 CONFIG_NAME = "sparsity_config.json"
 _MEASURED = "measured_sparsity"  # beside the fields in a file: what a model has, where that is not what was asked for
@@ -37,7 +39,7 @@ def differs(measured: float, asked: float) -> bool:
 class SparsityConfig:
     """How a model is made sparse and how its topology evolves.
 
-    Every field has a default that comes from `method` and `recipe` (see `METHODS` and `ORIGINAL`); any of them can be
+    Every field has a default that comes from `method` and `recipe` (see `METHODS`); any of them can be
     set to make a variant. Fields are checked when the config is made. Fractions of the run are fractions of the
     optimizer steps.
 
@@ -52,8 +54,8 @@ class SparsityConfig:
     recipe: str = _option(
         "comparison",
         "Where defaults come from: comparison, the settings that arXiv 2501.19107 compares all methods with; original, "
-        f"those of the method's own paper ({', '.join(name for name, row in ORIGINAL.items() if row)}). Fields that "
-        "are set win over either.",
+        f"those of the method's own paper ({', '.join(name for name, method in METHODS.items() if method.original)}). "
+        "Fields that are set win over either.",
     )
     sparsity: float = _by_method("sparsity", "Final share of missing links in every sparse layer, in (0, 1).")
     initial_sparsity: float = _by_method(
@@ -141,17 +143,29 @@ class SparsityConfig:
     )
     sigmoid_k: float = _option(6.0, "Steepness of the sigmoid schedule.")
     topology_seed: int = _option(0, "Seed of everything random in the topology.")
+    parts: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
+        None,
+        "Modules that register scores, topologies, schedules or methods of your own, by name or path; they are "
+        "imported first.",
+    )
     version: int = _option(VERSION, "Version of this config's format.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.parts, str):
+            object.__setattr__(self, "parts", [self.parts])
+        if self.parts is not None:
+            object.__setattr__(self, "parts", import_parts(self.parts))
         if self.method not in METHODS:
             raise ValueError(_unknown("method", self.method, METHODS))
-        if self.recipe == "original" and self.method not in ORIGINAL:
+        method = METHODS[self.method]
+        if self.recipe == "original" and method.original is None:
+            known = ", ".join(name for name, other in METHODS.items() if other.original is not None)
             raise ValueError(
-                f"recipe is 'original', but of the methods' own papers those of {', '.join(ORIGINAL)} are known, and "
-                f"method is {self.method!r}: leave recipe out, and set the fields that are to differ"
+                f"recipe is 'original', but of the methods' own papers those of {known} are known, and method is "
+                f"{self.method!r}: leave recipe out, and set the fields that are to differ"
             )
-        defaults = DEFAULTS | METHODS[self.method] | (ORIGINAL[self.method] if self.recipe == "original" else {})
+        original = method.original if self.recipe == "original" else None
+        defaults = DEFAULTS | dict(method.settings) | dict(original or {})
         for item in dataclasses.fields(self):
             if getattr(self, item.name) is None:
                 object.__setattr__(self, item.name, defaults.get(item.name))
@@ -165,12 +179,11 @@ class SparsityConfig:
         if isinstance(self.layer_sparsity, str):
             object.__setattr__(self, "layer_sparsity", _mapping("layer_sparsity", self.layer_sparsity))
         if self.initial_sparsity is None:
-            below = 0.05 if self.sparsity_schedule == "elastic" else 0.0
-            object.__setattr__(self, "initial_sparsity", self.sparsity - below)
+            object.__setattr__(self, "initial_sparsity", self.sparsity - (self._schedule("starts_below") or 0.0))
         if self.sparsity_schedule_until is None:
-            half = 0.5 if self.sparsity_schedule == "sigmoid" else 1.0
-            object.__setattr__(self, "sparsity_schedule_until", half * self.update_until)
+            object.__setattr__(self, "sparsity_schedule_until", self._schedule("until", 1.0) * self.update_until)
         self._check()
+        self._note_foreign_parts()
 
     @property
     def is_dense(self) -> bool:
@@ -179,7 +192,36 @@ class SparsityConfig:
     @property
     def needs_gradient(self) -> bool:
         """Whether updates use the dense gradient of their step."""
-        return self.evolves and (self.regrowth == "gradient" or self.removal == "mest")
+        return self.evolves and any("grad" in part.needs for part in self._scores())
+
+    @property
+    def selects(self) -> bool:
+        """Whether updates choose all links anew, in the place of removal and regrowth."""
+        return REGROWTH[self.regrowth].kind == "selection"
+
+    def _scores(self) -> list[Part]:
+        """The parts that updates use."""
+        if self.selects:
+            return [REGROWTH[self.regrowth]]
+        pruning = [REMOVAL[self.pruning]] if self.sparsity_schedule != "constant" else []
+        return [REGROWTH[self.regrowth], REMOVAL[self.removal], *pruning]
+
+    def _schedule(self, fact: str, otherwise: Any = None) -> Any:
+        part = SPARSITY_SCHEDULES.get(self.sparsity_schedule)
+        return part.facts[fact] if part else otherwise
+
+    def _note_foreign_parts(self) -> None:
+        """Name the modules of a user's parts that were registered without being named."""
+        used = [
+            parts[name]
+            for field, parts in CHOICES.items()
+            if isinstance(parts, dict) and (name := getattr(self, field)) in parts
+        ]
+        modules = [
+            module for module in foreign_modules([METHODS[self.method], *used]) if module not in (self.parts or [])
+        ]
+        if modules:
+            object.__setattr__(self, "parts", [*(self.parts or []), *dict.fromkeys(modules)])
 
     @property
     def stores_weights(self) -> bool:
@@ -236,6 +278,12 @@ class SparsityConfig:
         for name in values:
             if name not in names:
                 raise ValueError(_unknown("field", name, names))
+        # what a file names is not imported: that would run code which somebody else may have chosen
+        if missing := [module for module in values.get("parts") or [] if module not in sys.modules]:
+            raise ValueError(
+                f"it needs parts that are registered by {', '.join(map(repr, missing))}: import that first, or name it "
+                "with --parts"
+            )
         return cls(**values)
 
     def save(self, path: str | Path, *, measured: float | None = None) -> None:
@@ -249,7 +297,7 @@ class SparsityConfig:
         if path.is_dir():
             path = path / CONFIG_NAME
         as_yaml = path.suffix in (".yaml", ".yml")
-        values = self.to_dict()
+        values = {name: value for name, value in self.to_dict().items() if name != "parts" or value}
         if measured is not None and not self.is_dense and differs(measured, self.sparsity):
             values[_MEASURED] = round(measured, 9)
         text = yaml.safe_dump(values, sort_keys=False) if as_yaml else json.dumps(values, indent=2) + "\n"
@@ -317,19 +365,19 @@ class SparsityConfig:
                 f"sparsity_schedule_until is {self.sparsity_schedule_until} of the run, after the last topology update "
                 f"at {self.update_until}: the target sparsity would never be reached. Lower it, or raise update_until"
             )
-        elif self.sparsity_schedule == "elastic" and self.initial_sparsity != self.sparsity - 0.05:
+        elif (below := self._schedule("starts_below")) and self.initial_sparsity != self.sparsity - below:
             raise ValueError(
-                f"initial_sparsity is {self.initial_sparsity}, but the elastic schedule starts 0.05 below a "
-                f"sparsity of {self.sparsity}: leave initial_sparsity out"
+                f"initial_sparsity is {self.initial_sparsity}, but the {self.sparsity_schedule} schedule starts "
+                f"{below} below a sparsity of {self.sparsity}: leave initial_sparsity out"
             )
-        if self.regrowth == "stored" and self.percolation:
+        if self.selects and self.percolation:
             raise ValueError(
-                "percolation is true, but with regrowth 'stored' nothing is regrown: set percolation to false"
+                f"percolation is true, but with regrowth {self.regrowth!r} nothing is regrown: set percolation to false"
             )
-        if self.regrowth == "stored" and self.regrown_weights != "historical":
+        if any("stored" in part.needs for part in self._scores()) and self.regrown_weights != "historical":
             raise ValueError(
-                f"regrowth is 'stored' and regrown_weights {self.regrown_weights!r}: links that return by their stored "
-                "weight must start with it. Set regrown_weights: historical"
+                f"regrowth is {self.regrowth!r} and regrown_weights {self.regrown_weights!r}: links that return by "
+                "their stored weight must start with it. Set regrown_weights: historical"
             )
         if self.softness_schedule == "adaptive" and self.removal_choice != "soft":
             raise ValueError(

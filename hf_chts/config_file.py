@@ -1,20 +1,22 @@
-"""Files of settings, YAML or JSON: read in one way, whoever reads them, and refused by name where they are doubtful."""
+"""Files of settings, YAML or JSON. Nothing doubtful is guessed: the error names the file and the line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-# of a checkout, which has the folder configs
-ROOT = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parent
+# The directory that holds configs/: the package where it was installed from a wheel, else the checkout
+PRESETS_ROOT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
 
 def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
-    """The fields that a file of settings gives values to; `what` the file is, for errors.
+    """The fields and values of a settings file; `what` it describes, for errors.
 
     Raises:
-        FileNotFoundError, ValueError: as `read`, and for what is no mapping of fields to values.
+        FileNotFoundError, ValueError: as `read`, and where the file is empty or not a mapping.
     """
     values = read(path)
     if values is None:
@@ -25,11 +27,11 @@ def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> Any:
-    """What a file of settings holds: JSON where its name ends so, else YAML; None where it is empty.
+    """The contents of a settings file: JSON if its name ends in .json, else YAML; None if it is empty.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no UTF-8, no valid YAML or JSON, or has a key twice or an anchor; the message names the file.
+        ValueError: it is not UTF-8, not valid YAML or JSON, or has a key twice or a YAML anchor.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,7 +43,7 @@ def read(path: str | Path) -> Any:
         raise ValueError(f"{path} is not UTF-8 (line {line}): save it as UTF-8 text") from error
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        return json.loads(text, object_pairs_hook=_pairs) if kind == "JSON" else yaml.load(text, _StrictLoader)
+        return json.loads(text, object_pairs_hook=_unique) if kind == "JSON" else yaml.load(text, _StrictLoader)
     except _Doubtful as error:
         raise ValueError(f"{path} {error}") from error
     except RecursionError as error:
@@ -51,8 +53,8 @@ def read(path: str | Path) -> Any:
 
 
 def find(name: str, *folders: Path) -> str:
-    """`name` as it is where there is such a path or where it is absolute, else in the first of `folders` that has it;
-    `name` where none has, for it may be no path."""
+    """`name` if there is such a path, else the path in the first of `folders` that has it, else `name` itself, which
+    may be a Hub id."""
     if not Path(name).exists():
         for folder in folders:
             if (folder / name).exists():
@@ -60,13 +62,27 @@ def find(name: str, *folders: Path) -> str:
     return name
 
 
+def find_config(name: str | Path) -> Path:
+    """The config file `name`, from the working directory or among the presets, which may go by their bare names.
+
+    Raises:
+        FileNotFoundError: there is neither such a file nor such a preset.
+    """
+    presets = PRESETS_ROOT / "configs"
+    for path in (Path(name), PRESETS_ROOT / name, presets / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
+    raise FileNotFoundError(f"there is no config file {name}: name a YAML file or a preset ({known})")
+
+
 class _Doubtful(Exception):
-    """Valid, and yet not to be taken; the text goes on after the name of the file."""
+    """The file is valid, but could be misread. The message continues after the file's name."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without what takes a value silently for another: keys that stand twice, and anchors, which may also hide
-    megabytes in a line."""
+    """YAML without duplicate keys, whose first value would be lost, and without anchors, by which one line can grow to
+    megabytes; and with 3e-4 as a number, as in YAML 1.2."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -81,24 +97,25 @@ class _StrictLoader(yaml.SafeLoader):
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                raise _Doubtful(f"has a key in line {line} that is no name")
+                raise _Doubtful(f"has a key in line {line} that is not a name")
             if key.value in lines:
-                raise _Doubtful(_twice(key.value, f" (lines {lines[key.value]} and {line})"))
+                raise _Doubtful(f"has {key.value!r} twice (lines {lines[key.value]} and {line}): leave one of them out")
             lines[key.value] = line
         return super().construct_mapping(node, deep)
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise _Doubtful(_twice(name))
+            raise _Doubtful(f"has {name!r} twice: leave one of them out")
         values[name] = value
     return values
-
-
-def _twice(name: str, where: str = "") -> str:
-    return f"has {name!r} twice{where}: leave one of them out"
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a program runs on, told and checked before the part that takes its time."""
+"""The machine that a program runs on: its devices, package versions, and where it can write."""
 
 import os
 import platform
@@ -11,9 +11,9 @@ import torch
 
 
 def on_cpu() -> bool:
-    """Whether a run that was told nothing belongs on the CPU: there is nothing else, or its launcher says so.
+    """Whether a run uses the CPU by default: there is nothing else, or its launcher's config says so.
 
-    Apple's GPUs do not count: they have no float64, in which topology updates draw their links.
+    Apple's GPUs do not count, because topology updates need float64.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t"):
         return True
@@ -22,7 +22,7 @@ def on_cpu() -> bool:
 
 
 def device_name(device: torch.device | str) -> str:
-    """What its maker calls a device; its type where that cannot be told."""
+    """The product name of a device, or its type if the driver does not give one."""
     device = torch.device(device)
     try:
         if device.type == "cpu":
@@ -31,17 +31,17 @@ def device_name(device: torch.device | str) -> str:
             named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
             return next(named, "") or platform.processor() or platform.machine() or "cpu"
         return str(getattr(torch, device.type).get_device_name(device))
-    except (OSError, RuntimeError, AssertionError, AttributeError, ValueError):  # as drivers will
+    except (OSError, RuntimeError, AssertionError, AttributeError, ValueError):  # drivers differ
         return device.type
 
 
 def device_line(device: torch.device | str, *, processes: int = 1, dtype: str, unused: int = 0) -> str:
-    """Where a program runs, in a line.
+    """One line that says where a program runs.
 
     Args:
-        processes: that have one such device each.
-        dtype: of weights and arithmetic.
-        unused: devices beside it that this process does not use.
+        processes: number of processes, with one such device each.
+        dtype: number format of weights and arithmetic, in words.
+        unused: number of further devices, which no process uses.
     """
     device = torch.device(device)
     several = f"{processes} processes, " if processes > 1 else ""
@@ -51,15 +51,15 @@ def device_line(device: torch.device | str, *, processes: int = 1, dtype: str, u
         where += " each" if processes > 1 else ""
     else:
         where = f"{processes} × {device_name(device)} ({device})"
-    beside = f"; {unused} more are there: start a process for each of them with accelerate launch" if unused else ""
+    beside = f"; {unused} more are there: start one process for each with accelerate launch" if unused else ""
     return f"{where}, {dtype}{beside}"
 
 
 def version_of(name: str) -> str:
-    """The version of a package: as installed, else what it says itself, as in a clone; or "unknown"."""
+    """The version of a package: of its installation, else its `__version__`, as in a clone, else "unknown"."""
     try:
         found = metadata.version(name)
-    except Exception:  # of damaged metadata too: a label is all that this is
+    except Exception:  # damaged metadata too: this is only a label
         found = None
     if not found:
         try:
@@ -70,7 +70,7 @@ def version_of(name: str) -> str:
 
 
 def check_can_write(directory: str | Path, what: str) -> None:
-    """That files can be made in a directory, which may not be there yet; nothing is left behind.
+    """Check that files can be created in a directory, which need not exist yet. Nothing is left behind.
 
     Raises:
         OSError: they cannot; the message names `what` and the directory.
@@ -88,8 +88,8 @@ def check_can_write(directory: str | Path, what: str) -> None:
 
 
 def without_fail(what: str, make: Any, *args: Any, **kwargs: Any) -> tuple[Any, str]:
-    """Call what makes something that a result can do without: what it returned, or None and why, in a sentence."""
+    """Call `make` for something that a result can do without. Returns what it made, or None and why, in a sentence."""
     try:
         return make(*args, **kwargs), ""
-    except Exception as error:  # whatever it is, the result is worth more
+    except Exception as error:  # the result is worth more than whatever this is
         return None, f"{what} could not be made: {type(error).__name__}: {' '.join(str(error).split())}"

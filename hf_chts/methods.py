@@ -1,10 +1,16 @@
-"""The methods of sparse training as compositions of the same parts, and the choices there are for each part.
+"""The methods of sparse training as compositions of registered parts, and the choices there are for each field.
 
-The settings of `METHODS` are those that arXiv 2501.19107 compares all methods with; `ORIGINAL` has what a method's own
-paper has instead.
+The settings of a method are those that arXiv 2501.19107 compares all methods with; `original` has what the method's own
+paper has instead, where that is known for sure. The number of steps between updates is not among it, which papers count
+in epochs (RigL: 100 steps, as here).
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from hf_chts.topology import gmp, initial, link_prediction, link_sampling, schedules, scores  # noqa: F401 - they register
+from hf_chts.topology.allocation import ALLOCATIONS
+from hf_chts.topology.parts import INITIAL_TOPOLOGIES, METHODS, REGROWTH, REMOVAL, SPARSITY_SCHEDULES, register
 
 # What a field is where neither the run nor its method says anything
 DEFAULTS: dict[str, Any] = {
@@ -23,79 +29,60 @@ DEFAULTS: dict[str, Any] = {
     "regrown_weights": "zero",
 }
 
-# What each method is made of; what a method does not name is the default above or the field's own. To add
-# a method, add a row here and, where no part exists for it yet, one function in hf_chts/topology.
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"sparsity": 0.0, "update_until": 0.0},
-    "static": {"update_until": 0.0},
-    # among equal scores hard and soft are the same choice, and soft draws need one pass less
-    "set": {"regrowth_choice": "soft"},
-    "rigl": {"regrowth": "gradient"},
-    "mest": {"removal": "mest", "regrowth_choice": "soft", "sparsity_schedule": "elastic"},
-    "gmp": {
-        "initial_sparsity": 0.5,
-        "sparsity_schedule": "cubic",
-        "regrowth": "stored",
-        "regrown_weights": "historical",
-    },
-    "granet": {"regrowth": "gradient", "initial_sparsity": 0.5, "sparsity_schedule": "cubic"},
-    "cht": {"initial_topology": "bipartite_receptive_field", "regrowth": "ch3_l3n"},
-    "chts": {
-        "initial_topology": "bipartite_receptive_field",
-        "removal_choice": "soft",
-        "regrowth": "ch2_l3n",
-        "regrowth_choice": "soft",
-    },
-    "chtss": {
-        "initial_topology": "bipartite_receptive_field",
-        "removal_choice": "soft",
-        "regrowth": "ch2_l3n",
-        "regrowth_choice": "soft",
-        "initial_sparsity": 0.5,
-        "sparsity_schedule": "sigmoid",
-        "pruning": "relative_importance",
-    },
-}
-
-# What a method's own paper has instead, where that is known for sure; the number of steps between updates is not among
-# it, which papers count in epochs (RigL: 100 steps, as here). Methods without a row have no recipe "original".
-ORIGINAL: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "static": {},
+register.method("dense", original={}, sparsity=0.0, update_until=0.0)
+register.method("static", original={}, update_until=0.0)
+register.method(
+    "set",
     # arXiv 1707.04780: ζ = 0.3 after every epoch to the last, smallest positive and largest negative weights apart
-    "set": {
+    original={
         "allocation": "erdos_renyi",
         "removal": "magnitude_by_sign",
         "drop_fraction": 0.3,
         "drop_schedule": "constant",
         "update_until": 1.0,
     },
+    # among equal scores hard and soft are the same choice, and soft draws need one pass less
+    regrowth_choice="soft",
+)
+register.method(
+    "rigl",
     # arXiv 1911.11134: ΔT = 100, α = 0.3 with cosine, T_end = 0.75, Erdős-Rényi(-Kernel)
-    "rigl": {"allocation": "erdos_renyi", "drop_fraction": 0.3},
-    "gmp": {"initial_sparsity": 0.0},  # arXiv 1710.01878: from a dense model
-    # arXiv 2501.19107 is their own paper
-    "chts": {},
-    "chtss": {},
-}
+    original={"allocation": "erdos_renyi", "drop_fraction": 0.3},
+    regrowth="gradient",
+)
+register.method("mest", removal="mest", regrowth_choice="soft", sparsity_schedule="elastic")
+register.method("granet", regrowth="gradient", initial_sparsity=0.5, sparsity_schedule="cubic")
+register.method("cht", initial_topology="bipartite_receptive_field", regrowth="ch3_l3n")
 
-CHOICES: dict[str, tuple[str, ...]] = {
+# arXiv 2501.19107 is their own paper
+_CHTS = {
+    "initial_topology": "bipartite_receptive_field",
+    "removal_choice": "soft",
+    "regrowth": "ch2_l3n",
+    "regrowth_choice": "soft",
+}
+register.method("chts", original={}, **_CHTS)
+register.method(
+    "chtss", original={}, **_CHTS, initial_sparsity=0.5, sparsity_schedule="sigmoid", pruning="relative_importance"
+)
+
+# the order in which they are shown
+for _name in ("dense", "static", "set", "rigl", "mest", "gmp", "granet", "cht", "chts", "chtss"):
+    METHODS[_name] = METHODS.pop(_name)
+
+# by field; the registered parts may grow
+CHOICES: Mapping[str, Iterable[str]] = {
     "recipe": ("comparison", "original"),
-    "initial_topology": (
-        "erdos_renyi",
-        "bipartite_receptive_field",
-        "bipartite_small_world",
-        "bipartite_scale_free",
-        "correlated",
-    ),
-    "allocation": ("uniform", "erdos_renyi", "global"),
+    "initial_topology": INITIAL_TOPOLOGIES,
+    "allocation": ALLOCATIONS,
     "brf_degrees": ("fixed", "uniform"),
-    "removal": ("magnitude", "magnitude_by_sign", "relative_importance", "mest"),
+    "removal": REMOVAL,
     "removal_choice": ("hard", "soft"),
     "softness_schedule": ("linear", "adaptive"),
-    "regrowth": ("random", "gradient", "ch2_l3n", "ch3_l3n", "ch3_1_l3n", "stored"),
+    "regrowth": REGROWTH,
     "regrowth_choice": ("hard", "soft"),
-    "pruning": ("magnitude", "relative_importance"),
-    "sparsity_schedule": ("constant", "linear", "cubic", "sigmoid", "elastic"),
+    "pruning": REMOVAL,
+    "sparsity_schedule": SPARSITY_SCHEDULES,
     "regrown_weights": ("zero", "historical"),
     "regrown_adam": ("global_steps", "per_weight_steps"),
     "drop_schedule": ("constant", "linear", "cosine"),

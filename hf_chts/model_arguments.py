@@ -1,12 +1,12 @@
-"""Which model a run trains."""
+"""The model that a run trains."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hf_chts.config_file import read_mapping
+from hf_chts.config_file import PRESETS_ROOT, find, read_mapping
 from hf_chts.export.packed_loading import forget_packing
 
 
@@ -33,8 +33,8 @@ class ModelArguments:
     export: str = field(
         default="plain",
         metadata={
-            "help": "plain: dense tensors, which load without hf_chts. packed: the bits of the masks and the values of "
-            "the links, which load with it. Default: plain."
+            "help": "plain: dense tensors, which load without hf_chts. packed: mask bits and link values, which need "
+            "hf_chts to load. Default: plain."
         },
     )
 
@@ -43,17 +43,15 @@ class ModelArguments:
             raise ValueError(f"export is plain or packed, got {self.export!r}")
 
 
-def load_config(args: ModelArguments, root: Path) -> AutoConfig:
-    """The model's config; a path is looked up from the working directory, then from `root`.
+def load_config(args: ModelArguments) -> PreTrainedConfig:
+    """The model's config; a path is looked up from the working directory, then among the presets.
 
     Raises:
-        ValueError: there is neither such a file nor such a Hub id, or the file is not to be used.
+        ValueError: there is neither such a file nor such a Hub id, or the file cannot be read.
     """
-    name = args.model
-    if not Path(name).exists() and (root / name).exists():
-        name = str(root / name)
-    elif name.endswith(".json") and not Path(name).exists():
-        raise ValueError(f"model {name!r}: there is no such config file, neither here nor in {root}")
+    name = find(args.model, PRESETS_ROOT)
+    if name.endswith(".json") and not Path(name).exists():
+        raise ValueError(f"model {name!r}: there is no such config file, neither here nor in {PRESETS_ROOT}")
     file = Path(name) if name.endswith(".json") else Path(name, "config.json")
     if file.is_file():
         read_mapping(file, "the config of a model")
@@ -67,6 +65,6 @@ def load_config(args: ModelArguments, root: Path) -> AutoConfig:
     return config
 
 
-def build_model(args: ModelArguments, config: AutoConfig) -> PreTrainedModel:
-    """The causal language model of `config` with new random weights (from the global RNG), in float32."""
+def build_model(args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal language model with new random weights in float32, from the global random generator."""
     return AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation, dtype=torch.float32)

@@ -4,13 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hf_chts.topology import schedules
+from hf_chts.topology.parts import SPARSITY_SCHEDULES
 from hf_chts.topology.softness import temperature
-
-if TYPE_CHECKING:
-    from hf_chts.config import SparsityConfig
 
 
 @dataclass(frozen=True)
@@ -18,13 +16,14 @@ class SchedulePlan:
     """The schedules of one run. Steps count finished optimizer steps: an update at step 100 follows the 100th.
 
     Attributes:
+        config: the SparsityConfig, which makes its plan itself.
         window_end: the last multiple of update_interval in the window of updates; 0 where nothing evolves.
         decay_end: the update at which the final sparsity is reached; 0 if sparsity is constant.
         floor: what sparsity does not fall below: that of a model which is ahead of the schedule.
         idle: multiples of update_interval in the window at which an update could change nothing, so that there is none.
     """
 
-    config: "SparsityConfig"
+    config: Any
     max_steps: int
     window_end: int
     decay_end: int
@@ -34,7 +33,7 @@ class SchedulePlan:
     @classmethod
     def of(
         cls,
-        config: "SparsityConfig",
+        config: Any,
         max_steps: int,
         *,
         floor: float = 0.0,
@@ -78,7 +77,7 @@ class SchedulePlan:
 
     def _idle_steps(self, links: Callable[[float], Sequence[int]] | None) -> frozenset[int]:
         config, interval = self.config, self.config.update_interval
-        if config.regrowth == "stored":  # weights grow past each other, and ζ has no part in it
+        if config.selects:  # weights grow past each other, and ζ has no part in it
             return frozenset()
         # these move links between layers, or away from dead neurons, without ζ
         moves = config.percolation or config.allocation == "global"
@@ -120,12 +119,9 @@ class SchedulePlan:
         config = self.config
         if not self.decay_end:
             return config.sparsity
-        if config.sparsity_schedule == "elastic":
-            return schedules.elastic(step, self.decay_end, config.sparsity)
-        window = (step, 0, self.decay_end, config.initial_sparsity, config.sparsity)
-        if config.sparsity_schedule == "sigmoid":
-            return schedules.sigmoid(*window, k=config.sigmoid_k)
-        return {"linear": schedules.linear, "cubic": schedules.cubic}[config.sparsity_schedule](*window)
+        schedule = SPARSITY_SCHEDULES[config.sparsity_schedule]
+        ends = {"initial": config.initial_sparsity, "final": config.sparsity}
+        return float(schedule(config, step=step, start=0, end=self.decay_end, **ends))
 
     def drop_fraction(self, step: int) -> float:
         """ζ at `step`; it reaches 0 where updates end (`update_until` of the run)."""

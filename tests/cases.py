@@ -74,7 +74,7 @@ def same_weights(first, second):
 
 def all_of(run):
     """Everything that a run has come to: what it logged but for times and means over one session, and all its state."""
-    topology, times = run.topology, ("topology_seconds",)
+    topology, times = run.evolver, ("topology_seconds",)
     log = [{k: v for k, v in entry.items() if k not in times} for entry in run.state.log_history]
     found = {
         "log": [entry for entry in log if "train_runtime" not in entry],

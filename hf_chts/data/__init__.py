@@ -1,31 +1,19 @@
 """Corpora, tokenizers and blocks of tokens."""
 
-from hf_chts.data.arguments import DataArguments
-from hf_chts.data.corpora import load_source
-from hf_chts.data.embedded import SPLITS, Document, embedded_dataset, embedded_documents, embedded_tokenizer
-from hf_chts.data.packing import pack_blocks
-from hf_chts.data.prepare import PreparedData, load_data, load_tokenizer
-from hf_chts.data.sources import DatasetSource, FileSource, Source
-from hf_chts.data.stream import BlockStream
-from hf_chts.data.token_bytes import token_byte_lengths
-from hf_chts.data.windows import Shuffle
+from hf_chts.lazy import lazy_names
 
-__all__ = [
-    "SPLITS",
-    "BlockStream",
-    "DataArguments",
-    "DatasetSource",
-    "Document",
-    "FileSource",
-    "PreparedData",
-    "Shuffle",
-    "Source",
-    "embedded_dataset",
-    "embedded_documents",
-    "embedded_tokenizer",
-    "load_data",
-    "load_source",
-    "load_tokenizer",
-    "pack_blocks",
-    "token_byte_lengths",
-]
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        "arguments": ["DataArguments"],
+        "corpora": ["load_source"],
+        "embedded": ["SPLITS", "Document", "embedded_dataset", "embedded_documents", "embedded_tokenizer"],
+        "loading": ["LoadedData", "load_data"],
+        "packing": ["pack_blocks"],
+        "sources": ["DatasetSource", "FileSource", "Source"],
+        "stream": ["BlockStream"],
+        "tokenizer": ["load_tokenizer", "token_byte_lengths"],
+        "windows": ["Shuffle"],
+    },
+    renamed={"PreparedData": "LoadedData"},
+)

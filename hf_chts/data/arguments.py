@@ -1,4 +1,4 @@
-"""What to train on: the fields of a YAML run and of the command line that concern data."""
+"""The data to train on: fields of a run's YAML file and of its command line."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -57,11 +57,11 @@ class DataArguments:
     on_bad_document: OnBadDocument | None = field(
         default=None,
         metadata={
-            "help": "What becomes of a document that is damaged (bytes that are no UTF-8, lone surrogates, lines that "
-            "are no JSON), holds no text in text_column, or has no such column: 'error' or 'skip'; rows of null or "
-            "empty text are left out in any case. Default: 'error' for what is read whole before training starts; what "
-            "a stream meets is skipped, told of and counted in the log, and is an error once it is more than ten "
-            "documents and more than one in a hundred that a reader has read."
+            "help": "What to do with a document that is damaged (bytes that are not UTF-8, lone surrogates, lines that "
+            "are not JSON), has no text in text_column, or has no such column: 'error' or 'skip'; rows of null or "
+            "empty text are always left out. Default: 'error' for documents that are read before training starts; a "
+            "stream skips them with a warning and counts them in the log, until they are more than ten and more than "
+            "one in a hundred of the documents that a reader has read."
         },
     )
 

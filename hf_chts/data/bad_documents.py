@@ -1,4 +1,4 @@
-"""Documents that cannot be trained on: how they are told from others, and what becomes of them."""
+"""Documents that cannot be trained on: how they are recognized, and what becomes of them."""
 
 import functools
 import logging
@@ -9,10 +9,10 @@ from hf_chts.data.arguments import OnBadDocument
 
 logger = logging.getLogger(__name__)
 
-# where they are skipped as long as they are few: more than _FEW and more than the share, among at least _ENOUGH read
+# skipping goes on while bad documents are at most so many or at most this share, looked at from so many documents on
 _FEW, _SHARE, _ENOUGH = 10, 0.01, 100
-# each of the first ones is told of; an epoch of a large corpus may have thousands
-_TOLD = 10
+# warnings; an epoch of a large corpus may have thousands of bad documents
+_WARNED_OF = 10
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class BadDocument:
         return f"{self.place}: {self.reason}"
 
 
-# None and "" stand for a row without text, which is no document
-Document: TypeAlias = str | BadDocument | None
+# None and "" stand for a row without text, which does not count as a document
+ReadDocument: TypeAlias = str | BadDocument | None
 
 
 def text_or_reason(value: Any, text_column: str) -> str | Unreadable | None:
@@ -47,7 +47,7 @@ def text_or_reason(value: Any, text_column: str) -> str | Unreadable | None:
         except UnicodeEncodeError as error:
             code, position = ord(value[error.start]), error.start
             return Unreadable(
-                f"a byte that is no UTF-8 (0x{code - 0xDC00:02X}) at character {position}"
+                f"a byte that is not UTF-8 (0x{code - 0xDC00:02X}) at character {position}"
                 if 0xDC80 <= code <= 0xDCFF  # as "surrogateescape" decodes it
                 else f"a lone surrogate (U+{code:04X}) at character {position}"
             )
@@ -57,18 +57,18 @@ def text_or_reason(value: Any, text_column: str) -> str | Unreadable | None:
     return Unreadable(f"column {text_column!r} holds {type(value).__name__}, not text")
 
 
-class Sieve:
-    """Lets the documents of one reader through that have text, and counts.
+class DocumentFilter:
+    """Lets one reader's good documents through, and counts the others.
 
     Args:
-        on_bad_document: "error" to raise at the first bad one, "skip" to leave all of them out, None to leave them out
-            as long as they are few.
-        read, skipped: what was counted before.
+        on_bad_document: "error" to raise at the first bad one, "skip" to skip all of them, None to skip them as long as
+            they are few.
+        read, skipped: the counts to start from.
 
     Attributes:
-        read: documents so far, bad ones among them; rows without text are no documents.
-        skipped: those that were left out.
-        first: the first of them.
+        read: documents so far, bad ones included, rows without text not.
+        skipped: bad documents so far.
+        first: the first bad document.
     """
 
     def __init__(self, on_bad_document: OnBadDocument | None = None, read: int = 0, skipped: int = 0) -> None:
@@ -76,11 +76,11 @@ class Sieve:
         self.read, self.skipped = read, skipped
         self.first: BadDocument | None = None
 
-    def __call__(self, document: Document) -> TypeGuard[str]:
+    def __call__(self, document: ReadDocument) -> TypeGuard[str]:
         """Whether to take the document.
 
         Raises:
-            ValueError: it is bad, and bad ones are not left out or have become too many; the message names its place.
+            ValueError: it is bad and an error, or one bad document too many; the message names its place.
         """
         if not document:
             return False
@@ -89,23 +89,24 @@ class Sieve:
             return True
         if self.on_bad_document == "error":
             raise ValueError(
-                f"{document}. Mend or remove it, set text_column to a column of text, or leave such documents out with "
+                f"{document}. Repair or remove it, set text_column to a column of text, or skip such documents with "
                 "on_bad_document: skip"
             )
         self.skipped += 1
         self.first = self.first or document
-        if self.skipped <= _TOLD:
-            _tell(f"{document}: left out" + (", and further ones are only counted" if self.skipped == _TOLD else ""))
+        if self.skipped <= _WARNED_OF:
+            last = ", and further ones are only counted" if self.skipped == _WARNED_OF else ""
+            _warn_once(f"{document}: skipped{last}")
         if self.on_bad_document is None and self.read >= _ENOUGH and self.skipped > max(_FEW, _SHARE * self.read):
             raise ValueError(
                 f"{self.skipped} of the {self.read} documents that one reader has read are bad, more than "
-                f"{_SHARE:.0%}; the last one is {document}. Mend the files or set text_column to a column of text; or "
-                "set on_bad_document to skip, which leaves any number of them out, and resume from the last checkpoint"
+                f"{_SHARE:.0%}; the last one is {document}. Repair the files or set text_column to a column of text; "
+                "or set on_bad_document to skip, which allows any number of them, and resume from the last checkpoint"
             )
         return False
 
 
 @functools.lru_cache(maxsize=1000)
-def _tell(message: str) -> None:
-    """A warning, once a process: the same documents are read again in the next epoch, or to make other blocks."""
+def _warn_once(message: str) -> None:
+    """Once per process: each epoch meets the same documents again."""
     logger.warning(message)

@@ -15,32 +15,18 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi, metadata_load
 from yaml import YAMLError
 
-from hf_chts.checkpoint import write_whole
 from hf_chts.data.arguments import OnBadDocument
-from hf_chts.data.bad_documents import Sieve
+from hf_chts.data.bad_documents import DocumentFilter
 from hf_chts.data.embedded import embedded_dataset
-from hf_chts.data.files import COMPRESSIONS, DataFile
+from hf_chts.data.formats import COMPRESSIONS, FORMATS, DataFile, format_of
 from hf_chts.data.sources import DatasetSource, FileSource, Source
+from hf_chts.files.atomic import write_json
 
 logger = logging.getLogger(__name__)
 
-# file ending → its format, as `DataFile` calls it
-FORMATS = {
-    ".txt": "text",
-    ".text": "text",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".arrow": "arrow",
-    ".tar": "tar",
-}
-
-# of `datasets`, beside the data
+# files that `datasets` writes beside the data
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-# people's own, beside data of another format than text
+# files that people put beside data of another format than text
 _ABOUT_TEXT = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|authors|changelog|requirements)[^.]*\.te?xt", re.I
 )
@@ -59,44 +45,55 @@ def load_source(
     on_bad_document: OnBadDocument = "error",
     download: bool = False,
 ) -> Source:
-    """The documents of one split, read in the same way whatever becomes of them.
+    """The documents of one split.
 
-    Local files, and Parquet and JSON on the Hub, are read by `DataFile`, which takes up any file where it was left.
-    Other formats on the Hub go through `datasets`.
+    Local files, and Parquet and JSON on the Hub, are read by `DataFile`, which can go on anywhere in a file. Other
+    formats on the Hub are read by `datasets`.
 
     Args:
         dataset: "embedded", a local file or folder, or a Hub id. A plain text file is one document.
         config: configuration of a Hub dataset, or of its clone; of another local folder, a sub-folder.
         text_column: the column that holds a document's text.
-        on_bad_document: what becomes of bad documents before the first good one, which is looked for here.
-        download: copy files of the Hub first, and take the copy where the Hub cannot be reached.
+        on_bad_document: what to do with bad documents before the first good one, which is read here.
+        download: copy files of the Hub first, and use the last copy if the Hub cannot be reached.
 
     Raises:
-        FileNotFoundError: a local path that does not exist, or a folder without files to read.
-        ValueError: no such split or column, no document that can be read, files of several formats or that cannot be
-            read, or a Hub dataset that cannot be loaded.
+        FileNotFoundError: a local path does not exist, or a folder has no files to read.
+        ValueError: there is no such split or column, or no readable document; files are of several formats or cannot
+            be read; or a Hub dataset cannot be loaded.
     """
     path = Path(dataset).expanduser()
     source: Source
     if dataset == "embedded":
         source = DatasetSource(embedded_dataset(split), text_column)
-    elif path.exists() or _looks_like_path(dataset):
-        files, form = _one_format(path, split, config)
-        source = FileSource([_local_file(file, path, form) for file in files], text_column)
+    elif path.exists() or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or format_of(path):
+        source = FileSource(_local_files(path, split, config), text_column)
     else:
         source = _hub_source(dataset, config, split, text_column, download)
-    sieve = Sieve(on_bad_document)
-    if not any(sieve(document) for shard in range(source.num_shards) for document, _ in source.read(shard)):
-        reason = f", and {sieve.skipped} that cannot be read; the first is {sieve.first}" if sieve.first else ""
+    accept = DocumentFilter(on_bad_document)
+    if not any(accept(document) for shard in range(source.num_shards) for document, _ in source.read(shard)):
+        reason = f", and {accept.skipped} that cannot be read; the first is {accept.first}" if accept.first else ""
         raise ValueError(f"Split {split!r} of dataset {dataset!r} holds no documents{reason}: use another.")
     return source
 
 
-def _local_file(file: Path, root: Path, form: str) -> DataFile:
+def _local_files(path: Path, split: str, config: str | None) -> list[DataFile]:
+    files = find_files(path, split, config)
+    examples = {format_of(file) or "": file.name for file in files}
+    if len(examples) > 1:
+        raise ValueError(
+            f"{path} holds files of several formats ({', '.join(sorted(examples))}; such as "
+            f"{', '.join(sorted(examples.values()))}): keep one of them, or set dataset to one file."
+        )
+    (form,) = examples
+    for file in files:
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(_LFS_POINTER):
+            raise ValueError(f"{file} is a pointer of Git LFS and not the file itself: run `git lfs pull` where it is.")
+    return [_data_file(file, file.name if file == path else file.relative_to(path).as_posix(), form) for file in files]
+
+
+def _data_file(file: Path, name: str, form: str) -> DataFile:
     status = file.stat()
-    if status.st_size < 1024 and file.read_bytes().startswith(_LFS_POINTER):
-        raise ValueError(f"{file} is a pointer of Git LFS and not the file itself: run `git lfs pull` where it is.")
-    name = file.name if file == root else file.relative_to(root).as_posix()
     return DataFile(str(file.absolute()), name, status.st_size, form, status.st_mtime_ns)
 
 
@@ -108,7 +105,7 @@ def _hub_source(dataset: str, config: str | None, split: str, text_column: str, 
             paths = list((builder.config.data_files or {}).get(split, []))
             form = "parquet" if isinstance(builder, Parquet) else "json" if isinstance(builder, Json) else ""
             plain = form == "parquet" or (form == "json" and not builder.config.field)
-            # archives and the like are chained in the URL
+            # "::" in a URL stands for an archive, which `datasets` opens
             if not paths or not plain or any("::" in path for path in paths):
                 documents = datasets.load_dataset(full_hub_id(dataset), config, split=split, streaming=not download)
                 return DatasetSource(documents, text_column)
@@ -122,39 +119,38 @@ def _hub_source(dataset: str, config: str | None, split: str, text_column: str, 
             raise
         logger.warning("%s Going on with the files that were downloaded before.", error)
         return FileSource(files, text_column)
-    files = [
-        DataFile(str(file), path, file.stat().st_size, form, file.stat().st_mtime_ns)
-        for file, path in zip(local, paths, strict=True)
-    ]
-    copied.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(copied, json.dumps([asdict(file) for file in files]).encode())
+    files = [_data_file(file, path, form) for file, path in zip(local, paths, strict=True)]
+    write_json(copied, [asdict(file) for file in files])
     return FileSource(files, text_column)
 
 
 def _copied_files(listing: Path) -> list[DataFile] | None:
-    """What was downloaded before, if all of it is there still."""
+    """The files that were downloaded before, if all of them still exist."""
     if not listing.is_file():
         return None
     files = [DataFile(**file) for file in json.loads(listing.read_text(encoding="utf-8"))]
     return files if all(Path(file.path).is_file() for file in files) else None
 
 
-def local_files(path: Path, split: str, config: str | None = None) -> list[Path]:
+def find_files(path: Path, split: str, config: str | None = None) -> list[Path]:
     """The files of `split` under a local file or folder, sorted by path.
 
-    A folder with a file or sub-folder called `train` (`train.jsonl`, `train/…`) is one of splits, each called
-    as its file or sub-folder. So is one whose files are named as datasets on the Hub name them, wherever they lie:
-    `train-00000-of-00080.parquet`, `c4-validation.00003-of-00008.json.gz`. What `DatasetDict.save_to_disk` wrote has
-    the splits that it had, and a folder whose README.md lists `configs` as on the Hub has theirs. Any other folder is
-    one split, called "train", and so is a file. Left out are hidden files, files in a folder that end in something else
-    than `FORMATS`, and those that tell of the data: dataset_infos.json, what `save_to_disk` wrote beside it, a licence
-    beside files of another format than text.
+    The splits of a folder are, by the first of these rules that applies:
+
+    1. what its README.md lists as `configs`, as on the Hub;
+    2. what `DatasetDict.save_to_disk` wrote;
+    3. files and sub-folders by their names, if one is called `train` (`train.jsonl`, `train/…`);
+    4. files anywhere in it that are named as on the Hub, `train-00000-of-00080.parquet`;
+    5. one split called "train", as for a single file.
+
+    Left out are hidden files, files in a folder that end in something else than `FORMATS`, and files about the data:
+    dataset_infos.json, caches of `save_to_disk`, a licence beside files of another format than text.
 
     Args:
-        config: one of README.md's `configs`, or only the sub-folder of that name, where the folder has one.
+        config: one of README.md's `configs`; or only the sub-folder of that name, if there is one.
 
     Raises:
-        FileNotFoundError: nothing is there, or nothing that can be read.
+        FileNotFoundError: `path` does not exist, or has no file to read.
         ValueError: there is no such split, or the file has an unknown ending.
     """
     endings = f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSIONS)} after it"
@@ -164,7 +160,7 @@ def local_files(path: Path, split: str, config: str | None = None) -> list[Path]
             "dataset, or 'embedded'."
         )
     if path.is_file():
-        if _format_of(path) is None:
+        if format_of(path) is None:
             raise ValueError(f"{path} has an unknown ending: the known ones are {endings}.")
         if split != "train":
             raise ValueError(
@@ -188,12 +184,12 @@ def local_files(path: Path, split: str, config: str | None = None) -> list[Path]
 
 
 def _splits_of_card(path: Path, config: str | None) -> dict[str, list[Path]] | None:
-    """The files of the splits that a README.md names as on the Hub; None if it names none."""
+    """The files of the splits that a README.md lists, as on the Hub; None if it lists none."""
     card = path / "README.md"
     try:
         configs = (metadata_load(card) or {}).get("configs") if card.is_file() else None
     except (ValueError, YAMLError) as error:
-        raise ValueError(f"The head of {card} could not be read: {_reason(error)} Mend or remove it.") from error
+        raise ValueError(f"The head of {card} could not be read: {_reason(error)} Repair or remove it.") from error
     if not configs:
         return None
     try:
@@ -203,7 +199,7 @@ def _splits_of_card(path: Path, config: str | None) -> dict[str, list[Path]] | N
             f"The splits that {card} names could not be found: {_reason(error)} Set dataset_config to one of its "
             "configurations, or remove the file to have folders and files named as splits taken for them."
         ) from error
-    return {str(split): [Path(file) for file in files if _format_of(Path(file))] for split, files in found.items()}
+    return {str(split): [Path(file) for file in files if format_of(Path(file))] for split, files in found.items()}
 
 
 def _data_files(path: Path) -> list[Path]:
@@ -211,17 +207,17 @@ def _data_files(path: Path) -> list[Path]:
         file
         for file in sorted(path.rglob("*"))
         if file.is_file()
-        and _format_of(file)
+        and format_of(file)
         and file.name not in _ABOUT_DATA
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     for folder in {file.parent for file in files if file.name == "state.json"}:
         if (folder / "dataset_info.json").is_file():
-            # `save_to_disk` wrote it; other files in its folder are caches
+            # `save_to_disk` lists its files; others in the folder are caches
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             listed = {folder / file["filename"] for file in state["_data_files"]}
             files = [file for file in files if file.parent != folder or file in listed]
-    if len({_format_of(file) for file in files}) > 1:
+    if len({format_of(file) for file in files}) > 1:
         files = [file for file in files if not (file.parent == path and _ABOUT_TEXT.fullmatch(file.name))]
     return files
 
@@ -251,26 +247,6 @@ def _by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
     return by_split
 
 
-def _looks_like_path(dataset: str) -> bool:
-    return dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or _format_of(Path(dataset)) is not None
-
-
-def _format_of(path: Path) -> str | None:
-    name = Path(path.name.lower())
-    return FORMATS.get((name.with_suffix("") if name.suffix in COMPRESSIONS else name).suffix)
-
-
-def _one_format(path: Path, split: str, config: str | None) -> tuple[list[Path], str]:
-    files = local_files(path, split, config)
-    examples = {_format_of(file) or "": file.name for file in files}
-    if len(examples) > 1:
-        raise ValueError(
-            f"{path} holds files of several formats ({', '.join(sorted(examples))}; such as "
-            f"{', '.join(sorted(examples.values()))}): keep one of them, or set dataset to one file."
-        )
-    return files, next(iter(examples))
-
-
 @contextmanager
 def _naming_hub_errors(dataset: str, config: str | None, split: str) -> Iterator[None]:
     try:
@@ -285,12 +261,12 @@ def _naming_hub_errors(dataset: str, config: str | None, split: str) -> Iterator
 
 
 def full_hub_id(dataset: str) -> str:
-    """`Skylion007/openwebtext` for `openwebtext`: the Hub redirects such old names, datasets refuses them."""
+    """`Skylion007/openwebtext` for `openwebtext`: the Hub redirects such old names, `datasets` does not."""
     return dataset if "/" in dataset else HfApi().dataset_info(dataset).id
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost message: `datasets` wraps it in 'An error occurred while generating the dataset'."""
+    """The innermost message, which `datasets` wraps in 'An error occurred while generating the dataset'."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip().rstrip('.')}."

@@ -1,10 +1,9 @@
-"""A corpus that is on every machine, the Python standard library's own source files, and its tokenizer."""
+"""A corpus that every machine has, the source files of the Python standard library, and its tokenizer."""
 
 import hashlib
 import os
 import re
 import sysconfig
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +15,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+from hf_chts.files.atomic import whole_directory
+
 SPLITS = ("train", "validation", "test")
 EOS_TOKEN = "<|endoftext|>"
 
-# Tests and other people's packages are not the library; config-* and _sysconfigdata* differ between machines.
+# tests and installed packages are not the library; config-* and _sysconfigdata* differ between machines
 _LEFT_OUT_FOLDERS = re.compile(r"tests?|.+_tests?|site-packages|dist-packages|__pycache__|config-.+|\..+")
 _LEFT_OUT_FILES = re.compile(r"_sysconfigdata.*\.py|sitecustomize\.py|usercustomize\.py")
 
@@ -32,7 +33,7 @@ class Document(NamedTuple):
 
 
 def split_of(path: str) -> str:
-    """The split of a file, from its relative posix `path` alone: about 90% train, 5% validation, 5% test."""
+    """The split of a file, from its relative posix `path` alone: 90% are train, 5% validation, 5% test."""
     percent = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 100
     return "train" if percent < 90 else "validation" if percent < 95 else "test"
 
@@ -41,8 +42,8 @@ def embedded_documents(split: str) -> list[Document]:
     """The documents of `split`, sorted by path. Empty files and files that are not UTF-8 are left out.
 
     Raises:
-        ValueError: `split` is none of `SPLITS`.
-        FileNotFoundError: this Python installation comes without the sources of its standard library.
+        ValueError: `split` is not in `SPLITS`.
+        FileNotFoundError: this Python comes without the sources of its standard library.
     """
     if split not in SPLITS:
         raise ValueError(f"The embedded corpus has no split {split!r}: use one of {', '.join(SPLITS)}.")
@@ -55,13 +56,13 @@ def embedded_documents(split: str) -> list[Document]:
     if not documents:
         raise FileNotFoundError(
             f"There are no source files of the standard library in {root}, so there is no embedded corpus: "
-            "use a Python that comes with its sources, or set dataset and tokenizer to other ones."
+            "use a Python that has its sources, or set dataset and tokenizer to other ones."
         )
     return documents
 
 
 def embedded_dataset(split: str) -> datasets.Dataset:
-    """The documents of `split`: string columns `path` and `text`. Raises as `embedded_documents`."""
+    """The documents of `split`: string columns `path` and `text`. Raises as `embedded_documents` does."""
     documents = embedded_documents(split)
     return datasets.Dataset.from_dict({name: [getattr(d, name) for d in documents] for name in Document._fields})
 
@@ -70,7 +71,7 @@ def embedded_tokenizer(vocab_size: int, cache_dir: Path | None = None) -> PreTra
     """Byte-level BPE of exactly `vocab_size` tokens, trained on the embedded corpus's train split.
 
     `<|endoftext|>` (id 0) ends a document and is the padding; there is no beginning-of-sequence token.
-    Trained once per corpus and size, then read from `cache_dir` (default: `$HF_CHTS_CACHE`, else
+    Trained once per corpus and size, then read from `cache_dir` (by default `$HF_CHTS_CACHE`, else
     `~/.cache/hf_chts`).
 
     Raises:
@@ -86,16 +87,12 @@ def embedded_tokenizer(vocab_size: int, cache_dir: Path | None = None) -> PreTra
     directory = cache_dir / f"tokenizer-{vocab_size}-{digest.hexdigest()[:16]}"
     if not directory.is_dir():
         tokenizer = train_byte_level_bpe((document.text for document in documents), vocab_size)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir, prefix="unfinished-") as unfinished:
-            complete = Path(unfinished) / "tokenizer"
-            tokenizer.save_pretrained(complete)
-            try:
-                os.replace(complete, directory)
-            except OSError:
-                # another process finished the same tokenizer first: that one is as good
-                if not directory.is_dir():
-                    raise
+        try:
+            with whole_directory(directory) as unfinished:
+                tokenizer.save_pretrained(unfinished)
+        except OSError:
+            if not directory.is_dir():  # where another process finished first, its tokenizer is the same
+                raise
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 

@@ -1,15 +1,14 @@
-"""Which documents are set aside for validation when a corpus has no split of its own for it."""
+"""Which documents are held out for validation when a corpus has no split of its own for it."""
 
 from dataclasses import dataclass
 from hashlib import blake2b
 
 
 @dataclass(frozen=True)
-class ByText:
-    """Whether a document belongs to the `fraction` that `seed` chooses, or with `rest` to what that leaves.
+class Holdout:
+    """Whether a document belongs to the `fraction` that `seed` chooses; with `rest`, to all the others.
 
-    A function of its text alone: so it does not depend on who reads it, on how it is read or on how the files are cut,
-    and equal texts stay together.
+    The answer depends on the text alone: not on who reads it or how the files are cut, and equal texts stay together.
     """
 
     fraction: float
@@ -21,11 +20,11 @@ class ByText:
         digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest()
         return (int.from_bytes(digest, "little") < int(self.fraction * 2**64)) != self.rest
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # checkpoints keep it
         return f"{'without ' if self.rest else ''}{self.fraction} chosen by seed {self.seed}"
 
-    def chose_nothing(self, documents: int) -> ValueError:
-        """The error for a corpus of which nothing belongs here; few documents may all fall on one side."""
+    def empty_error(self, documents: int) -> ValueError:
+        """The error for a corpus with nothing on this side; few documents may all fall on one."""
         chosen, other = ("All", "smaller") if self.rest else ("None", "larger")
         return ValueError(
             f"{chosen} of the corpus's {documents} documents (a text file is one, equal texts go together) are held "

@@ -1,4 +1,4 @@
-"""From documents to blocks of tokens: packed end to end, or one document a block."""
+"""From documents to blocks of tokens: packed end to end, or one document in each block."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -12,25 +12,26 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_chts.data.arguments import Packing
 from hf_chts.data.sources import DatasetSource, texts_of_source
+from hf_chts.data.tokenizer import check_eos, padding_id, tokenizer_digest
 
-IGNORED_LABEL = -100  # the cross entropy of transformers' models leaves these positions out
-_ENCODE_CHARACTERS = 2**20  # enough to keep the tokenizer's threads busy, however long the documents are
-_CACHE_VERSION = 1  # raise it when the blocks made from the same documents change
+IGNORED_LABEL = -100  # transformers' models leave these positions out of the loss
+ENCODE_CHARACTERS = 2**20  # keeps the tokenizer's threads busy, however long the documents are
+_CACHE_VERSION = 1  # to be raised when the same documents give other blocks
 
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Block: TypeAlias = dict[str, np.ndarray]
 Mark = TypeVar("Mark")
-# a block, the mark of the document it ends in, and how many tokens of that one are used up
+# a block; the mark of the document it ends in, and how many of that document's tokens are used up
 Marked: TypeAlias = tuple[Block, tuple[Mark, int]]
 
 
 def encode(
-    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, characters: int = _ENCODE_CHARACTERS
+    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, characters: int = ENCODE_CHARACTERS
 ) -> Iterator[list[int]]:
-    """Token ids of each document followed by EOS; empty documents are left out.
+    """The token ids of each document that is not empty, followed by EOS.
 
     Args:
-        characters: about how many go through the tokenizer at a time.
+        characters: about how many the tokenizer gets at a time.
 
     Raises:
         ValueError: the tokenizer has no EOS token.
@@ -39,23 +40,20 @@ def encode(
     return _encode(texts, tokenizer, characters)
 
 
-def check_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if the tokenizer has no EOS token."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no eos_token, which goes between documents: "
-            "set one (tokenizer.eos_token = ...) and save it, or use another tokenizer."
-        )
+def count_tokens(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of tokens of all texts, EOS included. Raises as `encode` does."""
+    return sum(map(len, encode(texts, tokenizer)))
 
 
 def _encode(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, characters: int) -> Iterator[list[int]]:
-    for batch in _batches(texts, characters):
+    for batch in text_batches(texts, characters):
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for input_ids in encoded["input_ids"]:
             yield [*input_ids, tokenizer.eos_token_id]
 
 
-def _batches(texts: Iterable[str | None], characters: int) -> Iterator[list[str]]:
+def text_batches(texts: Iterable[str | None], characters: int = ENCODE_CHARACTERS) -> Iterator[list[str]]:
+    """Lists of the texts that are not empty, with about so many characters in each."""
     batch: list[str] = []
     gathered = 0
     for text in filter(None, texts):
@@ -69,17 +67,17 @@ def _batches(texts: Iterable[str | None], characters: int) -> Iterator[list[str]
 
 
 def pack(marked: Iterable[tuple[Mark, list[int]]], block_size: int, skip: int = 0) -> Iterator[Marked[Mark]]:
-    """Documents end to end, cut every `block_size` tokens; only what is left after the last one is dropped.
+    """Documents end to end, cut every `block_size` tokens; only what is left after the last block is dropped.
 
-    Yields `input_ids` and `labels`, the same int32 array of shape (block_size,). There is no attention mask:
-    every position is a token, and a document sees those before it in its block.
+    A block has `input_ids` and `labels`, the same int32 array of shape (block_size,). It has no attention mask: every
+    position is a token, and a document sees those before it in its block.
 
     Args:
-        marked: the token ids of each document, after a mark that tells it from others.
+        marked: for each document a mark that tells it from others, and its token ids.
         skip: how many tokens of the first document to leave out.
 
     Yields:
-        A block; the mark of the document it ends in, and how many of that one's tokens are in it or before it.
+        A block; the mark of the document it ends in, and how many of that document's tokens are in it or before it.
     """
     held: list[np.ndarray] = []
     missing = block_size
@@ -100,13 +98,13 @@ def pack(marked: Iterable[tuple[Mark, list[int]]], block_size: int, skip: int = 
 def truncate_and_pad(
     marked: Iterable[tuple[Mark, Sequence[int] | np.ndarray]], block_size: int, pad_token_id: int, skip: int = 0
 ) -> Iterator[Marked[Mark]]:
-    """One document a block: its first `block_size` tokens, or all of them (EOS included) and padding.
+    """One document in each block: its first `block_size` tokens, or all of them (EOS included) and padding.
 
-    Yields `input_ids`, `attention_mask` (0 on padding) and `labels` (-100 on padding), int32, (block_size,); the rest
-    as `pack`.
+    A block has `input_ids`, `attention_mask` (0 on padding) and `labels` (-100 on padding), int32, (block_size,); the
+    rest is as for `pack`.
     """
     for mark, input_ids in marked:
-        if skip:  # its block is there already
+        if skip:  # its block was yielded before
             skip = 0
             continue
         tokens = np.asarray(input_ids[:block_size], dtype=np.int32)
@@ -138,9 +136,7 @@ def marked_blocks(
     if packing == "packed":
         return pack(marked, block_size, skip)
     if packing == "truncate_and_pad":
-        # which id stands on padding has no effect: it is neither attended to nor predicted
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return truncate_and_pad(marked, block_size, pad, skip)
+        return truncate_and_pad(marked, block_size, padding_id(tokenizer), skip)
     raise ValueError(f"packing={packing!r} has to be 'packed' or 'truncate_and_pad'.")
 
 
@@ -159,15 +155,12 @@ def pack_blocks(
     max_blocks: int | None = None,
     name: str = "The corpus",
 ) -> datasets.Dataset:
-    """The blocks of `documents` (the first `max_blocks`) as a map-style dataset, by `pack_texts`.
+    """The blocks of `documents` (the first `max_blocks`) as `pack_texts` makes them.
 
-    A map-style corpus is cached on disk, a streaming one kept in memory.
-
-    Args:
-        name: what to call the documents in an error.
+    Those of a map-style dataset are cached on disk, those of a streaming one kept in memory.
 
     Raises:
-        ValueError: the documents do not fill one block, one of them is no text, or the tokenizer has no EOS token.
+        ValueError: the documents do not fill one block, one of them is not text, or the tokenizer has no EOS token.
     """
     key = f"{documents._fingerprint} {text_column}" if isinstance(documents, datasets.Dataset) else None
     return pack_texts(
@@ -193,14 +186,14 @@ def pack_texts(
 ) -> datasets.Dataset:
     """The blocks of `texts` (the first `max_blocks`) as a map-style dataset.
 
-    Each example has `input_ids`, `labels` and, with "truncate_and_pad", `attention_mask`: int64 tensors of
-    shape (block_size,). Texts with a `key` go through `datasets`' cache on disk, so memory does not grow with them and
-    a second call with the same key, tokenizer and sizes reads the first one's file. Others are kept in memory, so give
-    `max_blocks`; for blocks made while training see `BlockStream`.
+    Each example has `input_ids`, `labels` and, with "truncate_and_pad", `attention_mask`: int64 tensors of shape
+    (block_size,). With a `key` the blocks are in `datasets`' cache on disk: memory does not grow with them, and a
+    second call with the same key, tokenizer and sizes reads the file of the first. Without one they are in memory, so
+    give `max_blocks`; for blocks made while training see `BlockStream`.
 
     Args:
-        texts: gives the texts, from the first one at each call.
-        key: what tells these texts from others.
+        texts: each call gives all texts from the first one on.
+        key: tells these texts from others.
         name: what to call them in an error.
 
     Raises:
@@ -219,9 +212,9 @@ def pack_texts(
         for block in generate():
             yield {column: values.tolist() for column, values in block.items()}
 
-    # first of all, because datasets writes no empty dataset
+    # before anything else, because datasets cannot write an empty dataset
     if next(generate(), None) is None:
-        raise too_short(texts(), tokenizer, block_size, name)
+        raise too_short_error(name, count_tokens(texts(), tokenizer), block_size)
     if key is None:
         made = list(generate())
         prepared = datasets.Dataset.from_dict(
@@ -232,27 +225,15 @@ def pack_texts(
         try:
             prepared = datasets.Dataset.from_generator(generate_lists, features=features, fingerprint=Hasher.hash(keys))
         except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, ValueError | OSError):
-                # what is wrong with a document or a file, or with the disk
+            if isinstance(error.__cause__, ValueError | OSError):  # of a document, a file or the disk
                 raise error.__cause__ from error.__cause__.__cause__
             raise
     return prepared.with_format("torch")
 
 
-def too_short(
-    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, block_size: int, name: str
-) -> ValueError:
-    """The error for documents that do not fill one block."""
-    tokens = sum(map(len, encode(texts, tokenizer)))
+def too_short_error(name: str, tokens: int, block_size: int) -> ValueError:
+    """The error for a corpus that does not fill one block."""
     return ValueError(
         f"{name} holds {tokens} tokens, fewer than one block of block_size={block_size}: "
         "use more or longer documents, or a smaller block_size."
     )
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What identifies the token ids a tokenizer gives."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    # a fast tokenizer's Python object also holds settings that do not change them
-    state = tokenizer if backend is None else backend.to_str()
-    return Hasher.hash([state, tokenizer.eos_token_id, tokenizer.pad_token_id])

@@ -1,8 +1,8 @@
-"""Where the documents of a stream come from: shards that can be read from any document on, and cut into parts."""
+"""Where documents come from: shards that can be cut into parts and read from any document on."""
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
@@ -10,15 +10,14 @@ from typing import Protocol
 import datasets
 from datasets.fingerprint import Hasher
 
-from hf_chts.data.bad_documents import BadDocument, Document, Sieve, Unreadable, text_or_reason
-from hf_chts.data.files import DataFile, Row
-from hf_chts.data.holdout import ByText
+from hf_chts.data.bad_documents import BadDocument, DocumentFilter, ReadDocument, Unreadable, text_or_reason
+from hf_chts.data.formats import DataFile, Row
+from hf_chts.data.holdout import Holdout
 
 logger = logging.getLogger(__name__)
 
 _READ_ROWS = 16
-# whole shards when each reader has at least so many, parts of shards when not: the longest share is then little longer
-# than the shortest
+# Readers with fewer shards each share them in parts, so that no share is much longer than another
 _WHOLE_SHARDS = 8
 
 
@@ -27,8 +26,8 @@ class Source(Protocol):
 
     Attributes:
         num_shards: at least 1.
-        identity: what tells these documents from others, as JSON can hold it; a checkpoint keeps it.
-        cache_key: what tells these very files from others on this machine; None where nothing does.
+        identity: equal for equal documents, wherever they lie; JSON, kept in checkpoints.
+        cache_key: changes with the files on this machine; None if that cannot be known.
     """
 
     @property
@@ -41,14 +40,16 @@ class Source(Protocol):
     def cache_key(self) -> str | None: ...
 
     def read(self, shard: int, part: int = 0, parts: int = 1, start: int | None = None) -> Iterator[Row]:
-        """The documents of part `part` of `parts` of a shard from position `start` on, each with the position after
-        it; a `BadDocument` stands for one that cannot be trained on."""
+        """The documents of part `part` of `parts` of a shard from position `start` on, each with the position after it.
+
+        A `BadDocument` stands for one that cannot be trained on.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A shard a file."""
+    """Files, each of them a shard."""
 
     files: Sequence[DataFile]
     text_column: str = "text"
@@ -79,7 +80,7 @@ class FileSource:
 class DatasetSource:
     """A dataset of `datasets`, for formats that `DataFile` does not read; a map-style one is one shard.
 
-    A position is a number of rows. In a streaming one the rows of a shard before it are read again.
+    A position is a number of rows. A streaming dataset reads the rows of the shard before it again.
     """
 
     documents: datasets.Dataset | datasets.IterableDataset
@@ -107,11 +108,8 @@ class DatasetSource:
 
     def read(self, shard: int, part: int = 0, parts: int = 1, start: int | None = None) -> Iterator[Row]:
         documents = self.documents
-        names = documents.column_names
-        if names is not None and self.text_column not in names:
-            raise ValueError(
-                f"{self._name} has no column {self.text_column!r}: set text_column to one of {', '.join(names)}"
-            )
+        if documents.column_names is not None:
+            self._check_column(documents.column_names)
         if isinstance(documents, datasets.Dataset):
             rows = len(documents)
             first, last = max(rows * part // parts, start or 0), rows * (part + 1) // parts
@@ -124,16 +122,19 @@ class DatasetSource:
         position = 0
         # `iter`, because in a dataloader worker `for row in documents` would leave out the other workers' rows
         for batch in rows_of.iter(batch_size=_READ_ROWS):
-            if self.text_column not in batch:  # only now a stream knows its columns
-                raise ValueError(
-                    f"{self._name} has no column {self.text_column!r}: set text_column to one of {', '.join(batch)}"
-                )
+            self._check_column(batch)  # which a stream may not know before
             for text in batch[self.text_column]:
                 position += 1
                 if (position - 1) % parts == part and position > (start or 0):
                     yield self._document(text, position), position
 
-    def _document(self, value: object, row: int) -> Document:
+    def _check_column(self, names: Collection[str]) -> None:
+        if self.text_column not in names:
+            raise ValueError(
+                f"{self._name} has no column {self.text_column!r}: set text_column to one of {', '.join(names)}"
+            )
+
+    def _document(self, value: object, row: int) -> ReadDocument:
         text = text_or_reason(value, self.text_column)
         return BadDocument(f"{self._name}, row {row}", text.reason) if isinstance(text, Unreadable) else text
 
@@ -153,7 +154,7 @@ class Piece:
 
 
 def pieces(num_shards: int, readers: int) -> list[Piece]:
-    """What `readers` deal out among themselves, in corpus order: together every document once.
+    """The pieces that `readers` share, in corpus order: together every document once.
 
     Their number is a multiple of `readers`, unless there are many shards for each of them.
     """
@@ -163,23 +164,25 @@ def pieces(num_shards: int, readers: int) -> list[Piece]:
     return [Piece(shard, part, parts) for shard in range(num_shards) for part in range(parts)]
 
 
-def texts_of_source(source: Source, choice: ByText | None = None, sieve: Sieve | None = None) -> Iterator[str]:
-    """All texts of a choice of documents (None: of all) in the corpus's order.
+def texts_of_source(
+    source: Source, choice: Holdout | None = None, accept: DocumentFilter | None = None
+) -> Iterator[str]:
+    """The texts of all documents, or of a choice of them, in the corpus's order.
 
     Args:
-        sieve: what lets them through; without one a bad document raises.
+        accept: what becomes of bad documents; by default they raise.
 
     Raises:
-        ValueError: a document or a file is bad, or there are documents and the choice is none of them.
+        ValueError: a document or a file is bad, or the choice is empty.
     """
-    sieve = Sieve("error") if sieve is None else sieve
+    accept = DocumentFilter("error") if accept is None else accept
     found = False
     for shard in range(source.num_shards):
         for text, _ in source.read(shard):
-            if sieve(text) and (choice is None or choice(text)):
+            if accept(text) and (choice is None or choice(text)):
                 found = True
                 yield text
-    if sieve.skipped:
-        logger.warning("%d of %d documents are left out: they cannot be read", sieve.skipped, sieve.read)
+    if accept.skipped:
+        logger.warning("%d of %d documents were skipped: they cannot be read", accept.skipped, accept.read)
     if choice is not None and not found:
-        raise choice.chose_nothing(sieve.read - sieve.skipped)
+        raise choice.empty_error(accept.read - accept.skipped)

@@ -1,11 +1,10 @@
-"""Documents turned into tokens ahead of training: memory-mapped shards and their index.
+"""Tokens that were prepared ahead of training: memory-mapped shards and their index.
 
 A shard is two files: `.tokens`, the token ids of its documents end to end, each with its EOS, little-endian uint16 or
-uint32; and `.documents`, the number of tokens of each, uint32. So any block size and either packing can be cut from it.
-The index is written last.
+uint32; and `.documents`, the number of tokens of each document, uint32. Blocks of any size and either packing can be
+cut from it. The index is written last.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,8 +16,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_chts.data.arguments import Packing
-from hf_chts.data.packing import Block, tensors, tokenizer_digest, truncate_and_pad
-from hf_chts.seal import crc32
+from hf_chts.data.packing import Block, tensors, too_short_error, truncate_and_pad
+from hf_chts.data.tokenizer import padding_id, tokenizer_digest
+from hf_chts.files.atomic import write_json
+from hf_chts.files.reading import crc32, read_json, reading
 
 INDEX_NAME = "hf_chts_tokens.json"
 FORMAT = "hf_chts tokens, 1"
@@ -26,8 +27,14 @@ FORMAT = "hf_chts tokens, 1"
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: its name without ending, how much it holds, the CRC-32 of both files, and how many documents of the
-    corpus were left out because they could not be read."""
+    """One shard.
+
+    Attributes:
+        name: of its files, without ending.
+        tokens, documents: how many it holds.
+        tokens_crc, documents_crc: CRC-32 of the two files.
+        skipped: bad documents of the corpus that were skipped.
+    """
 
     name: str
     tokens: int
@@ -37,14 +44,14 @@ class Shard:
     skipped: int = 0
 
     def check(self, directory: Path, dtype: str, contents: bool = False) -> None:
-        """Raises FileNotFoundError or ValueError if a file is not as it was written: its size, or its contents too."""
+        """Raise FileNotFoundError or ValueError if a file is missing or its size, or its contents, have changed."""
         for ending, size, checksum in (
             ("tokens", self.tokens * np.dtype(dtype).itemsize, self.tokens_crc),
             ("documents", self.documents * 4, self.documents_crc),
         ):
             path = directory / f"{self.name}.{ending}"
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing: run prepare again, it makes only what is not there")
+                raise FileNotFoundError(f"{path} is missing: run prepare again, which makes only what is missing")
             if path.stat().st_size != size:
                 raise ValueError(
                     f"{path} has {path.stat().st_size} bytes and should have {size}: remove it and run prepare again"
@@ -58,8 +65,9 @@ class TokenIndex:
     """What a directory of prepared tokens holds.
 
     Attributes:
-        source: what was tokenized and how, as `prepare_tokens` describes it.
+        source: what was tokenized and how.
         tokenizer: digest of the tokenizer.
+        dtype: of the token ids, "<u2" or "<u4".
         splits: the shards of "train" and "validation", in corpus order.
     """
 
@@ -68,23 +76,20 @@ class TokenIndex:
     dtype: str
     splits: Mapping[str, Sequence[Shard]]
 
-    def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+    def save(self, directory: Path) -> None:
+        write_json(directory / INDEX_NAME, {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, directory: Path) -> "TokenIndex":
-        """Raises ValueError, with the file's name, if the index is not one or is damaged."""
+        """Raise ValueError, with the file's name, if the index is damaged or of another format."""
         path = directory / INDEX_NAME
-        try:
-            contents = json.loads(path.read_text(encoding="utf-8"))
-            if contents.pop("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT!r}")
+        with reading(path, "Run prepare again, into another directory"):
+            contents = read_json(path, FORMAT)
+            del contents["format"]
             if contents["dtype"] not in ("<u2", "<u4"):
                 raise ValueError(f"its dtype is {contents['dtype']!r}")
             splits = {name: [Shard(**shard) for shard in shards] for name, shards in contents.pop("splits").items()}
             return cls(**contents, splits=splits)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be used ({error}): run prepare again, into another directory") from error
 
     def blocks(
         self,
@@ -95,10 +100,10 @@ class TokenIndex:
         packing: Packing,
         max_blocks: int | None = None,
     ) -> "TokenBlocks":
-        """The blocks of a split, map-style.
+        """The blocks of a split (the first `max_blocks`), map-style.
 
         Raises:
-            FileNotFoundError, ValueError: a file is missing or has another size, there is no such split, another
+            FileNotFoundError, ValueError: a file is missing or its size has changed, there is no such split, another
                 tokenizer made the tokens, or they do not fill one block.
         """
         if split not in self.splits:
@@ -111,21 +116,16 @@ class TokenIndex:
         shards = self.splits[split]
         for shard in shards:
             shard.check(directory, self.dtype)
-        total = sum(shard.tokens for shard in shards)
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        made = TokenBlocks(directory, shards, self.dtype, block_size, packing, pad, max_blocks)
+        made = TokenBlocks(directory, shards, self.dtype, block_size, packing, padding_id(tokenizer), max_blocks)
         if not len(made):
-            raise ValueError(
-                f"The {split} part of {directory} holds {total} tokens, fewer than one block of "
-                f"block_size={block_size}: use more or longer documents, or a smaller block_size."
-            )
+            raise too_short_error(f"The {split} part of {directory}", sum(shard.tokens for shard in shards), block_size)
         return made
 
 
 class TokenBlocks(torch.utils.data.Dataset):
-    """Blocks of prepared tokens, read from the disk when they are asked for; as `pack_blocks` gives them.
+    """Blocks of prepared tokens, the same as those of `pack_blocks`, read from the disk when they are asked for.
 
-    With "packed" documents go on from one shard to the next, and only what is left after the last block is dropped.
+    With "packed", documents go on from one shard to the next; only what is left after the last block is dropped.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class TokenBlocks(torch.utils.data.Dataset):
         max_blocks: int | None = None,
     ) -> None:
         self.directory = directory
-        self.shards = [shard for shard in shards if shard.tokens]  # nothing can be mapped of an empty file
+        self.shards = [shard for shard in shards if shard.tokens]  # an empty file cannot be mapped
         self.dtype = dtype
         self.block_size = block_size
         self.packing: Packing = packing
@@ -188,5 +188,5 @@ class TokenBlocks(torch.utils.data.Dataset):
         return [np.cumsum(np.fromfile(path, "<u4"), dtype=np.int64) for path in paths]
 
     def __getstate__(self) -> dict[str, Any]:
-        # a worker that is sent this maps the files itself
+        # a worker process maps the files itself
         return {name: value for name, value in self.__dict__.items() if name not in ("_tokens", "_ends")}

@@ -14,17 +14,17 @@ Scores = Mapping[str, Mapping[str, float]]
 def suite_averages(
     suite: str, tasks: Scores, trivial: Scores, *, among: Collection[str] | None = None
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """The mean over the tasks of each suite that `suite` names, every task counting the same.
+    """The mean over the tasks of each suite in `suite`; every task counts the same.
 
     Args:
-        suite: what was evaluated: names of suites and tasks with commas between them; tasks have no average.
+        suite: what was evaluated: names of suites and tasks, separated by commas; only suites have averages.
         tasks, trivial: as `evaluate_zero_shot` returns them.
-        among: only these tasks, where another model has not run all of them.
+        among: average over these tasks only, such as those that another model has run too.
 
     Returns:
         {suite: {metric: {"value", "stderr", "trivial", "tasks"}}} for accuracy, Matthews correlation and balanced
-        accuracy, over the tasks that have them, if these are two or more. `stderr` takes the tasks for independent;
-        it and `trivial` are None where a task has none.
+        accuracy, if two or more tasks have them. `stderr` assumes that the tasks are independent; it and `trivial` are
+        None if they are missing for one of the tasks.
     """
     averages: dict[str, dict[str, dict[str, Any]]] = {}
     for name in dict.fromkeys(part.strip() for part in suite.split(",")):
@@ -43,7 +43,7 @@ def suite_averages(
 
 
 def error_of_mean(errors: list[float | None]) -> float | None:
-    """The standard error of the mean of independent figures with these errors; None if one is not known."""
+    """The standard error of the mean of independent figures with these errors; None if one is unknown."""
     squares = [error**2 for error in errors if error is not None]
     return math.sqrt(sum(squares)) / len(errors) if len(squares) == len(errors) else None
 

@@ -1,4 +1,4 @@
-"""Several models on the same tasks: how much each differs from one of them, and whether that is more than chance."""
+"""Several models on the same tasks: how much they differ, and whether that is more than chance."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,21 @@ Result = Mapping[str, Any]
 
 
 def compare_models(results: Sequence[Result], baseline: str | None = None) -> list[dict[str, Any]]:
-    """`results` with what each differs in from the first, or from the one whose `model` is `baseline`.
+    """Copies of `results` with the differences to the first, or to the one whose `model` is `baseline`.
 
     Returns:
-        The results, each but the baseline's with `difference`: {"baseline": its model, "tasks": {task: {metric:
-        {"value", "stderr", "paired", "outside"}}}, "averages": {suite: {metric: the same and "tasks"}}}. `value` is
-        this model's minus the baseline's. `stderr` is paired, of the differences document by document, where both were
-        asked the same documents and `without_each` is there; else the root of the sum of the squares; None where an
-        error is not known. `outside`: the value is more than 2 standard errors from 0; None without one.
+        The results; all but the baseline's have `difference`: {"baseline": its model, "tasks": {task: {metric:
+        {"value", "stderr", "paired", "outside"}}}, "averages": {suite: {metric: the same and "tasks"}}}.
+
+        - `value`: this model's minus the baseline's.
+        - `stderr`: paired, from the differences document by document, if both models were asked the same documents and
+          the results have `without_each`; else the root of the sum of the squares; None if an error is unknown.
+        - `outside`: whether the value is more than 2 standard errors from 0; None without an error.
+
         Averages are over the tasks that all results have.
 
     Raises:
-        ValueError: no result, or more than one, is of `baseline`.
+        ValueError: not exactly one result is of `baseline`.
     """
     reference = baseline_index([str(result["model"]) for result in results], baseline)
     common = common_tasks(results)
@@ -40,12 +43,12 @@ def compare_models(results: Sequence[Result], baseline: str | None = None) -> li
 
 
 def baseline_index(models: Sequence[str], baseline: str | None) -> int:
-    """Where `baseline` is among `models`; None is the first."""
+    """The index of `baseline` in `models`; 0 for None."""
     if baseline is None:
         return 0
     found = [i for i, model in enumerate(models) if model.rstrip("/") == baseline.rstrip("/")]
     if len(found) != 1:
-        raise ValueError(f"baseline={baseline!r}: name one of the models, {', '.join(models)}, that is there once.")
+        raise ValueError(f"baseline={baseline!r}: name a model that occurs once among {', '.join(models)}.")
     return found[0]
 
 
@@ -70,14 +73,14 @@ def _differences(result: Result, reference: Result, common: Sequence[str]) -> di
             if len(known) == len(parts):
                 value = sum(part["value"] for part in known) / len(known)
                 error = error_of_mean([part["stderr"] for part in known])
-                paired = all(part["paired"] for part in known)
-                averages.setdefault(suite, {})[metric] = {**_judged(value, error, paired), "tasks": average["tasks"]}
+                judged = _judged(value, error, all(part["paired"] for part in known))
+                averages.setdefault(suite, {})[metric] = {**judged, "tasks": average["tasks"]}
     return {"baseline": reference["model"], "tasks": tasks, "averages": averages}
 
 
 def _difference(result: Result, reference: Result, task: str, metric: str) -> dict[str, Any]:
     mine, theirs = result["tasks"][task], reference["tasks"][task]
-    if mine[metric] is None or theirs[metric] is None:  # figures that were not finite, read from a file
+    if mine[metric] is None or theirs[metric] is None:  # not finite, read from a file
         return _judged(None, None, False)
     value = mine[metric] - theirs[metric]
     documents = [side.get("documents", {}).get(task, {}) for side in (result, reference)]

@@ -1,14 +1,14 @@
 """Two lm-eval tasks from the embedded corpus's held-out test split: a zero-shot evaluation without a network.
 
 `embedded_bits_per_byte` scores passages of source files. `embedded_next_line` asks which of four lines of a file comes
-next. All choices here are made by a hash of the file's path and the line number, so the tasks depend on nothing but the
-corpus, that is on the Python version: the task's version, `recipe+digest of the data`, tells which one it was.
+next. All choices are made by a hash of the file's path and the line number, so the tasks depend only on the corpus, and
+so on the Python version; the version of a task, `recipe+digest of the data`, tells them apart.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ _RECIPE = 1  # raise when the same corpus would give other tasks
 _PASSAGES, _PASSAGE_CHARACTERS = 128, 2000
 # the standard error of an accuracy is at most 0.5 / sqrt(900) = 1.7%
 _QUESTIONS, _CHOICES = 900, 4
-# some 120 tokens: question and choice fit into the contexts of 256 that the small models are trained on
+# some 120 tokens, so that question and choice fit into a context of 256 tokens, as small models have
 _CONTEXT_CHARACTERS, _LEAST_CONTEXT_CHARACTERS = 400, 200
 _LEAST_LINE_CHARACTERS, _LINE_CHARACTERS = 12, 100
 
@@ -46,8 +46,8 @@ def write_embedded_suite(directory: Path) -> tuple[str, ...]:
             {"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
         ],
     }
-    # By summed log-likelihood (acc) short lines win, by the mean over characters (acc_norm) long ones tend to:
-    # both are reported. The four lines come from one pool, so either bias alone scores 25%.
+    # The summed log-likelihood (acc) prefers short lines, its mean over characters (acc_norm) long ones, so both are
+    # reported. The four lines come from one pool, so that either preference alone scores 25%.
     next_line: dict[str, Any] = {
         "output_type": "multiple_choice",
         "doc_to_text": "context",
@@ -66,7 +66,7 @@ def write_embedded_suite(directory: Path) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def _rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of both tasks. They take a second to make and are the same for every model of a run."""
+    """The rows of both tasks; they take a second to make and are the same for every model."""
     documents = embedded_documents("test")
     return passages(documents), questions(documents)
 
@@ -74,8 +74,8 @@ def _rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def passages(documents: Iterable[Document]) -> list[dict[str, Any]]:
     """Up to 128 passages of at most 2,000 characters (or one longer line), whole lines, spread over the documents.
 
-    Each is `{"path", "text"}`. A document's first passage begins where the document begins, as after an EOS in
-    training; the others begin in its middle, as a block of a packed training set does.
+    Each is `{"path", "text"}`. The first passage of a document begins where the document does; the others begin in the
+    middle of it, as a block of a packed training set does.
     """
     pools = []
     for document in documents:
@@ -88,7 +88,7 @@ def passages(documents: Iterable[Document]) -> list[dict[str, Any]]:
             text += line
         pool.append({"path": document.path, "text": text})
         pools.append(_by_hash((f"passage {document.path} {i}", row) for i, row in enumerate(pool)))
-    return _in_turns(pools)[:_PASSAGES]
+    return in_turns(pools)[:_PASSAGES]
 
 
 def questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
@@ -96,9 +96,9 @@ def questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
 
     Each is `{"path", "line", "context", "choices", "answer"}`: `line` is the true line's index in the file (from 0),
     `context` the whole lines before it, at most 400 characters, without the last line end, `choices` four different
-    lines and `answer` the true one's index. All four are from 12 characters (stripped) to 100 long and occur once in
-    the file, none in the context; the wrong ones are drawn from the lines that could be asked for themselves, so
-    nothing but the context tells them apart. The answer is at every index equally often, also among the first n.
+    lines and `answer` the true one's index. All four have from 12 (stripped) to 100 characters and occur once in the
+    file, and not in the context. The wrong ones are drawn from the lines that could be asked for themselves, so that
+    only the context tells them apart. Every index is the answer equally often, also among the first n questions.
     """
     pools = []
     for document in documents:
@@ -119,7 +119,7 @@ def questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
                 pool.append((f"question {document.path} {i}", (document.path, lines, i, context, others)))
         pools.append(_by_hash(pool))
     rows = []
-    for n, (path, lines, i, context, others) in enumerate(_in_turns(pools)[:_QUESTIONS]):
+    for n, (path, lines, i, context, others) in enumerate(in_turns(pools)[:_QUESTIONS]):
         wrong = _by_hash((f"wrong {path} {i} {j}", lines[j]) for j in others)[: _CHOICES - 1]
         answer = n % _CHOICES
         choices = [*wrong[:answer], lines[i], *wrong[answer:]]
@@ -129,7 +129,7 @@ def questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
 
 def _context(lines: list[str], index: int) -> str:
     start = index
-    length = -1  # the last line end is not part of it
+    length = -1  # without the last line end
     while start > 0 and length + len(lines[start - 1]) + 1 <= _CONTEXT_CHARACTERS:
         start -= 1
         length += len(lines[start]) + 1
@@ -141,7 +141,7 @@ def _by_hash(keyed: Iterable[tuple[str, _T]]) -> list[_T]:
     return [value for _, value in ranked]
 
 
-def _in_turns(pools: list[list[_T]]) -> list[_T]:
+def in_turns(pools: Sequence[Sequence[_T]]) -> list[_T]:
     """The first of every pool, then the second of every pool that has one, and so on."""
     longest = max((len(pool) for pool in pools), default=0)
     return [pool[i] for i in range(longest) for pool in pools if i < len(pool)]
@@ -153,7 +153,7 @@ def _write_task(directory: Path, name: str, task: dict[str, Any], rows: list[dic
     config = {
         "task": name,
         "dataset_path": "json",
-        # its own cache: these rows are rewritten in a moment and no use in the user's cache of datasets
+        # a cache of its own, because these files will soon be gone
         "dataset_kwargs": {
             "data_files": {"test": str(directory / f"{name}.jsonl")},
             "cache_dir": str(directory / "cache"),

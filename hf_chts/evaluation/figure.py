@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure  # and not pyplot, whose choice of a display is the user's
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from hf_chts.evaluation.column_names import column_names
+from hf_chts.names import column_names
+from hf_chts.plotting import COLOURS, encoded, look
 
-# the metrics with a panel of their own, as far as a task has them; the harness's others are in the table
+# the metrics with a panel of their own; the harness's others are in the table
 _PANELS = {
     "acc": "accuracy",
     "mcc": "Matthews correlation",
@@ -23,16 +24,18 @@ _PANELS = {
 
 def results_figure(results: Sequence[dict[str, Any]], path: str | Path) -> Path:
     """Write the figure of `draw_results` as a PNG; returns `path`."""
-    draw_results(results).savefig(path, dpi=120, format="png")
-    return Path(path)
+    path = Path(path)
+    with look():
+        path.write_bytes(encoded(draw_results(results), "png", dpi=120))
+    return path
 
 
-@rc_context({"text.parse_math": False})  # a $ in a name is a $
+@look()
 def draw_results(results: Sequence[dict[str, Any]]) -> Figure:
-    """Bars of each metric: a group per task, a bar per model, with standard errors.
+    """Bars for each metric: a group for each task, in it a bar for each model, with standard errors.
 
-    A black line across a group is the trivial score: of always the same answer, or of guessing. Scores that are not
-    finite have no bar.
+    A black line across a group is the trivial score: that of always the same answer, or of guessing. Scores that are
+    not finite have no bar.
 
     Args:
         results: what `evaluate_zero_shot` returned, one per model.
@@ -59,14 +62,16 @@ def draw_results(results: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _panel(axes: Any, results: Sequence[dict[str, Any]], names: list[str], metric: str, tasks: list[str]) -> None:
+def _panel(axes: Axes, results: Sequence[dict[str, Any]], names: list[str], metric: str, tasks: list[str]) -> None:
     bar = 0.8 / len(results)
     for i, (result, name) in enumerate(zip(results, names, strict=True)):
         scores = [result["tasks"].get(task, {}) for task in tasks]
         places = [place - 0.4 + (i + 0.5) * bar for place in range(len(tasks))]
         heights = [_number(score.get(metric)) for score in scores]
         errors = [_number(score.get(f"{metric}_stderr"), 0.0) for score in scores]
-        axes.bar(places, heights, bar, yerr=errors, capsize=2, error_kw={"lw": 0.8}, label=name, color=f"C{i}")
+        again, colour = divmod(i, len(COLOURS))
+        style: dict[str, Any] = {"color": COLOURS[colour], "hatch": "/" * 3 * again, "edgecolor": "white", "lw": 0}
+        axes.bar(places, heights, bar, yerr=errors, capsize=2, error_kw={"lw": 0.8}, label=name, **style)
     trivial = [
         next(
             (level for result in results if (level := result.get("trivial", {}).get(task, {}).get(metric)) is not None),
@@ -86,7 +91,7 @@ def _panel(axes: Any, results: Sequence[dict[str, Any]], names: list[str], metri
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axes.set_ylabel(_PANELS[metric].replace(" (", "\n("))
     axes.axhline(0, color="black", lw=0.5)
-    axes.grid(axis="y", alpha=0.3)
+    axes.grid(False, axis="x")
 
 
 def _number(value: float | None, otherwise: float = math.nan) -> float:

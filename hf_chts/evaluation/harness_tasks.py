@@ -1,13 +1,19 @@
-"""The harness's tasks: where they are found, and loaded from, and why not. Imported late, as it imports the harness."""
+"""Finding and loading the harness's tasks. Imported late, as it imports the harness."""
 
+import importlib.util
 import logging
 import random
+import re
+import string
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -19,37 +25,27 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 
-from hf_chts.evaluation.answer_overlap import squad_metrics_importable
 from hf_chts.evaluation.embedded_suite import EMBEDDED_TASKS
+from hf_chts.evaluation.harness import temporarily
 from hf_chts.evaluation.task_data import expected_file, task_folder, write_local_task
 
 logger = logging.getLogger(__name__)
 
-# simple_evaluate's own; it is not used itself, because it also runs git, describes the machine and asks the Hub
+# that of `lm_eval.simple_evaluate`, which is not used because it also runs git, describes the machine and asks the Hub
 _SEED = 1234
 
-# Where the harness keeps the tasks of our suites: to index all of its 15,000 files takes ten seconds
-_SUITE_FOLDERS = (
-    "arc",
-    "glue",
-    "hellaswag",
-    "lambada",
-    "openbookqa",
-    "piqa",
-    "super_glue",
-    "wikitext",
-    "winogrande",
-)
+# the harness's folders with the tasks of our suites; indexing all of its 15,000 files takes ten seconds
+_SUITE_FOLDERS = ["arc", "glue", "hellaswag", "lambada", "openbookqa", "piqa", "super_glue", "wikitext", "winogrande"]
 
 
 @dataclass
 class LoadedTasks:
-    """What is to be run.
+    """The tasks to run.
 
     Attributes:
-        units: {name of a task or a group: what `evaluate` takes}.
+        units: {name of a task or a group: what `lm_eval.evaluate` takes}.
         skipped: {task: why it could not be loaded}.
-        local: {task: the folder that its data is from}, with data files of one's own.
+        local: {task: the folder of its data}, for tasks on local data files.
     """
 
     units: dict[str, TaskDict] = field(default_factory=dict)
@@ -58,14 +54,14 @@ class LoadedTasks:
 
 
 def task_manager(tasks: list[str], embedded_directory: Path) -> TaskManager:
-    """An index of tasks that has all of `tasks`; if one of them is unknown, of all that there are."""
+    """An index of the suites' tasks; if one of `tasks` is not among them, of all tasks of the harness."""
     harness = Path(lm_eval.tasks.__file__).parent
     folders = [harness / folder for folder in _SUITE_FOLDERS if (harness / folder).is_dir()]
     manager = TaskManager(include_path=[*folders, embedded_directory], include_defaults=False)
     if set(tasks) <= manager.task_index.keys():
         return manager
     everything = _all_harness_tasks()
-    everything.task_index.update(manager.task_index)  # overrides an earlier call's, whose embedded folder is gone
+    everything.task_index.update(manager.task_index)  # replaces the embedded tasks of an earlier call
     return everything
 
 
@@ -83,17 +79,16 @@ def load_tasks(
     task_data: Path | None = None,
     written: Path | None = None,
 ) -> LoadedTasks:
-    """The tasks and groups called `names`; a tag stands for its tasks.
+    """Load the tasks and groups called `names`; a tag stands for its tasks.
 
-    A task is left out if its data is neither cached nor to be had, or cannot be read.
+    A task is skipped if its data cannot be downloaded and is not cached, or cannot be read.
 
     Args:
-        num_fewshot: replaces each task's own number of examples, but never a 0 that its file sets on purpose, as in
-            the harness's own `simple_evaluate`.
-        limit: documents per task, so many of which are looked at where they are the user's.
-        task_data: a directory with data files of tasks (task_data.py); tasks that it has no folder for, and groups,
+        num_fewshot: replaces each task's own number of examples, except a 0 that its file sets, as in the harness.
+        limit: how many documents of a task with local data are checked.
+        task_data: a directory with local data of tasks (see task_data.py). Groups, and tasks without a folder there,
             are loaded as always.
-        written: where to keep what was read from there.
+        written: a directory for the tasks' definitions and checked data.
     """
     loaded = LoadedTasks()
     with ExitStack() as offline:
@@ -103,8 +98,10 @@ def load_tasks(
             folder = task_folder(task_data, name, config) if task_data and entry.kind.name == "TASK" else None
             seeded()
             try:
-                uncounted = _uncounted() if folder or name in EMBEDDED_TASKS else nullcontext()
-                with uncounted, squad_metrics_importable():
+                # else `datasets` tells a server about every local file that it loads, to count downloads
+                local = folder is not None or name in EMBEDDED_TASKS
+                counts = (datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+                with temporarily(*counts) if local else nullcontext(), _squad_metrics():
                     if folder and written and entry.yaml_path:
                         definition = write_local_task(
                             name, Path(entry.yaml_path), config, folder, written, num_fewshot=num_fewshot
@@ -118,7 +115,9 @@ def load_tasks(
                 logger.debug("Task %s could not be loaded", name, exc_info=True)
                 loaded.skipped[name] = _reason(error, name, config, folder)
                 if isinstance(error, ConnectionError) and not folder:
-                    offline.enter_context(_offline())
+                    # each further task would try to reach the Hub for half a minute
+                    for module in (huggingface_hub.constants, datasets.config):
+                        offline.enter_context(temporarily(module, "HF_HUB_OFFLINE", True))
                 continue
             _set_examples(unit, num_fewshot)
             loaded.units[name] = unit
@@ -133,39 +132,22 @@ def _set_examples(unit: TaskDict, num_fewshot: int | None) -> None:
         task.set_fewshot_seed(seed=_SEED)
 
 
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Once the Hub was out of reach: without this, each further task tries it again for half a minute."""
-    places = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
-    before = [getattr(module, name) for module, name in places]
-    for module, name in places:
-        setattr(module, name, True)
-    try:
-        yield
-    finally:
-        for (module, name), value in zip(places, before, strict=True):
-            setattr(module, name, value)
-
-
 def members(manager: TaskManager, names: list[str]) -> list[str]:
-    """`names` with the tasks of each tag in its place, each once."""
-    entries = [(name, manager.task_index[name]) for name in names]
-    return list(
-        dict.fromkeys(
-            task for name, entry in entries for task in (sorted(entry.tags) if entry.kind.name == "TAG" else [name])
-        )
-    )
+    """`names` with each tag replaced by its tasks; each name once."""
+    found: dict[str, None] = {}
+    for name in names:
+        entry = manager.task_index[name]
+        found |= dict.fromkeys(sorted(entry.tags) if entry.kind.name == "TAG" else [name])
+    return list(found)
 
 
 def check_documents(task: Task, limit: int | None = None) -> None:
-    """Make the prompt of every document that will be asked, so that a bad one is found before hours of others.
+    """Make the prompts of the first `limit` documents, so that a bad document is found before hours of evaluation.
 
     Raises:
-        ValueError: with the number of the document, from 1.
+        ValueError: a document is bad; with its number, from 1.
     """
-    for number, doc in enumerate(task.eval_docs, start=1):
-        if limit is not None and number > limit:
-            return
+    for number, doc in enumerate(islice(task.eval_docs, limit), start=1):
         try:
             task.doc_to_text(doc)
             target = task.doc_to_target(doc)
@@ -176,7 +158,7 @@ def check_documents(task: Task, limit: int | None = None) -> None:
             continue
         for answer in target if isinstance(target, list) else [target]:
             if not (0 <= answer < len(choices) if isinstance(answer, int) else answer in choices):
-                raise ValueError(f"the answer of document {number}, {answer!r}, is none of its choices {choices}")
+                raise ValueError(f"the answer of document {number}, {answer!r}, is not one of its choices {choices}")
 
 
 def _reason(error: Exception, name: str, config: dict[str, Any], folder: Path | None) -> str:
@@ -185,7 +167,7 @@ def _reason(error: Exception, name: str, config: dict[str, Any], folder: Path | 
         return f"its data in {folder} cannot be used: {said}"
     if not config.get("dataset_path") or name in EMBEDDED_TASKS:
         return f"it could not be loaded: {said}"
-    # of a data set of which only another configuration is cached, datasets says it with a ValueError
+    # `datasets` raises ValueError if only another configuration of the data set is cached
     lacking = isinstance(error, OSError) or "cache" in said
     dataset = " ".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key))
     help_ = f"Run it once with a network, or pass --task_data DIR with DIR/{expected_file(name, config)}"
@@ -194,33 +176,48 @@ def _reason(error: Exception, name: str, config: dict[str, Any], folder: Path | 
 
 
 def seeded() -> None:
-    """Seed the global generators, before each task: its result depends on no other task's."""
+    """Seed the global generators before each task, so that its result does not depend on the tasks before it."""
     random.seed(_SEED)
     np.random.seed(_SEED)  # noqa: NPY002, the harness uses this one
     torch.manual_seed(_SEED)
 
 
 @contextmanager
-def _uncounted() -> Iterator[None]:
-    """Without this, datasets tells a server about every local file that it loads, for its download counts."""
-    counted = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+def _squad_metrics() -> Iterator[None]:
+    """Within the context `transformers.data.metrics.squad_metrics` can be imported.
+
+    The harness's ReCoRD (SuperGLUE) needs it, and transformers 5 no longer has it.
+    """
+    place = "transformers.data.metrics"
+    if importlib.util.find_spec(place) is not None:
+        yield
+        return
+    package, module = ModuleType(place), ModuleType(f"{place}.squad_metrics")
+    vars(module).update(compute_exact=compute_exact, compute_f1=compute_f1)
+    vars(package).update(squad_metrics=module, __path__=[])
+    added = {package.__name__: package, module.__name__: module}
+    sys.modules.update(added)
     try:
         yield
     finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
+        for name in added:
+            sys.modules.pop(name, None)
 
 
-def chance_accuracies(tasks: dict[str, Task], documents: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Accuracy of guessing in each multiple-choice task that was run, from the choices of the questions asked.
+def _words(answer: str) -> list[str]:
+    """The words of an answer without case, punctuation and articles, as in SQuAD."""
+    kept = "".join(character for character in answer.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
-    Args:
-        documents: {task: its samples, as the harness records them}.
-    """
-    chance = {}
-    for name, task in tasks.items():
-        # mutual information doubles the requests of a question
-        if task.OUTPUT_TYPE == "multiple_choice" and "acc_mutual_info" not in task.aggregation():
-            choices = Counter(len(sample["arguments"]) for sample in documents[name])
-            chance[name] = sum(count / number for number, count in choices.items()) / choices.total()
-    return chance
+
+def compute_exact(gold: str, answer: str) -> int:
+    """1 if both answers have the same words, else 0."""
+    return int(_words(gold) == _words(answer))
+
+
+def compute_f1(gold: str, answer: str) -> float:
+    """Harmonic mean of the shares of each answer's words that are in the other; if one is empty, whether both are."""
+    expected, given = _words(gold), _words(answer)
+    if not expected or not given:
+        return float(expected == given)
+    return 2 * (Counter(expected) & Counter(given)).total() / (len(expected) + len(given))

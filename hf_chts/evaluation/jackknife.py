@@ -1,8 +1,8 @@
-"""Standard errors without resampling: how much a score changes when each document in turn is left out.
+"""Standard errors from how much a score changes when each document in turn is left out (the jackknife).
 
-One mechanism for every score that is smooth in the documents' shares: for a mean it gives the usual standard error, for
-ratios, perplexities, F1 and Matthews correlations what the delta method gives. It draws no random numbers, and the
-difference of two models over the same documents has the error of the differences, which is the paired one.
+It works for every smooth score: a mean gets its usual standard error, and ratios, perplexities, F1 and Matthews
+correlations the one of the delta method. It needs no random numbers, and the differences of two models over the same
+documents have a paired standard error.
 """
 
 import math
@@ -21,13 +21,13 @@ def means_without_each(values: Sequence[float]) -> Values:
 
 
 def ratios_without_each(numerators: Sequence[float], denominators: Sequence[float]) -> Values:
-    """Sum of the numerators over sum of the denominators, of all but the i-th, for every i; (n,)."""
+    """Sum of the numerators over sum of the denominators, both without the i-th, for every i; (n,)."""
     above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     return (above.sum() - above) / (below.sum() - below)
 
 
 def scores_without_each(items: Sequence[Hashable], score: Callable[[list[Hashable]], float]) -> Values:
-    """`score` of all items but the i-th, for every i; (n,). It is called once per *different* item."""
+    """`score` of all items but the i-th, for every i; (n,). Called once per *different* item."""
     found: dict[Hashable, float] = {}
     for item in dict.fromkeys(items):
         others = list(items)
@@ -37,7 +37,7 @@ def scores_without_each(items: Sequence[Hashable], score: Callable[[list[Hashabl
 
 
 def standard_error(without_each: Sequence[float] | Values) -> float | None:
-    """The jackknife's standard error: sqrt((n − 1) / n · Σ (θᵢ − mean θ)²); None for less than two documents."""
+    """The jackknife's standard error: sqrt((n − 1) / n · Σ (θᵢ − mean θ)²); None for fewer than two documents."""
     array = np.asarray(without_each, dtype=np.float64)
     if len(array) < 2:
         return None

@@ -1,48 +1,46 @@
-"""Results on disk: JSON, Markdown and a figure, each written whole or not at all."""
+"""Results on disk: JSON, Markdown and a figure."""
 
 import json
-import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_chts.evaluation.comparison import compare_models
 from hf_chts.evaluation.tables import results_table
+from hf_chts.files.atomic import finite_or_null, whole_file, write_whole
 from hf_chts.machine import check_can_write
 from hf_chts.markdown import picture
 
 
 def write_results(results: Sequence[dict[str, Any]], path: Path, *, baseline: str | None = None) -> None:
-    """Write `results` as a JSON list, replacing `path` in one step; figures that are not finite become null.
+    """Write `results` as a JSON list; numbers that are not finite become null.
 
-    Each item is what `evaluate_zero_shot` returned, without `documents`, and with `difference` as `compare_models`
-    describes it, where it is not of the baseline.
+    Each item is what `evaluate_zero_shot` returned, without `documents` and with the `difference` of `compare_models`.
     """
-    text = results_json(compare_models(results, baseline) if results else [])
-    _replace(path, lambda unfinished: unfinished.write_text(f"{text}\n", encoding="utf-8"))
+    write_whole(path, results_json(compare_models(results, baseline) if results else []) + "\n")
 
 
 def results_json(results: Sequence[dict[str, Any]]) -> str:
-    """Results as `write_results` writes them, without the line break at the end."""
+    """The JSON that `write_results` writes, without the line break at the end."""
     kept = [{key: value for key, value in result.items() if key != "documents"} for result in results]
-    return json.dumps(_finite(kept), indent=2, allow_nan=False, default=_plain)
+    return json.dumps(finite_or_null(kept), indent=2, allow_nan=False, default=_plain)
 
 
 def write_report(results: Sequence[dict[str, Any]], path: Path, *, baseline: str | None = None) -> tuple[Path, Path]:
-    """Write a Markdown table and a figure of `results` beside `path`, the JSON file; returns where they are."""
-    from hf_chts.evaluation.figure import results_figure  # training needs this package without matplotlib's import
+    """Write a Markdown table and a figure of `results` beside the JSON file `path`; returns their paths."""
+    from hf_chts.evaluation.figure import results_figure  # late, because results need no matplotlib
 
     markdown, figure = report_paths(path)
     table = results_table(results, style="markdown", baseline=baseline)
-    _replace(figure, lambda unfinished: results_figure(results, unfinished))
+    with whole_file(figure) as file:
+        results_figure(results, file.name)
     text = f"# Results\n\n{table}\n\n{picture('Scores, with their standard errors', figure.name)}\n"
-    _replace(markdown, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_whole(markdown, text)
     return markdown, figure
 
 
 def report_paths(path: Path) -> tuple[Path, Path]:
-    """Where the Markdown table and the figure beside the JSON file `path` go.
+    """The paths of the Markdown table and the figure beside the JSON file `path`.
 
     Raises:
         ValueError: one of them would be `path` itself.
@@ -56,21 +54,11 @@ def report_paths(path: Path) -> tuple[Path, Path]:
     return paths
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def check_output(path: Path) -> None:
-    """That results can be written to `path`, and table and figure beside it; nothing is left behind.
+    """Check that results can be written to `path`, and table and figure beside it; leaves no file behind.
 
     Raises:
-        OSError: they cannot.
+        OSError: they cannot be written.
         ValueError: one of them would be `path` itself.
     """
     for each in (path, *report_paths(path)):
@@ -80,13 +68,5 @@ def check_output(path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for, as the version of a task that YAML reads as a date, as a number or as text."""
-    return _finite(value.item()) if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """A number or text for what JSON does not know, such as a task's version that YAML reads as a date."""
+    return finite_or_null(value.item()) if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)

@@ -1,4 +1,4 @@
-"""From the harness's records of single documents: standard errors, scores of classifiers, trivial baselines.
+"""Standard errors, scores of classifiers and trivial baselines, from the harness's records of single documents.
 
 Imported late, as it imports the harness.
 """
@@ -13,27 +13,34 @@ from typing import Any
 import numpy as np
 from lm_eval.api import metrics as harness_metrics
 from lm_eval.api.task import ConfigurableTask, Task
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, matthews_corrcoef
 
 from hf_chts.evaluation import jackknife
-from hf_chts.evaluation.labels import LABEL_SCORES, confusion_matrix, trivial_score
 
 Sample = dict[str, Any]
 
-# more different values than that are no labels, and to leave each of them out once would take long
+# more different values are not labels, and leaving each of them out once would take long
 _MOST_DIFFERENT_VALUES = 100
+
+# by the harness's names, if it has one; each of (true labels, predicted labels)
+_LABEL_SCORES: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
+    "acc": accuracy_score,
+    "mcc": matthews_corrcoef,
+    "balanced_acc": balanced_accuracy_score,
+}
 
 
 @dataclass
 class TaskScores:
-    """What the records of one task say beyond the harness's own figures.
+    """What the records of one task tell beyond the harness's own figures.
 
     Attributes:
-        scores: {metric: value, metric_stderr: its jackknife standard error}: errors for all metrics, values only for
-            those that the harness does not report.
-        trivial: {metric: the best score of always giving one and the same answer}, on the same documents.
+        scores: {metric_stderr: the jackknife's standard error} for all metrics, {metric: value} for `_LABEL_SCORES`.
+        trivial: {metric: the best score of a constant answer}, on the same documents.
         without_each: {metric: its value without the i-th document, for each i}.
         documents: a digest of the documents, in their order.
-        labels: `{"names": […], "confusion": [[…]]}`, for tasks that ask the same choice in every document.
+        labels: `{"names": […], "confusion": rows of true, columns of predicted labels}`, for tasks that ask the same
+            choice in every document.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -44,7 +51,15 @@ class TaskScores:
 
 
 def score_samples(task: Task, samples: Sequence[Sample]) -> TaskScores:
-    """Scores of `task` from its samples, as `evaluate(log_samples=True)` returns them."""
+    """Scores of `task` from its samples, as `lm_eval.evaluate(log_samples=True)` returns them."""
+    with warnings.catch_warnings():
+        # scikit-learn warns of classes that occur only among the true or only among the predicted labels; constant
+        # answers, and samples without one of them, have such classes
+        warnings.simplefilter("ignore")
+        return _score_samples(task, samples)
+
+
+def _score_samples(task: Task, samples: Sequence[Sample]) -> TaskScores:
     found = TaskScores()
     by_filter: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -66,40 +81,33 @@ def score_samples(task: Task, samples: Sequence[Sample]) -> TaskScores:
 
 def _score_labels(found: TaskScores, task: Task, samples: Sequence[Sample]) -> None:
     names = fixed_labels(task, samples)
-    gold = [_gold(sample, names) for sample in samples] if names else []
-    if not names or any(label is None for label in gold):
+    gold = [label for sample in samples if (label := _gold(sample, names)) is not None]
+    if not names or len(gold) < len(samples):
         return
-    # the first of equal likelihoods, as the harness; behind the choices there may be those for mutual information
+    # the first of equal likelihoods, as the harness does; requests for mutual information come after the choices
     predicted = [int(np.argmax([answer[0] for answer in sample["filtered_resps"][: len(names)]])) for sample in samples]
     pairs = list(zip(gold, predicted, strict=True))
-
-    def matrix(chosen: Sequence[Any]) -> Any:
-        return confusion_matrix([pair[0] for pair in chosen], [pair[1] for pair in chosen], len(names))
-
-    confusion = matrix(pairs)
-    for metric, score in LABEL_SCORES.items():
-        found.trivial[metric] = trivial_score(score, confusion)
-        found.scores[metric] = score(confusion)
+    constants = [[label] * len(gold) for label in range(len(names))]
+    for metric, score in _LABEL_SCORES.items():
+        found.trivial[metric] = max(float(score(gold, constant)) for constant in constants)
+        found.scores[metric] = float(score(gold, predicted))
         if metric not in found.without_each and len(pairs) > 1:
 
-            def score_of(chosen: Sequence[Any], score: Callable[[Any], float] = score) -> float:
-                return score(matrix(chosen))
+            def score_of(chosen: Sequence[Any], score: Callable[..., float] = score) -> float:
+                return float(score(*zip(*chosen, strict=True)))
 
             _keep(found, metric, jackknife.scores_without_each(pairs, score_of))
     if "f1" in samples[0]["metrics"]:
-        aggregate = task.aggregation()["f1"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scikit-learn's, of classes that a constant answer never names
-            found.trivial["f1"] = max(
-                float(aggregate([(label, constant) for label in gold])) for constant in range(len(names))
-            )
+        f1 = task.aggregation()["f1"]
+        found.trivial["f1"] = max(float(f1(list(zip(gold, constant, strict=True)))) for constant in constants)
+    confusion = confusion_matrix(gold, predicted, labels=range(len(names)))
     found.labels = {"names": list(names), "confusion": confusion.tolist()}
 
 
 def fixed_labels(task: Task, samples: Sequence[Sample]) -> list[str]:
-    """What a multiple-choice task calls its labels, if it asks the same choice in every document; else nothing.
+    """The names of a multiple-choice task's labels, if it asks the same choice in every document; else an empty list.
 
-    Choices that only repeat something of their document before the label (multirc's answers) count as the same.
+    Choices may begin with something of their document, as multirc's do with the answer; their ends have to be the same.
     """
     if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(task, ConfigurableTask) or task.multiple_input:
         return []
@@ -112,7 +120,7 @@ def fixed_labels(task: Task, samples: Sequence[Sample]) -> list[str]:
         endings.add(tuple(choice[start:] for choice in choices))
         if len(endings) > 1:
             return []
-    # a single document cannot tell
+    # one document does not show whether choices differ
     return list(endings.pop()) if len(samples) > 1 else []
 
 
@@ -131,7 +139,7 @@ def _keep(found: TaskScores, metric: str, without_each: jackknife.Values) -> Non
 
 
 def _without_each(values: Sequence[Any], aggregate: Callable[[Any], float]) -> jackknife.Values | None:
-    """The metric without each of the documents; None for one that is not known to be smooth."""
+    """The metric without each of the documents; None for a metric that may not be smooth."""
     if len(values) < 2:
         return None
     first = values[0]
@@ -143,7 +151,5 @@ def _without_each(values: Sequence[Any], aggregate: Callable[[Any], float]) -> j
         return nats / np.log(2) if aggregate is harness_metrics.bits_per_byte else np.exp(nats)
     labelled = isinstance(first, tuple) and all(isinstance(part, (int, np.integer)) for part in first)
     if labelled and len(set(values)) <= _MOST_DIFFERENT_VALUES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scikit-learn's, of a class that occurs no more
-            return jackknife.scores_without_each(values, lambda others: float(aggregate(others)))
+        return jackknife.scores_without_each(values, lambda others: float(aggregate(others)))
     return None

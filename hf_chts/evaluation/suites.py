@@ -24,24 +24,23 @@ SUITES: dict[str, tuple[str, ...]] = {
 
 
 def suite_tasks(suite: str) -> list[str]:
-    """The task names that `suite` stands for: a suite, a task, or a comma-separated list of either; each name once.
+    """The names of the tasks in `suite`, a comma-separated list of suites and tasks; each name once.
 
-    Names that are no suite are passed on as they are: `check_task_names` tells whether the harness has them.
+    Other names than those of suites are not checked here, but by `check_task_names`.
 
     Raises:
-        ValueError: `suite` names nothing.
+        ValueError: `suite` has an empty name.
     """
     names = [name.strip() for name in suite.split(",")]
     if not all(names):
         raise ValueError(
-            f"suite={suite!r} has an empty name: use one of {', '.join(SUITES)}, or task names "
-            "with commas between them."
+            f"suite={suite!r} has an empty name: use one of {', '.join(SUITES)}, or task names separated by commas."
         )
     return list(dict.fromkeys(task for name in names for task in SUITES.get(name, (name,))))
 
 
 def check_task_names(tasks: Collection[str], known: Collection[str]) -> None:
-    """Raise a ValueError naming the first of `tasks` that is not in `known`, with the suites and the closest names."""
+    """Raise ValueError for the first of `tasks` that is not in `known`, with the suites and the closest names."""
     for task in tasks:
         if task not in known:
             close = difflib.get_close_matches(task, [*SUITES, *known], n=4)

@@ -3,12 +3,14 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from hf_chts.evaluation.averages import suite_averages
-from hf_chts.evaluation.column_names import column_names
 from hf_chts.evaluation.comparison import baseline_index, common_tasks, compare_models
 from hf_chts.markdown import inline
+from hf_chts.names import column_names
+from hf_chts.text_table import text_table
 
 _MISSING = "–"
 _NOT_BEATEN, _OUTSIDE = "·", "*"
@@ -25,12 +27,12 @@ def results_table(
     width: int = 100,
     baseline: str | None = None,
 ) -> str:
-    """A table with a row per task and metric, and per model a column of value±standard error.
+    """A table with a row for each task and metric, and for each model a column of value±standard error.
 
-    With several models, each but the baseline has a second column: its difference to the baseline, and a * where it is
-    more than 2 standard errors. `trivial` is the best score of one and the same answer to everything, or of guessing;
-    a · marks values that do not exceed it by more than their standard error. Below the table it says what the marks
-    mean, and what a reader has to know before comparing columns: tasks left out, limits, versions that differ.
+    With several models, each but the baseline has a second column: its difference from the baseline, with a * if that
+    is more than 2 standard errors. `trivial` is the best score of always the same answer, or of guessing; a · marks
+    values that do not exceed it by more than their standard error. Notes below the table say what the marks mean, and
+    what a reader has to know before comparing columns: tasks left out, limits, versions that differ.
 
     Args:
         results: what `evaluate_zero_shot` returned, or what `write_results` wrote of it, one per model.
@@ -39,7 +41,7 @@ def results_table(
         baseline: the `model` of the result that the others are compared with; None: the first.
 
     Raises:
-        ValueError: no results, another style, or a baseline that is not among the models.
+        ValueError: there are no results, the style is unknown, or the baseline is not among the models.
     """
     if not results:
         raise ValueError("There are no results to make a table of.")
@@ -76,7 +78,7 @@ def results_table(
 
 
 def _entries(result: dict[str, Any], common: Sequence[str]) -> dict[Row, dict[str, Any]]:
-    """{(task, metric): value, stderr, trivial and difference}, of the tasks and then of the averages."""
+    """{(task, metric): value, stderr, trivial and difference}, first of the tasks, then of the averages."""
     entries: dict[Row, dict[str, Any]] = {}
     difference = result.get("difference", {"tasks": {}, "averages": {}})
     trivial = result.get("trivial", {})
@@ -100,7 +102,7 @@ def _entries(result: dict[str, Any], common: Sequence[str]) -> dict[Row, dict[st
 
 
 def beats_trivial(value: float | None, error: float | None, trivial: float | None) -> bool:
-    """Whether a score exceeds the trivial one by more than its standard error; True where there is none."""
+    """Whether a score exceeds the trivial one by more than its standard error; True if no trivial one is known."""
     return trivial is None or value is None or value - trivial > (error or 0.0)
 
 
@@ -122,7 +124,7 @@ def _columns(name: str, entries: dict[Row, dict[str, Any]], rows: Sequence[Row],
 
 def _trivial(entries: Sequence[dict[Row, dict[str, Any]]], row: Row) -> str:
     levels = {entry[row]["trivial"] for entry in entries if row in entry}
-    # with different limits the models were asked different questions
+    # models with different limits were asked different questions
     level = levels.pop() if len(levels) == 1 else None
     return "" if level is None else f"{level:.4f}"
 
@@ -130,7 +132,7 @@ def _trivial(entries: Sequence[dict[Row, dict[str, Any]]], row: Row) -> str:
 def _figure(value: float | None, error: float | None, *, sign: Literal["-", "+"] = "-") -> str:
     if value is None or not math.isfinite(value):
         return "not finite"
-    # five figures of the larger of the two, so that the columns stay narrow
+    # five digits of the larger of the two, so that the columns stay narrow
     size = max(abs(value), error or 0.0)
     large = "3e" if error is None else "1e"
     form = large if size >= 1e4 else f"{4 - sum(size >= limit for limit in (10, 100, 1000))}f"
@@ -152,18 +154,10 @@ def _blocks(heads: list[list[str]], groups: list[list[Column]], width: int) -> l
 
 
 def _text(heads: list[list[str]], columns: list[Column]) -> str:
-    lines = [head + [column[i] for column in columns] for i, head in enumerate(heads)]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    lines.insert(1, ["─" * width for width in widths])
+    header, *lines = [head + [column[i] for column in columns] for i, head in enumerate(heads)]
     # a task is named in its first row only
-    shown = ["", *(line[0] for line in lines)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width)
-            for cell, width in zip(["" if line[0] == above else line[0], *line[1:]], widths, strict=True)
-        ).rstrip()
-        for line, above in zip(lines, shown, strict=False)
-    )
+    shown = [["" if line[0] == above[0] else line[0], *line[1:]] for above, line in pairwise([header, *lines])]
+    return "\n".join(text_table(shown, header))
 
 
 def _markdown(lines: list[list[str]]) -> str:

@@ -1,4 +1,4 @@
-"""The columns that the prompts of the suites' tasks read, in the data sets that they are made for."""
+"""The columns that the prompts of the suites' tasks read."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Columns:
-    """What a row must have; further columns (idx, word, …) are ignored.
+    """What a row must have; other columns are ignored.
 
     Attributes:
         text: columns of strings.
         integers: columns of integers: positions of words or characters.
-        nested: columns of lists or of dicts of lists; there is no way to write them as CSV.
+        nested: columns of lists or of dicts of lists, which a CSV file cannot have.
         label: the column of the right answer's index, if there is one.
         names: what the data set calls the labels 0, 1, …
     """
@@ -65,10 +65,10 @@ COLUMNS: dict[str, Columns] = {
 
 
 def checked_row(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """The required columns of `row`, with strings, integers and labels as the data set itself has them.
+    """The required columns of `row`, with strings, integers and labels as in the task's own data set.
 
     Raises:
-        ValueError: a column is missing or empty, or holds what the prompts cannot read.
+        ValueError: a column is missing or empty, or of a kind that the prompts cannot read.
     """
     missing = [name for name in columns.required if row.get(name) is None]
     if missing:
@@ -88,7 +88,7 @@ def checked_row(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # winogrande's answers "1" and "2" in a file that has them as numbers
+        return str(value)  # such as winogrande's answers "1" and "2", which a file may have as numbers
     if not isinstance(value, str):
         raise ValueError(f"column {name} is {value!r}, where the data set has a string")
     return value

@@ -1,19 +1,19 @@
-"""Tasks of the harness on data files of one's own: its prompts and scores, without a network.
+"""Tasks of the harness on local data files: its prompts and scores without a network.
 
-DIR/<task>/<split>.jsonl, such as DIR/rte/validation.jsonl, or DIR/<repository>/<configuration>/<split>…, such as
-DIR/glue/rte/validation-00000-of-00001.parquet: a clone of the Hub's repository. Splits have the names that they have on
-the Hub (mnli: validation_matched). Files are .jsonl, .json, .csv (each also .gz) or .parquet.
+A file is DIR/<task>/<split>.jsonl, such as DIR/rte/validation.jsonl, or in a clone of the Hub's repository, such as
+DIR/glue/rte/validation-00000-of-00001.parquet. Splits have their names on the Hub (mnli: validation_matched). Files are
+.jsonl, .json, .csv (each also .gz) or .parquet.
 """
 
 import csv
-import gzip
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import datasets
+import fsspec
 import pyarrow.parquet
 import yaml
 
@@ -21,39 +21,35 @@ from hf_chts.evaluation.task_columns import COLUMNS, checked_row
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
-# the second validation split of a data set that is called after its first task
+# tasks on another split of a data set that is called after its first task
 _SHARED = {"mnli_mismatch": "mnli"}
 
 
 def task_folder(directory: Path, task: str, config: dict[str, Any]) -> Path | None:
-    """The folder with the data of `task`, None if `directory` has none.
-
-    Args:
-        config: the task's own, of the harness.
-    """
+    """The folder with the data of `task`, whose definition in the harness is `config`; None if there is none."""
     repository = str(config.get("dataset_path") or task).rsplit("/", 1)[-1]
     names = [task, f"{repository}/{config.get('dataset_name') or '.'}", _SHARED.get(task, task)]
     return next((directory / name for name in names if (directory / name).is_dir()), None)
 
 
 def expected_file(task: str, config: dict[str, Any]) -> str:
-    """The file that `task` reads its questions from, under the directory of all data."""
+    """The file with the questions of `task`, under the directory of all data."""
     return f"{task}/{_evaluated_split(config)}.jsonl"
 
 
 def write_local_task(
     task: str, definition: Path, config: dict[str, Any], folder: Path, written: Path, *, num_fewshot: int | None = None
 ) -> Path:
-    """A definition of `task` that reads the files in `folder`, for `TaskManager.load`.
+    """Write a definition of `task` that reads the files in `folder`, for `TaskManager.load`; returns its path.
 
     Args:
         definition: the harness's own YAML file of the task, and `config` its contents.
         written: a directory for the new definition and the checked data.
-        num_fewshot: examples before each question; None: the task's own number.
+        num_fewshot: examples before each question; None for the task's own number.
 
     Raises:
         FileNotFoundError: `folder` lacks a split that is needed.
-        ValueError: a file cannot be read, or a row lacks a column or holds something else in it than the data set has.
+        ValueError: a file cannot be read, or a row lacks a column or has a value of another kind than the data set.
     """
     evaluated = _evaluated_split(config)
     changes: dict[str, Any] = {"training_split": None, "validation_split": None, "test_split": None}
@@ -68,7 +64,7 @@ def write_local_task(
         if not named:
             changes["training_split" if config.get("training_split") else "validation_split"] = examples
     elif named:
-        splits[named] = evaluated  # the harness loads it, but takes no example from it
+        splits[named] = evaluated  # the harness loads this split, but uses no example of it
     home = written / task
     home.mkdir(parents=True)
     for split in dict.fromkeys(splits.values()):
@@ -78,7 +74,7 @@ def write_local_task(
         try:
             datasets.Dataset.from_list(rows).to_parquet(home / f"{split}.parquet")
         except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are ValueErrors
-            raise ValueError(f"the rows of {folder}/{split}.* are not of one kind: {error}") from error
+            raise ValueError(f"the rows of {folder}/{split}.* have different kinds of values: {error}") from error
     contents = {
         "include": str(definition),
         "task": task,
@@ -132,7 +128,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         if kind == "parquet":
             yield from pyarrow.parquet.read_table(path).to_pylist()
             return
-        with _opened(path) as file:
+        with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8", newline="") as file:
             if kind == "csv":
                 yield from csv.DictReader(file)
             elif kind == "json":
@@ -142,9 +138,3 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
                 yield from (json.loads(line) for line in file if line.strip())
     except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:  # damaged gzip, JSON, UTF-8, parquet
         raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _opened(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")

@@ -1,12 +1,17 @@
-"""Running tasks, and what their results come to. Imported late, as it imports the harness."""
+"""Running tasks and collecting their results. Imported late, as it imports the harness."""
 
 import logging
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_chts.evaluation.harness import RankedHFLM, evaluate
-from hf_chts.evaluation.harness_tasks import LoadedTasks, chance_accuracies, seeded
+from lm_eval import evaluate
+from lm_eval.api.task import Task
+
+from hf_chts.evaluation.harness import RankedHFLM
+from hf_chts.evaluation.harness_tasks import LoadedTasks, seeded
 from hf_chts.evaluation.sample_scores import score_samples
 
 logger = logging.getLogger(__name__)
@@ -17,7 +22,7 @@ _FIRST = ("acc", "acc_norm", "mcc", "balanced_acc")
 
 @dataclass
 class TaskResults:
-    """Each {task: …}, with the meaning that they have in what `evaluate_zero_shot` returns."""
+    """Dicts by task, with the same meaning as in the result of `evaluate_zero_shot`."""
 
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     trivial: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -32,12 +37,12 @@ class TaskResults:
 def run_tasks(
     lm: RankedHFLM, loaded: LoadedTasks, limit: int | None, bootstrap_iters: int, *, progress: bool
 ) -> TaskResults:
-    """Run one task after the other. One that fails is named in `loaded.skipped`; the others still run.
+    """Run one task after the other. A task that fails is added to `loaded.skipped`, and the others still run.
 
-    On all ranks but the first the results are empty.
+    The results are empty on all ranks but the first.
 
     Raises:
-        Exception: none was run; on several processes also if one failed.
+        Exception: no task could be run; on several processes, one task failed.
     """
     result = TaskResults()
     failed: Exception | None = None
@@ -53,7 +58,7 @@ def run_tasks(
             raw = evaluate(lm=lm, task_dict=unit, limit=limit, bootstrap_iters=bootstrap_iters)
         except Exception as error:
             if lm.world_size > 1:
-                raise  # the other ranks may not have failed, and would wait for this one
+                raise  # the other ranks may be well, and would wait for this one for ever
             logger.warning("Task %s failed: %s", name, error, exc_info=True)
             loaded.skipped[name] = f"it failed: {type(error).__name__}: {' '.join(str(error).split())}"
             failed = error
@@ -66,8 +71,8 @@ def run_tasks(
                 try:
                     reported = {**_add_ours(result, unit["tasks"][task], task, raw["samples"], reported), **reported}
                 except Exception as error:
-                    # what takes the time is done, and the harness's own figures need none of ours
-                    logger.warning("%s has no standard errors and baselines of ours: %s", task, error, exc_info=True)
+                    # the harness's own figures took long to make, and are complete without ours
+                    logger.warning("%s has no further scores and errors: %s", task, error, exc_info=True)
             if reported:
                 result.tasks[task] = dict(sorted(reported.items(), key=_place))
         result.samples |= {task: count["effective"] for task, count in raw.get("n-samples", {}).items()}
@@ -81,16 +86,27 @@ def run_tasks(
 def _add_ours(
     result: TaskResults, task: Any, name: str, samples: dict[str, Any], reported: dict[str, float]
 ) -> dict[str, float]:
-    """Add to the result what we make of a task's samples beside the harness's figures; returns our scores."""
-    chance = chance_accuracies({name: task}, samples)
+    """Add to the result what a task's samples tell beside the harness's figures; returns our scores."""
+    chance = chance_accuracy(task, samples[name])
     found = score_samples(task, samples[name])
-    guessed = {metric: chance[name] for metric in _GUESSED & {**found.scores, **reported}.keys() if name in chance}
-    result.chance |= chance
+    guessed = {}
+    if chance is not None:
+        result.chance[name] = chance
+        guessed = dict.fromkeys(_GUESSED & {**found.scores, **reported}.keys(), chance)
     result.trivial[name] = {**guessed, **found.trivial}
     if found.labels:
         result.labels[name] = found.labels
     result.documents[name] = {"digest": found.documents, "without_each": found.without_each}
     return found.scores
+
+
+def chance_accuracy(task: Task, samples: Sequence[dict[str, Any]]) -> float | None:
+    """Accuracy of guessing in a multiple-choice task, from the choices of the questions asked; else None."""
+    # mutual information doubles the requests of a question
+    if task.OUTPUT_TYPE != "multiple_choice" or "acc_mutual_info" in task.aggregation():
+        return None
+    choices = Counter(len(sample["arguments"]) for sample in samples)
+    return sum(count / number for number, count in choices.items()) / choices.total()
 
 
 def _place(score: tuple[str, float]) -> tuple[int, str]:
@@ -104,7 +120,7 @@ def _scores(entry: dict[str, Any]) -> dict[str, float]:
     for key, value in entry.items():
         metric, comma, filter_name = key.partition(",")
         if not comma or not isinstance(value, (int, float)):
-            continue  # not a metric, or "N/A" for a standard error that the harness cannot give
+            continue  # not a metric, or "N/A" for an unknown standard error
         base = metric.removesuffix("_stderr")
         at = "" if filter_name == "none" else f"@{filter_name}"
         scores[f"{base}{at}{'_stderr' if base != metric else ''}"] = float(value)

@@ -16,19 +16,19 @@ ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 
 
 def language_modeling_metrics(byte_lengths: torch.Tensor) -> tuple[PreprocessLogits, ComputeMetrics]:
-    """The pair `preprocess_logits_for_metrics`, `compute_metrics` of a Trainer of a causal language model.
+    """The pair `preprocess_logits_for_metrics`, `compute_metrics` for a Trainer of a causal language model.
 
-    The first reduces logits (B, L, V) and labels (B, L) to a loss per token (B, L-1) at once, so that an evaluation
-    never holds the logits of more than one batch. The second gives, over all tokens whose label is not -100:
-    `loss_per_token` in nats, `perplexity`, and `bits_per_byte`. `loss_per_token` weights every token alike, where the
-    Trainer's own `eval_loss` weights every batch by its rows.
+    The first reduces logits (B, L, V) and labels (B, L) to a loss per token (B, L-1), so that an evaluation never holds
+    the logits of more than one batch. The second gives, over all tokens whose label is not -100: `loss_per_token` in
+    nats, `perplexity`, and `bits_per_byte`. Here every token counts the same; in the Trainer's own `eval_loss` a batch
+    counts by its rows.
 
     Args:
         byte_lengths: UTF-8 bytes each token id stands for, integers (V,), as `hf_chts.data.token_byte_lengths` gives.
 
     Raises:
-        ValueError: `byte_lengths` is not one integer per token id; later, from `compute_metrics`: a label has no
-            entry in it, or no token is left to score.
+        ValueError: `byte_lengths` is not one integer per token id; from `compute_metrics`: a label has no byte length,
+            or there is no token to score.
     """
     if byte_lengths.ndim != 1 or byte_lengths.is_floating_point():
         raise ValueError(
@@ -48,11 +48,7 @@ def language_modeling_metrics(byte_lengths: torch.Tensor) -> tuple[PreprocessLog
                 "Build it with the model's vocab_size."
             )
         scores = language_modeling_scores(nll[scored], lengths[ids])
-        return {
-            "loss_per_token": scores["loss"],
-            "perplexity": scores["perplexity"],
-            "bits_per_byte": scores["bits_per_byte"],
-        }
+        return {"loss_per_token": scores.pop("loss"), **scores}
 
     return token_losses, compute_metrics
 
@@ -68,7 +64,7 @@ def token_losses(logits: torch.Tensor | Sequence[torch.Tensor], labels: torch.Te
     if not isinstance(logits, torch.Tensor):
         logits = logits[0]
     losses = torch.empty(labels.shape[0], labels.shape[1] - 1, dtype=torch.float32, device=logits.device)
-    # row by row: a float32 copy of a whole batch of logits is often the largest tensor of an evaluation
+    # row by row, because a float32 copy of all logits would often be the largest tensor of an evaluation
     for row, (row_logits, row_labels) in enumerate(zip(logits, labels, strict=True)):
         targets = row_labels[1:]
         nll = F.cross_entropy(row_logits[:-1].float(), targets, ignore_index=_IGNORED, reduction="none")

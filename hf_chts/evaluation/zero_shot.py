@@ -13,9 +13,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_chts.evaluation.averages import suite_averages
+from hf_chts.evaluation.checks import check_max_length, check_model, check_options
 from hf_chts.evaluation.embedded_suite import EMBEDDED_TASKS, write_embedded_suite
-from hf_chts.evaluation.model_source import check_max_length, check_model
-from hf_chts.evaluation.options import check_options
 from hf_chts.evaluation.suites import check_task_names, suite_tasks
 from hf_chts.machine import on_cpu, version_of
 
@@ -47,63 +46,60 @@ def evaluate_zero_shot(
 ) -> dict[str, Any]:
     """Evaluate a causal language model on a suite of lm-eval tasks.
 
-    A live model is left as it was: its training mode, and the global random generators. Launched on several processes
-    with `accelerate launch`, a model from a directory or the Hub is evaluated by all of them, and the result is empty
-    on all ranks but the first; with `batch_size=1` it is that of one process to the last digit, larger batches are
-    made of other documents and so padded otherwise. A live model is evaluated whole by each process that calls this.
+    The training mode of a live model and the global random generators are as before afterwards. With `accelerate
+    launch`, all processes share the documents of a model from a directory or the Hub, and the result is empty on all
+    ranks but the first; with `batch_size=1` it equals that of one process to the last digit (larger batches are padded
+    differently). A live model is evaluated completely by each process.
 
     Args:
         model_or_dir: a live model, an exported directory (plain or packed), or a Hub id.
-        suite: one of `hf_chts.evaluation.SUITES`, or names of suites and harness tasks with commas between them.
-        tokenizer: a tokenizer, its directory or its Hub id; None: the one saved with the model. A live model needs one.
-        limit: number of documents per task, from its beginning; None: all of them.
-        num_fewshot: number of examples before each question; None: each task's own, most often 0. The embedded tasks
+        suite: names of `hf_chts.evaluation.SUITES` and of harness tasks, separated by commas.
+        tokenizer: a tokenizer, its directory or its Hub id; None for the one saved with the model.
+        limit: number of documents per task, from its beginning; None for all of them.
+        num_fewshot: number of examples before each question; None for each task's own, most often 0. The embedded tasks
             have none.
-        batch_size: sequences per forward, or "auto" for the most that fit, at most 64.
-        max_length: tokens of context; None: the model's `max_position_embeddings`. Set it to the training length
-            if the config allows for more than the model was trained on.
-        device: such as "cuda:1" for a model that is loaded here; None: the first GPU, if there is one and
-            `accelerate launch` was not told to use the CPU. A live model stays where it is.
-        dtype: "auto" (as saved), "float32", "bfloat16" or "float16", for a model that is loaded here.
+        batch_size: sequences per forward, or "auto" for as many as fit, at most 64.
+        max_length: tokens of context; None for the model's `max_position_embeddings`. Set it to the length of training
+            if the config allows for more.
+        device: such as "cuda:1"; None for the first GPU, unless there is none or `accelerate launch` uses the CPU. Not
+            for a live model, which stays where it is.
+        dtype: "auto" (as saved), "float32", "bfloat16" or "float16". Not for a live model.
         revision: branch, tag or commit of a Hub id.
-        task_data: directory with data files of tasks, DIR/<task>/<split>.jsonl and so on (task_data.py). A task that
-            has no folder there is loaded as always.
-        bootstrap_iters: resamples for the standard errors of F1, Matthews correlation and perplexity where the
-            harness gives them.
-        progress: show progress: a line per task, and bars where stderr is a terminal.
-        unsealed: evaluate a checkpoint also where its seal is missing, or is not that of its files.
+        task_data: directory with data files of tasks (see task_data.py); tasks without a folder there are loaded as
+            always.
+        bootstrap_iters: resamples for the harness's standard errors of F1, Matthews correlation and perplexity.
+        progress: show a line per task, and bars if stderr is a terminal.
+        unsealed: accept a checkpoint without a seal, and one whose files have changed since it was sealed.
 
     Returns:
         A dict that `json` can write:
 
         - `model`, `suite`: as given.
-        - `tasks`: {task: {metric: value, metric_stderr: its standard error}} (`metric@filter` for metrics behind a
-          filter). Values and errors are the harness's. Where it has no error: the jackknife's. Tasks that ask the
-          same choice of labels in every document have `acc`, `mcc` (Matthews correlation) and `balanced_acc` in any
-          case.
-        - `trivial`: {task: {metric: score}}: the best of always giving one and the same answer, on the same
-          documents, for tasks with labels; the accuracy of guessing for others with choices.
+        - `tasks`: {task: {metric: value, metric_stderr: its standard error}}, with `metric@filter` for metrics of a
+          filter. Values and errors are the harness's; if it has no error, the jackknife's. Tasks that ask the same
+          choice of labels in every document always have `acc`, `mcc` (Matthews correlation) and `balanced_acc`.
+        - `trivial`: {task: {metric: score}}: the best constant answer, on the same documents, for tasks with labels;
+          the accuracy of guessing for other tasks with choices.
         - `chance`: {task: accuracy of guessing}.
         - `labels`: {task: {"names": […], "confusion": rows of true, columns of predicted labels}}.
         - `averages`: of each suite, see `suite_averages`.
         - `samples`: {task: number of documents}, `data`: {task: folder of its local data}, `skipped`: {task: why}.
-        - `truncated_requests`: questions that lost the beginning of their context.
+        - `truncated_requests`: how many requests lost the beginning of their context.
         - `documents`: {task: {"digest": of its documents, "without_each": {metric: its value without the i-th
-          document}}}, from which `compare_models` has paired errors. `write_results` leaves it out.
-        - `config`, `versions` ("unknown" where none can be found), `seconds`.
+          document}}}, for the paired errors of `compare_models`. `write_results` leaves it out.
+        - `config`, `versions` ("unknown" for what has none), `seconds`.
 
     Raises:
-        FileNotFoundError: there is no such directory or Hub model, it has no tokenizer, or a checkpoint has no seal;
-            before anything is loaded.
+        FileNotFoundError: there is no such directory or Hub model, it has no tokenizer, or a checkpoint has no seal.
         ValueError: an option is out of range, a name in `suite` is unknown, a checkpoint is damaged, or model and
-            tokenizer do not fit.
-        ConnectionError: not one of the tasks has its data.
+            tokenizer do not belong together.
+        ConnectionError: no task could be loaded.
     """
     check_options(limit, num_fewshot, batch_size, device, task_data)
     source: PreTrainedModel | str
     if isinstance(model_or_dir, PreTrainedModel):
         if tokenizer is None:
-            raise ValueError("A live model does not know its tokenizer: pass tokenizer=.")
+            raise ValueError("A live model has no tokenizer: pass tokenizer=.")
         if device is not None or dtype != "auto":
             raise ValueError(
                 f"device={device!r} and dtype={dtype!r} are for models loaded from a directory or the Hub: "
@@ -117,14 +113,14 @@ def evaluate_zero_shot(
         name = str(model_or_dir)
     names = suite_tasks(suite)
 
-    # the harness takes seconds to import, and training needs this package's metrics without it
+    # late, because the harness takes seconds to import
     from hf_chts.evaluation import harness, harness_tasks, task_run
 
     began = time.perf_counter()
-    bars = progress and sys.stderr.isatty()  # in a file a bar is one line of thousands of columns
+    bars = progress and sys.stderr.isatty()  # in a log file a bar would be one line of thousands of columns
     with (
         tempfile.TemporaryDirectory(prefix="hf_chts_suite_") as directory,
-        harness.HarnessLog() as log,
+        harness.harness_log() as log,
         harness.restored(live_model, progress=bars),
     ):
         if set(names) & set(EMBEDDED_TASKS):
@@ -208,7 +204,7 @@ def _check_loaded(loaded: "LoadedTasks", suite: str, task_data: str | Path | Non
         hint = "" if task_data else " Without a network, there is suite='embedded'."
         raise ConnectionError(f"No task of suite={suite!r} could be loaded. {task}: {reason}.{hint}")
     if task_data and not loaded.local and not loaded.skipped:
-        logger.warning("There is data for none of the tasks in %s.", task_data)
+        logger.warning("%s has no data for any of the tasks.", task_data)
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path | None) -> PreTrainedTokenizerBase | None:
@@ -218,7 +214,7 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path | None) -> PreTra
 
 
 def _check_fit(lm: "RankedHFLM", max_length: int | None) -> None:
-    """Raise a ValueError where the harness would fail in the middle, or go on with figures that mean nothing."""
+    """Raise ValueError where the harness would fail in the middle, or give meaningless figures."""
     rows = lm.model.get_input_embeddings().num_embeddings
     if len(lm.tokenizer) > rows:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""The plain model of one that has PEFT adapters on it: without them, or with them merged.
+"""The plain model behind PEFT adapters: without them, or with them merged.
 
-The live model stays as it is. PEFT is not imported: its layers are told by what they have.
+The live model does not change. PEFT is not imported: its layers are recognized by their attributes.
 """
 
 import copy
@@ -11,47 +11,47 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import is_adapted, uncompiled, unwrap, wrappers
+from hf_chts.sparse_model import SparsityHandle
 
 Adapters: TypeAlias = Literal["refuse", "merge", "merge_masked", "leave_out"]
 
 
 @dataclass(frozen=True)
 class PlainModel:
-    """What a model is without its adapters.
+    """A model without its adapters.
 
     Attributes:
         state: its weights by the names of the plain model.
         masks: bool (out, in) by layer name.
-        said: what merging did to the sparsity; "" without adapters.
+        said: what merging did to the sparsity, for the log and the model card.
     """
 
     state: dict[str, Tensor]
     masks: dict[str, Tensor]
-    said: str = ""
+    said: str
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether a model, wrapped or not, has adapters of PEFT."""
+    """Whether a model, wrapped or not, has PEFT adapters."""
     return any(map(_is_peft, wrappers(model))) or any(map(is_adapted, unwrap(model).modules()))
 
 
 def check_adapters(model: nn.Module, adapters: str) -> None:
-    """Raises ValueError where `adapters` does not say what to do with those of `model`, or that cannot be done."""
+    """Raises ValueError if `adapters` does not say what to do with those of `model`, or that is impossible."""
     if adapters not in get_args(Adapters):
         raise ValueError(f"adapters is {adapters!r}; choose one of {', '.join(map(repr, get_args(Adapters)))}")
     if not has_adapters(model):
         return
     if adapters == "refuse":
         raise ValueError(
-            "the model has PEFT adapters, and an export is a plain model. Say what is to become of them: adapters="
-            "'merge' adds them to the weights, which makes those layers dense, 'merge_masked' adds to links alone, "
-            "'leave_out' exports the model without them"
+            "the model has PEFT adapters, and an export is a plain model: choose adapters='merge', which adds them to "
+            "the weights and makes those layers dense, adapters='merge_masked', which adds to links alone, or "
+            "adapters='leave_out', which exports the model without them"
         )
     if adapters != "leave_out" and not any(map(is_adapted, unwrap(model).modules())):
         raise ValueError(
-            f"adapters is {adapters!r}, and those of the model add tokens to its input, not to its weights: save them "
+            f"adapters is {adapters!r}, but those of the model add tokens to its input, not to its weights: save them "
             "with model.save_pretrained, and export with adapters='leave_out'"
         )
     for name, module in unwrap(model).named_modules():
@@ -59,20 +59,18 @@ def check_adapters(model: nn.Module, adapters: str) -> None:
             continue
         if adapters != "leave_out" and getattr(module, "disable_adapters", False):
             raise ValueError(
-                f"adapters is {adapters!r}, and those of {name} are disabled at the moment: enable them first "
-                "(enable_adapters(), or outside of disable_adapter()), or export with adapters='leave_out'"
+                f"adapters is {adapters!r}, but those of {name} are disabled: enable them (enable_adapters(), or leave "
+                "the block of disable_adapter()), or export with adapters='leave_out'"
             )
         if getattr(module, "merged", False):
-            raise ValueError(
-                f"the adapters of {name} are merged into its weight at the moment: call unmerge_adapter() first"
-            )
+            raise ValueError(f"the adapters of {name} are merged into its weight: call unmerge_adapter() first")
 
 
-def plain_model(sparse: SparseModel, adapters: str) -> PlainModel:
-    """The plain model; `check_adapters` has let it pass.
+def plain_model(sparse: SparsityHandle, adapters: str) -> PlainModel:
+    """The plain model, after `check_adapters`.
 
     Raises:
-        ValueError: what is merged unties weights that the config ties.
+        ValueError: merging would untie weights that the config ties.
     """
     state: dict[str, Tensor] = {}
     changed: set[str] = set()
@@ -107,7 +105,7 @@ def plain_model(sparse: SparseModel, adapters: str) -> PlainModel:
 
 
 def _plain_modules(module: nn.Module, merge: bool, name: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
-    """(original name, module, whether it had an adapter) of all modules of the plain model."""
+    """Original name, module and whether it had an adapter, for all modules of the plain model."""
     module, adapted = uncompiled(module), False
     while is_adapted(module):
         module, adapted = uncompiled(_without_adapter(module, merge)), True
@@ -117,7 +115,7 @@ def _plain_modules(module: nn.Module, merge: bool, name: str = "") -> Iterator[t
 
 
 def _without_adapter(adapted: Any, merge: bool) -> nn.Module:
-    """The layer inside one of PEFT's; merged, it is a copy."""
+    """The layer inside one of PEFT's; if it is merged, a copy."""
     if not merge:
         return adapted.original_module if hasattr(adapted, "original_module") else adapted.get_base_layer()
     adapted = copy.deepcopy(adapted)
@@ -133,11 +131,11 @@ def _is_peft(wrapper: nn.Module) -> bool:
 
 
 def _check_ties(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Raises ValueError for weights that plain loading makes one, and that the adapters have made two."""
+    """Raises ValueError for weights that the config ties, and that the adapters made different."""
     for name, source in getattr(model, "all_tied_weights_keys", {}).items():
         pair = [state.get(name), state.get(source)]
         if all(tensor is not None for tensor in pair) and not torch.equal(*pair):  # type: ignore[arg-type]
             raise ValueError(
-                f"the adapters change {name} or {source}, which the config ties: plain loading would take one for "
-                "both. Export with adapters='leave_out', or train a model with tie_word_embeddings false"
+                f"the adapters change {name} or {source}, which the config ties, so plain loading would use one for "
+                "both: export with adapters='leave_out', or train a model with tie_word_embeddings false"
             )

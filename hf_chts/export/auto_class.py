@@ -1,4 +1,4 @@
-"""Which class loads a model, told by the name of its own class in its config.json."""
+"""Which class loads a model, from the name of the model's own class in its config.json."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,16 +9,16 @@ from transformers.models.auto import modeling_auto
 
 from hf_chts.export.sources import architecture
 
-# those that a reader expects, and last those that also take what others are for
+# the tasks that a reader expects first, and last those that also accept models of other tasks
 _FIRST = ("CausalLM", "Seq2SeqLM", "MaskedLM", "SequenceClassification")
 _LAST = ("MultimodalLM", "PreTraining", "")
 _AUTO = "AutoModel"
 
 
 def class_to_load(name: str | None) -> str:
-    """The name of transformers' class to load this class with, as a model card shows it: an Auto class if there is.
+    """The name of the class that loads this class, for the model card: an Auto class where there is one.
 
-    AutoModelForCausalLM for classes that transformers does not have: such are registered with it, or their code is in
+    AutoModelForCausalLM for classes that transformers does not have; they are registered with it, or their code is in
     the directory.
     """
     known = next(_auto_classes(name, None), None)
@@ -26,18 +26,16 @@ def class_to_load(name: str | None) -> str:
 
 
 def preprocessor(name: str | None) -> str:
-    """The Auto class of what turns data into inputs of this class, as a model card shows it."""
+    """The Auto class of the tokenizer or processor for this class, for the model card."""
     reads = getattr(_of_transformers(name), "input_modalities", "text")
     return "AutoTokenizer" if reads in ("text", ("text",)) else "AutoProcessor"
 
 
 def model_class(config: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """What has the `from_pretrained` that gives a model of the class that the contents of a config.json name.
-
-    An Auto class, or the class itself: transformers', or one that has been imported.
+    """The class whose `from_pretrained` loads a model with this config.json: an Auto class, or the class itself.
 
     Raises:
-        ValueError: they name none, or one that nobody knows.
+        ValueError: the class is neither one of transformers nor has been imported.
     """
     name, kind = architecture(config), config.get("model_type")
     remote = config.get("auto_map") if trust_remote_code else None
@@ -47,7 +45,7 @@ def model_class(config: dict[str, Any], *, trust_remote_code: bool = False) -> A
     found = getattr(transformers, auto, None) if auto else _of_transformers(name) or _imported(name)
     if found is None:
         raise ValueError(
-            f"config.json is of a {name} (model_type {kind!r}), a class that transformers does not have: import the "
+            f"config.json names the class {name} (model_type {kind!r}), which transformers does not have: import the "
             "module that defines it first, or pass trust_remote_code=True if its code is in the directory and you "
             "trust it"
         )
@@ -55,7 +53,7 @@ def model_class(config: dict[str, Any], *, trust_remote_code: bool = False) -> A
 
 
 def empty_model(config: dict[str, Any], directory: Any) -> PreTrainedModel:
-    """The model of a directory whose config.json has these contents, made on the device of the moment."""
+    """A new model with the config.json of a directory, on the current device."""
     found = model_class(config)
     if hasattr(found, "from_config"):
         return found.from_config(transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False))
@@ -63,7 +61,7 @@ def empty_model(config: dict[str, Any], directory: Any) -> PreTrainedModel:
 
 
 def _auto_classes(name: str | None, kind: Any) -> Iterator[str]:
-    """The Auto classes that load a class of this name, for a model type or any (None); the most telling first."""
+    """The Auto classes that load a class of this name, for one model type or any (None); the most specific first."""
 
     def place(auto: str) -> int:
         task = auto.removeprefix(_AUTO).removeprefix("For")
@@ -83,8 +81,7 @@ def _of_transformers(name: str | None) -> Any:
 
 
 def _imported(name: str | None) -> Any:
-    """The class of this name that somebody else has made of transformers' models, registered or not; of several, that
-    which was made last."""
+    """A class of this name that was derived from transformers' models elsewhere; of several the last one."""
     found, classes = None, [PreTrainedModel]
     for kind in classes:
         classes += kind.__subclasses__()

@@ -1,4 +1,4 @@
-"""The metadata of a model card: what the Hub's search, its data sets' pages and its leaderboards read."""
+"""The metadata of a model card, which the Hub's search, data set pages and leaderboards read."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,8 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 from hf_chts.export.auto_class import class_to_load
 from hf_chts.export.model_facts import ModelFacts
 
-TASK = "text-generation"  # what a causal LM does, in the Hub's words
-# and others, by what follows AutoModelFor
+TASK = "text-generation"  # the Hub's name for what a causal LM does
+# the Hub's names for other tasks, by what follows AutoModelFor
 _TASKS = {
     "CausalLM": TASK,
     "MaskedLM": "fill-mask",
@@ -42,11 +42,11 @@ def card_data(
     task = _TASKS.get(class_to_load(facts.architecture).removeprefix("AutoModelFor"))
     corpus = str(training.get("dataset", ""))
     given = dict(metadata)
-    datasets = [*hub_ids([corpus]), *_listed(given.pop("datasets", None))]
+    datasets = [*hub_ids([corpus]), *as_list(given.pop("datasets", None))]
     fields: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": task,
-        "tags": list(dict.fromkeys([*_tags(facts), *_listed(given.pop("tags", None))])),
+        "tags": list(dict.fromkeys([*_tags(facts), *as_list(given.pop("tags", None))])),
         "datasets": list(dict.fromkeys(datasets)) or None,
     }
     results = validation_results(metrics, corpus, task or TASK)
@@ -60,7 +60,7 @@ def card_data(
 
 
 def hub_ids(names: Iterable[str]) -> list[str]:
-    """Those of these data sets that can be on the Hub: not the embedded corpus, nothing local."""
+    """The data sets among these that can be on the Hub: neither the embedded corpus nor local files."""
     found = []
     for name in names:
         if name == "embedded" or not name or Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
@@ -74,7 +74,7 @@ def hub_ids(names: Iterable[str]) -> list[str]:
 
 
 def validation_results(metrics: Mapping[str, Any], corpus: str, task: str = TASK) -> list[EvalResult]:
-    """What was measured on the validation data of `corpus`, as the Hub's `model-index` has it."""
+    """The finite figures measured on the validation data of `corpus`, in the form of the Hub's `model-index`."""
     known = hub_ids([corpus])
     name = _EMBEDDED if corpus == "embedded" else corpus if known else Path(corpus).name or "validation data"
     return [
@@ -93,14 +93,14 @@ def validation_results(metrics: Mapping[str, Any], corpus: str, task: str = TASK
 
 
 def merged_results(old: Iterable[EvalResult] | None, new: Iterable[EvalResult]) -> list[EvalResult]:
-    """`new` results, after those of the `old` ones that are of other data or other metrics."""
+    """The `new` results, after those `old` ones that they do not replace: of other data or another metric."""
     new = list(new)
     measured = {(result.unique_identifier, result.metric_type) for result in new}
     return [item for item in old or [] if (item.unique_identifier, item.metric_type) not in measured] + new
 
 
 def is_figure(value: Any) -> bool:
-    """Whether a value can stand in the metadata: a finite number."""
+    """Whether a value can stand in the metadata, which takes finite numbers only."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -109,5 +109,6 @@ def _tags(facts: ModelFacts) -> list[str]:
     return ["hf_chts", *kind, facts.sparsity.method]
 
 
-def _listed(value: Any) -> list[str]:
+def as_list(value: str | Iterable[str] | None) -> list[str]:
+    """The names that someone gave as one string, as several, or not at all."""
     return [] if value is None else [value] if isinstance(value, str) else list(value)

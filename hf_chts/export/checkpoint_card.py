@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: what its files say of the model and of the training that wrote it."""
+"""The model card of a checkpoint, made of what its files say about the model and its training."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from hf_chts.export.weight_files import read_json
 STATE_NAME = "trainer_state.json"
 
 _EVAL = "eval_"
-# of what an evaluation logs, those that say how long it took
+# logged by an evaluation, and not about the model
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 

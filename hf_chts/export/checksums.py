@@ -1,15 +1,13 @@
-"""Checksums beside the weights of an export, plain or packed: a flipped bit changes the model and nothing else tells.
+"""Checksums beside the weights of an export: a flipped bit changes the model, and nothing else would tell.
 
-Written last and by whoever writes weights here. Exports of earlier versions have none, and neither have checkpoints,
-which have a seal.
+They are written after the weights. Exports of early versions lack them. Checkpoints have a seal instead.
 """
 
-import json
 from pathlib import Path
 
-from hf_chts.checkpoint import write_whole
 from hf_chts.export.weight_files import DamagedFile, find_shards, read_json
-from hf_chts.seal import crc32
+from hf_chts.files.atomic import write_json
+from hf_chts.files.reading import crc32
 
 CHECKSUMS_NAME = "weights_checksums.json"
 _FORMAT = "hf_chts weights, 1"
@@ -17,18 +15,18 @@ _REMEDY = f"if you changed the weights on purpose, delete {CHECKSUMS_NAME}"
 
 
 def write_checksums(directory: Path, stem: str) -> None:
-    """Write down size and checksum of each shard of this stem."""
+    """Write size and CRC-32 of each shard with this stem."""
     files = {path.name: [path.stat().st_size, crc32(path)] for path in find_shards(directory, stem)[0]}
-    write_whole(directory / CHECKSUMS_NAME, json.dumps({"format": _FORMAT, "files": files}, indent=1).encode())
+    write_json(directory / CHECKSUMS_NAME, {"format": _FORMAT, "files": files})
 
 
 def forget_checksums(directory: Path) -> None:
-    """Before other weights are written, which these are not of."""
+    """Remove the checksums, before other weights are written."""
     (directory / CHECKSUMS_NAME).unlink(missing_ok=True)
 
 
 def verify_checksums(directory: Path, stem: str) -> None:
-    """Read the shards of this stem and compare them with the checksums, if there are any.
+    """Read the shards with this stem and compare them with the checksums, if there are any.
 
     Raises:
         FileNotFoundError: a shard is missing.
@@ -40,14 +38,14 @@ def verify_checksums(directory: Path, stem: str) -> None:
     contents = read_json(path)
     files = contents.get("files")
     if contents.get("format") != _FORMAT or not isinstance(files, dict):
-        raise DamagedFile(path, f"its format is {contents.get('format')!r}, this hf_chts reads {_FORMAT!r}")
+        raise DamagedFile(path, f"its format is {contents.get('format')!r}, and this version reads {_FORMAT!r}")
     shards = {shard.name: shard for shard in find_shards(directory, stem)[0]}
     if shards.keys() != files.keys():
         odd = sorted(shards.keys() ^ files.keys())[0]
-        raise DamagedFile(path, f"it and the weights disagree about {odd}, so it is of others ({_REMEDY})")
+        raise DamagedFile(path, f"it and the weights disagree about {odd}, so it is of another export ({_REMEDY})")
     for name, shard in shards.items():
         if not shard.is_file():
-            raise FileNotFoundError(f"{shard} is missing: copy or download the whole directory again")
+            raise FileNotFoundError(f"{shard} is missing: copy or download the directory again")
         found = [shard.stat().st_size, crc32(shard)]
         if found != files[name]:
             what = "size" if found[:1] != files[name][:1] else "checksum"

@@ -1,18 +1,17 @@
-"""Plain directories to packed ones and back, one tensor in memory at a time."""
+"""Convert plain directories to packed ones and back, with one tensor in memory at a time."""
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_chts.checkpoint import MASKS_NAME, MaskFile, mask_metadata
+from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME, MaskFile, mask_metadata
+from hf_chts.checkpoint.seal import SEAL_NAME
 from hf_chts.config import SparsityConfig
 from hf_chts.export import packed_format
 from hf_chts.export.auto_class import empty_model
@@ -33,22 +32,18 @@ from hf_chts.export.weight_files import (
     write_file,
     write_shards,
 )
+from hf_chts.files.atomic import whole_directory
+from hf_chts.files.reading import LazyMapping
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.topology.bits import count_bits, pack_bits
 
 SHARD_SIZE = "50GB"  # as in save_pretrained
 
-_CARD = "README.md"
 # what an export has beside weights and config.json: tokenizer, generation and sparsity config, model card, own code
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.bpe", "*.tiktoken", "*.py", _CARD, "LICENSE*")
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.bpe", "*.tiktoken", "*.py", "README.md", "LICENSE*")
 _NOT_COPIED = (
-    "*.index.json",
-    "config.json",
-    "trainer_state.json",
-    "topology_history.json",
-    "checkpoint_seal.json",
-    "adapter_config.json",
-    CHECKSUMS_NAME,
+    *("*.index.json", "config.json", "trainer_state.json", "adapter_config.json"),
+    *(HISTORY_NAME, SEAL_NAME, CHECKSUMS_NAME),
 )
 
 
@@ -59,21 +54,21 @@ def pack_directory(
     max_shard_size: int | str = SHARD_SIZE,
     transposed: Collection[str] | None = None,
 ) -> Path:
-    """Write a packed directory (packed_format.py) of a plain export.
+    """Write a packed directory (packed_format.py) from a plain export.
 
     Args:
         source: what `export_sparse` wrote, or a checkpoint of SparseTrainer.
-        target: a directory that is new or empty.
-        max_shard_size: bytes, or "5GB".
-        transposed: names of the layers whose weight lies as (in, out). None: the classes of the model tell.
+        target: a new or empty directory. It appears when it is complete.
+        max_shard_size: in bytes, or as "5GB".
+        transposed: names of the layers whose weight is stored as (in, out). None: found out from the model's class.
 
     Returns:
-        `target`, which is there whole or not at all.
+        `target`.
 
     Raises:
         FileNotFoundError: `source` lacks weights, masks or a config.
         FileExistsError: `target` is not empty.
-        ValueError: `source` is dense or packed already, or damaged, or has weights off its masks or not finite ones.
+        ValueError: `source` is dense, packed already or damaged, or has weights off its masks, NaN or infinity.
     """
     source = Path(source)
     if not (source / "config.json").is_file():
@@ -83,15 +78,15 @@ def pack_directory(
         state = "packed" if is_packed(config) else "quantized"
         raise ValueError(f"{source} is {state} already: pack a plain export of a sparse model")
     if SparsityConfig.load(source).is_dense:
-        raise ValueError(f"{source} is a dense model: there is nothing to pack, use it as it is")
+        raise ValueError(f"{source} is a dense model, which cannot be packed: use it as it is")
     verify_checksums(source, PLAIN_STEM)
     masks, files = MaskFile(source), WeightFiles(source, PLAIN_STEM)
     layers = {f"{name}.weight": name for name in masks.shapes}
     for key, name in layers.items():
         if key not in files.entries:
             raise ValueError(
-                f"{source} has a mask of {name} and no weight {key}: its tensors are stored under other names than the "
-                "model's. Load it with load_sparse, and pack it with export_sparse(model, directory, packed=True)"
+                f"{source} has a mask of {name} but no weight {key}, because this architecture stores weights under "
+                "other names. Load it with load_sparse, and pack it with export_sparse(model, directory, packed=True)"
             )
     if transposed is None:
         transposed = _transposed_layers(source, config)
@@ -103,10 +98,10 @@ def pack_directory(
     groups = [
         _packed(files, masks, key, layers[key], layers[key] in transposed)
         if key in layers
-        else [_copied(files, key, finite=True)]
+        else [_copied(files, key, check_finite=True)]
         for key in files.entries
     ]
-    with _new_directory(target) as new:
+    with whole_directory(target) as new:
         write_shards(new, PACKED_STEM, groups, max_shard_size=max_shard_size, metadata=metadata, single=False)
         write_checksums(new, PACKED_STEM)
         _copy_others(source, new, packed_config(config), packed=True)
@@ -114,7 +109,15 @@ def pack_directory(
 
 
 def unpack_directory(source: str | Path, target: str | Path, *, max_shard_size: int | str = SHARD_SIZE) -> Path:
-    """The inverse of `pack_directory`: the plain directory, with masks.safetensors, and every bit of its tensors.
+    """Write the plain directory of a packed one: masks.safetensors, and every bit of the weights.
+
+    Args:
+        source: a packed directory.
+        target: a new or empty directory. It appears when it is complete.
+        max_shard_size: in bytes, or as "5GB".
+
+    Returns:
+        `target`.
 
     Raises:
         FileNotFoundError: `source` lacks weights or a config.
@@ -127,8 +130,21 @@ def unpack_directory(source: str | Path, target: str | Path, *, max_shard_size: 
         raise ValueError(f"{source} is not packed: its config.json has no quantization_config of hf_chts")
     packed = PackedFiles(source)
     packed.check_contents()
-    groups = [[_dense(packed, key)] for key in packed.weights] + [[_copied(packed.files, key)] for key in packed.others]
-    with _new_directory(target) as new:
+    weights = [
+        Planned(key, weight.dtype, weight.shape, partial(packed.weight, key)) for key, weight in packed.weights.items()
+    ]
+    groups = [[one] for one in [*weights, *(_copied(packed.files, key) for key in packed.others)]]
+    shapes, keys = {}, {}
+    for key, weight in packed.weights.items():
+        name = key.removesuffix(".weight")
+        shapes[name] = weight.shape[::-1] if weight.transposed else weight.shape
+        keys[f"{name}.mask"] = key
+    masks = LazyMapping(lambda name: _mask_bits(packed, keys[name]), keys)
+    mask_tensors = [
+        Planned(name, "U8", packed.files.entries[f"{key}_bits"].shape, partial(masks.__getitem__, name))
+        for name, key in keys.items()
+    ]
+    with whole_directory(target) as new:
         write_shards(
             new,
             PLAIN_STEM,
@@ -138,25 +154,19 @@ def unpack_directory(source: str | Path, target: str | Path, *, max_shard_size: 
             single=True,
         )
         write_checksums(new, PLAIN_STEM)
-        masks = _MaskBits(packed)
-        shapes = {name: masks.shape(name) for name in masks.keys_by_name}
-        tensors = [
-            Planned(f"{name}.mask", "U8", packed.files.entries[f"{key}_bits"].shape, _reader(masks, f"{name}.mask"))
-            for name, key in masks.keys_by_name.items()
-        ]
-        write_file(new / MASKS_NAME, tensors, mask_metadata(masks, shapes))
+        write_file(new / MASKS_NAME, mask_tensors, mask_metadata(masks, shapes))
         _copy_others(source, new, plain_config(config), packed=False)
     return Path(target)
 
 
 def _packed(files: WeightFiles, masks: MaskFile, key: str, name: str, transposed: bool) -> list[Planned]:
-    """The three tensors of a weight that is stored plain."""
+    """The three packed tensors of a plain weight."""
     entry, shape = files.entries[key], masks.shapes[name]
-    lies = shape[::-1] if transposed else shape
-    if entry.dtype not in FLOATS or entry.shape != lies:
+    stored_shape = shape[::-1] if transposed else shape
+    if entry.dtype not in FLOATS or entry.shape != stored_shape:
         raise ValueError(
-            f"{entry.path}: {key} is {entry.dtype} {entry.shape}, and its mask is for floats {lies}: weights and masks "
-            "are of different models, restore both from one export"
+            f"{entry.path}: {key} is {entry.dtype} {entry.shape}, and its mask is for floats {stored_shape}: weights "
+            "and masks are of different models, restore both from one export"
         )
 
     def mask() -> Tensor:
@@ -180,66 +190,36 @@ def _packed(files: WeightFiles, masks: MaskFile, key: str, name: str, transposed
     return [
         Planned(f"{key}_bits", "U8", tuple(packed_bits.shape), bits),
         Planned(f"{key}_values", entry.dtype, (count_bits(packed_bits),), values),
-        Planned(f"{key}_shape", "I64", (2,), lambda: torch.tensor(lies)),
+        Planned(f"{key}_shape", "I64", (2,), lambda: torch.tensor(stored_shape)),
     ]
 
 
-def _dense(packed: PackedFiles, key: str) -> Planned:
-    weight = packed.weights[key]
-    return Planned(key, weight.dtype, weight.shape, lambda: packed.weight(key))
-
-
-def _copied(files: WeightFiles, key: str, *, finite: bool = False) -> Planned:
+def _copied(files: WeightFiles, key: str, *, check_finite: bool = False) -> Planned:
     entry = files.entries[key]
 
     def tensor() -> Tensor:
         found = files.read(key)
-        if finite:
+        if check_finite:
             check_stored(entry.path, {key: found})
         return found
 
     return Planned(key, entry.dtype, entry.shape, tensor)
 
 
-def _reader(tensors: Mapping[str, Tensor], key: str) -> Callable[[], Tensor]:
-    return lambda: tensors[key]
-
-
-class _MaskBits(Mapping[str, Tensor]):
-    """The tensors of masks.safetensors, from packed weights: `<layer>.mask` → uint8, the bits of its mask (out, in)."""
-
-    def __init__(self, packed: PackedFiles) -> None:
-        self._packed = packed
-        self.keys_by_name = {key.removesuffix(".weight"): key for key in packed.weights}
-
-    def shape(self, name: str) -> tuple[int, int]:
-        weight = self._packed.weights[self.keys_by_name[name]]
-        return (weight.shape[1], weight.shape[0]) if weight.transposed else weight.shape
-
-    def __getitem__(self, key: str) -> Tensor:
-        weight = self.keys_by_name[key.removesuffix(".mask")]
-        return (
-            pack_bits(self._packed.mask(weight))
-            if self._packed.weights[weight].transposed
-            else self._packed.bits(weight)
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{name}.mask" for name in self.keys_by_name)
-
-    def __len__(self) -> int:
-        return len(self.keys_by_name)
+def _mask_bits(packed: PackedFiles, key: str) -> Tensor:
+    """uint8: the bits of a mask (out, in), as masks.safetensors has them."""
+    return pack_bits(packed.mask(key)) if packed.weights[key].transposed else packed.bits(key)
 
 
 def _transposed_layers(source: Path, config: dict[str, Any]) -> set[str]:
-    """The names of layers whose weight lies as (in, out); told by the model's classes, made without memory."""
+    """The names of layers whose weight is stored as (in, out), from the model's class, made without memory."""
     try:
         with torch.device("meta"):
             model = empty_model(config, source)
     except Exception as error:
         raise ValueError(
-            f"{source}: no {architecture(config)} can be made of its config.json, which tells how weights lie: {error}"
-            ". Load the model and use export_sparse(model, directory, packed=True)"
+            f"{source}: no {architecture(config)} can be made from its config.json, to learn how weights are stored: "
+            f"{error}. Load the model and use export_sparse(model, directory, packed=True)"
         ) from error
     return {
         name
@@ -249,30 +229,14 @@ def _transposed_layers(source: Path, config: dict[str, Any]) -> set[str]:
 
 
 def _copy_others(source: Path, target: Path, config: dict[str, Any], *, packed: bool) -> None:
-    """Everything but weights, with this config.json, and the model card's words on loading."""
+    """Copy everything but weights; with this config.json, and the model card's section on loading rewritten."""
     for path in sorted(source.iterdir()):
         if path.is_file() and any(map(path.match, _COPIED)) and not any(map(path.match, _NOT_COPIED)):
             shutil.copyfile(path, target / path.name)
     if (source / FIGURES).is_dir():
         shutil.copytree(source / FIGURES, target / FIGURES)
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    card = target / _CARD
+    card = target / "README.md"
     if card.is_file():
         text = with_loading(card.read_text(encoding="utf-8"), architecture(config), packed=packed)
         card.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _new_directory(target: str | Path) -> Iterator[Path]:
-    """A directory to write to, that becomes `target` when everything went well."""
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already and is not an empty directory: name a new one")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
-        yield new
-        if target.exists():
-            target.rmdir()
-        os.replace(new, target)

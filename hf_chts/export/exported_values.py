@@ -1,4 +1,4 @@
-"""What may be exported and pushed: plain numbers that are finite."""
+"""Only plain, finite weights are exported and pushed."""
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -12,34 +12,38 @@ from hf_chts.layers.shares import some
 
 
 def check_values(state: Mapping[str, Tensor], buffers: Collection[str] = ()) -> None:
-    """Raises of a model's weights and buffers by name, before anything is written:
+    """Check a model's weights and buffers, by name, before anything is written.
 
-    ValueError: one is quantized.
-    FloatingPointError: some hold NaN or infinity.
+    Args:
+        buffers: the names of the buffers, which may hold −∞ as attention masks do.
+
+    Raises:
+        ValueError: one is quantized.
+        FloatingPointError: some hold NaN or infinity.
     """
     for name, tensor in state.items():
         if kind := own_class(tensor):
             raise ValueError(
-                f"{name} is of the class {kind}, and an export has plain weights alone: export before the model "
-                "is quantized, and quantize what is exported"
+                f"{name} is of the class {kind}, and only plain weights can be exported: export the model first, and "
+                "quantize the export"
             )
     if bad := not_finite(state, masking=buffers):
         raise FloatingPointError(
-            f"there is NaN or infinity in {some(bad)}, so nothing is exported: repair it, or, where training has "
-            "diverged, go on from an earlier checkpoint"
+            f"there is NaN or infinity in {some(bad)}, so nothing is exported: repair it, or use an earlier checkpoint "
+            "if training has diverged"
         )
 
 
 def check_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where tensors that a file holds are not finite."""
-    if bad := not_finite(tensors, masking=tensors):  # which of them are buffers is not known
+    """Raises ValueError if tensors of a file hold NaN or +∞; −∞ passes, for which of them are buffers is unknown."""
+    if bad := not_finite(tensors, masking=tensors):
         raise ValueError(
-            f"{path}: there is NaN or infinity in {some(bad)}: repair it, or, where training had diverged, take an "
-            "earlier checkpoint"
+            f"{path}: there is NaN or infinity in {some(bad)}: repair it, or use an earlier checkpoint if training has "
+            "diverged"
         )
 
 
 def check_all_stored(files: WeightFiles, keys: Iterable[str]) -> None:
-    """The same for all of these tensors, one at a time in memory."""
+    """`check_stored` for these tensors, with one in memory at a time."""
     for key in keys:
         check_stored(files.entries[key].path, {key: files.read(key)})

@@ -1,4 +1,4 @@
-"""Push an export, or a checkpoint, to the Hub: checked first, then sent in one commit."""
+"""Push an export or a checkpoint to the Hub: it is checked first, and sent as one commit."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_chts.checkpoint.seal import SEAL_NAME, verify_seal
 from hf_chts.config import CONFIG_NAME
 from hf_chts.export.checkpoint_card import checkpoint_card
 from hf_chts.export.hub_errors import PushFailed, reason, retried
 from hf_chts.export.hub_files import CARD, PICTURES, ExportFiles, check_contents, export_files, stale
 from hf_chts.export.pushed_card import FIGURES, check_card, with_figures, with_repository, with_results
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published, read_results
-from hf_chts.seal import SEAL_NAME, verify_seal
 
 Contents: TypeAlias = Path | bytes
 
@@ -34,40 +34,40 @@ def push_directory(
 ) -> CommitInfo:
     """Push an export, plain or packed, or a checkpoint of SparseTrainer, to a model repository.
 
-    Weights, masks, configs, tokenizer, model card, figures and results go along; optimizer states, pickles and whatever
-    else is in the directory stay. All of it is one commit, in which weights of an earlier push with another layout are
-    deleted, so that the repository is never half an export. Nothing in `directory` is changed. Where it has no model
+    Weights, masks, configs, tokenizer, model card, figures and results are sent, and nothing else: no optimizer state,
+    no pickle, no other file of the directory. They are one commit, which also deletes the weights of an earlier push
+    with another layout, so that the repository is never a mixture. Nothing in `directory` changes. If it has no model
     card, one is made for the repository.
 
     Args:
-        repo_id: NAMESPACE/NAME, or a NAME in your own namespace. It is made where there is none.
+        repo_id: NAMESPACE/NAME, or a NAME in your own namespace. It is created if it does not exist.
         token: of the Hub; None or True: HF_TOKEN, or the one that `hf auth login` stored.
-        private: whether a repository that is made here is private; None: as the namespace has it.
-        revision: a branch, made where there is none; None: main.
+        private: whether a new repository is private; None: the namespace's default.
+        revision: a branch, created if it does not exist; None: main.
         commit_message: None: "Upload sparse model with hf_chts".
         results: what eval_zero_shot.py wrote, for a section of the model card; None: `zero_shot.json` of `directory`.
-        figures: pictures for the model card, beside those in the folder `figures` of `directory`.
+        figures: pictures for the model card, in addition to those in the folder `figures` of `directory`.
 
     Returns:
-        Of the commit: its URL, as a str, with `.oid` and `.repo_url`.
+        The commit; as a str its URL.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: `directory`, `results` or `figures` are not whole, damaged or
-            something else. Nothing was sent.
-        PushFailed: the Hub refuses, or cannot be reached. The repository is as it was.
+        FileNotFoundError, NotADirectoryError, ValueError: `directory`, `results` or `figures` are incomplete, damaged
+            or something else. Nothing was sent.
+        PushFailed: the Hub refuses or cannot be reached. The repository did not change.
     """
     export = export_files(directory)
     if export.sparsity is None:
         raise FileNotFoundError(
-            f"{directory} has no {CONFIG_NAME}, so it is no export of hf_chts: write one with export_sparse, or upload "
-            f"it as it is with `hf upload {repo_id} {directory}`"
+            f"{directory} has no {CONFIG_NAME}, so it is not an export of hf_chts: write one with export_sparse, or "
+            f"upload it as it is with `hf upload {repo_id} {directory}`"
         )
     if (export.directory / SEAL_NAME).is_file():
         verify_seal(export.directory)
     check_contents(export)
     extra = [Path(path) for path in figures]
     contents = _contents(export, repo_id, revision, results, extra)
-    again = f"{directory} is as it was; to push it again: python -m hf_chts push {directory} {repo_id}"
+    again = f"{directory} did not change; to push it again: python -m hf_chts push {directory} {repo_id}"
     with explained(f"{directory} was not pushed to {repo_id}", repo_id, again):
         repository = open_repository(repo_id, token=token, private=private, revision=revision)
         if repository.repo_id != repo_id:
@@ -77,7 +77,7 @@ def push_directory(
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A model repository that can be written to, and the branch to write to."""
+    """A model repository that exists, and the branch to write to; made by `open_repository`."""
 
     api: HfApi
     repo_id: str
@@ -90,22 +90,27 @@ class HubRepository:
         *,
         obsolete: Callable[[Iterable[str], Mapping[str, Contents]], list[str]] = stale,
     ) -> CommitInfo:
-        """Add `contents`, and delete what is `obsolete` beside them, in one commit.
+        """Add files, and delete obsolete ones, in one commit.
 
-        Large files are uploaded before it; they are in no commit until then, and not uploaded again after a failure.
+        Large files are uploaded before the commit, and not again after a failure.
+
+        Args:
+            contents: path in the repository → local file or bytes.
+            message: of the commit.
+            obsolete: gives the files to delete, from those in the repository and `contents`.
 
         Raises:
-            Whatever `explained` explains.
+            What `explained` turns into PushFailed.
         """
         additions = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in contents.items()
         ]
-        # this tries again by itself
+        # retries by itself
         self.api.preupload_lfs_files(self.repo_id, additions, revision=self.revision, free_memory=False)
 
         def commit() -> CommitInfo:
-            # listed anew each time: a commit whose answer was lost has deleted them
+            # listed on every try: a commit whose answer was lost has deleted them already
             remote = self.api.list_repo_files(self.repo_id, revision=self.revision)
             deletions = [CommitOperationDelete(name, is_folder=False) for name in obsolete(remote, contents)]
             return self.api.create_commit(
@@ -118,31 +123,31 @@ class HubRepository:
 def open_repository(
     repo_id: str, *, token: str | bool | None = None, private: bool | None = None, revision: str | None = None
 ) -> HubRepository:
-    """A repository to write to, made where there is none, and so is the branch.
+    """A repository to write to. It and its branch are created if they do not exist.
 
     Raises:
-        PushFailed: `repo_id` is none, there is no token, or the repository is public where `private` is asked for.
-        Whatever `explained` explains.
+        PushFailed: `repo_id` is invalid, there is no token, or the repository is public although `private` is True.
+        What `explained` turns into PushFailed.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise PushFailed(
-            f"{repo_id!r} is no repository id, which is NAMESPACE/NAME of letters, digits, '-', '_' and '.'"
+            f"{repo_id!r} is not a repository id: use NAMESPACE/NAME with letters, digits, '-', '_' and '.'"
         ) from error
     found = token if isinstance(token, str) else get_token() if token is not False else None
     if not found:
         raise PushFailed(
-            f"there is no token for {constants.ENDPOINT}: make one with write access at "
-            f"{constants.ENDPOINT}/settings/tokens, then log in with `hf auth login` or set HF_TOKEN to it"
+            f"there is no token for {constants.ENDPOINT}: create one with write access at "
+            f"{constants.ENDPOINT}/settings/tokens, then log in with `hf auth login` or set HF_TOKEN"
         )
     api = HfApi(endpoint=constants.ENDPOINT, token=found, library_name="hf_chts")
     url = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"opening {repo_id}")
     repo_id = url.repo_id
     if private and not retried(lambda: api.model_info(repo_id), f"opening {repo_id}").private:
         raise PushFailed(
-            f"{repo_id} is there already and is public: make it private in {constants.ENDPOINT}/{repo_id}/settings, "
-            "or name another"
+            f"{repo_id} already exists and is public: make it private in {constants.ENDPOINT}/{repo_id}/settings, or "
+            "choose another name"
         )
     if revision not in (None, "main") and not str(revision).startswith("refs/"):
         branch = str(revision)
@@ -152,7 +157,7 @@ def open_repository(
 
 @contextmanager
 def explained(what: str, repo_id: str, then: str) -> Iterator[None]:
-    """Raises PushFailed, "`what`: the reason. `then`", for whatever goes wrong on the way to the Hub."""
+    """Turn whatever goes wrong on the way to the Hub into PushFailed: "`what`: the reason. `then`"."""
     try:
         yield
     except (PushFailed, HTTPError, OSError, RuntimeError, ValueError) as error:
@@ -163,7 +168,7 @@ def explained(what: str, repo_id: str, then: str) -> Iterator[None]:
 def _contents(
     export: ExportFiles, repo_id: str, revision: str | None, results: str | Path | None, figures: list[Path]
 ) -> dict[str, Contents]:
-    """Path in the repository → local file or bytes, of an export with further results and figures.
+    """What to push, with further results and figures: path in the repository → local file or bytes.
 
     Raises:
         FileNotFoundError, ValueError: see `push_directory`.
@@ -174,7 +179,7 @@ def _contents(
         if not path.is_file():
             raise FileNotFoundError(f"there is no figure {path}")
         if path.suffix.lower() not in PICTURES:
-            raise ValueError(f"{path} is no picture that a model card can show: it shows {', '.join(PICTURES)}")
+            raise ValueError(f"{path} is not a picture that a model card can show: use one of {', '.join(PICTURES)}")
         name = f"{FIGURES}/{path.name}"
         if name in contents and contents[name] != export.paths.get(name):
             raise ValueError(f"two figures are called {path.name}: rename one")

@@ -1,4 +1,4 @@
-"""What goes wrong on the way to the Hub: said in one sentence, and tried again where that can help."""
+"""Errors on the way to the Hub: retried where that can help, and explained in one sentence."""
 
 import logging
 import time
@@ -18,21 +18,21 @@ _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
 class PushFailed(OSError):
-    """A push that was refused or broken off; the message says why, and what to do."""
+    """A push was refused or interrupted; the message says why, and what to do."""
 
 
 def retried(call: Callable[[], Answer], what: str) -> Answer:
-    """The answer to `call`, which is made up to `TRIES` times.
+    """The answer to a request, which is tried up to `TRIES` times.
 
-    It is made again after too many requests (429), errors of the server and lost connections, after as many seconds as
-    the server asks for, or 1, 2, 4, 8.
+    It is repeated after too many requests (429), server errors and lost connections, after the seconds that the server
+    asks for, or 1, 2, 4, 8.
 
     Args:
-        call: a request that does no harm when it is made twice.
+        call: a request that may be made twice without harm.
         what: it does, for the log.
 
     Raises:
-        Whatever the last try raised, or another error than those.
+        What the last try raised, or any other error at once.
     """
     for number in range(1, TRIES + 1):
         try:
@@ -48,18 +48,18 @@ def retried(call: Callable[[], Answer], what: str) -> Answer:
 
 
 def reason(error: Exception, repo_id: str) -> str:
-    """What went wrong, and what to do about it; no token is in it."""
+    """What went wrong and what to do about it, without the token."""
     hub = constants.ENDPOINT
     settings = f"{hub}/settings/tokens"
-    # the client wraps what an upload failed with
+    # the client wraps the error of an upload
     cause = error.__cause__
     while isinstance(cause, Exception) and not isinstance(error, HTTPError):
         error, cause = cause, cause.__cause__
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so the Hub is not asked: unset it"
+        return "HF_HUB_OFFLINE is set, so the Hub is not contacted: unset it"
     if not isinstance(error, HfHubHTTPError):
         if isinstance(error, HTTPError):
-            return f"the connection to {hub} was lost or could not be made ({_short(error)})"
+            return f"the connection to {hub} failed ({_short(error)})"
         return _short(error)
     status = error.response.status_code
     if status == 401:
@@ -69,17 +69,17 @@ def reason(error: Exception, repo_id: str) -> str:
         )
     if status == 403:
         return (
-            f"the token may not write to {repo_id} (403): take one with write access to it from {settings}, or a "
+            f"the token may not write to {repo_id} (403): use one with write access to it from {settings}, or a "
             "repository of your own"
         )
     if status == 429:
-        return f"{hub} answers that there were too many requests (429), and still did after waiting: try again later"
+        return f"{hub} refuses too many requests (429), even after waiting: try again later"
     if isinstance(error, RevisionNotFoundError):
-        return f"{repo_id} has no such revision: name a branch"
+        return f"{repo_id} has no such revision: use the name of a branch"
     if status == 404:
-        return f"there is no {repo_id} on {hub}, or the token may not see it (404)"
+        return f"{repo_id} does not exist on {hub}, or the token may not see it (404)"
     if status >= 500:
-        return f"{hub} fails with {status}, and still did after waiting: try again later"
+        return f"{hub} fails with {status}, even after waiting: try again later"
     return f"{hub} answers {status}: {_short(error)}"
 
 

@@ -1,4 +1,4 @@
-"""Which files of a directory are the model, and whether they are whole: what is pushed to the Hub, and nothing else."""
+"""Which files of a directory belong to the model, and whether they are complete: these alone go to the Hub."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -20,8 +20,8 @@ from hf_chts.export.zero_shot_results import RESULTS_NAME
 CARD = "README.md"
 PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
 
-# beside weights, masks, config and card: generation config, tokenizers, processors, licences. Everything else stays:
-# a checkpoint has its optimizer in pickles, and a directory what its owner put there
+# pushed beside weights, masks, config and card: generation config, tokenizers, processors, licences. Nothing else is:
+# checkpoints have pickles of the optimizer, and directories whatever their owner put there
 _OTHERS = (
     *("generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "normalizer.json"),
     *("vocab*.json", "vocab*.txt", "merges*.txt", "*.model", "*.spm", "*.bpe", "*.tiktoken", "*.jinja"),
@@ -32,11 +32,11 @@ _WEIGHTS = re.compile(rf"({PLAIN_STEM}|{PACKED_STEM})(-\d{{5}}-of-\d{{5}})?\.saf
 
 @dataclass(frozen=True)
 class ExportFiles:
-    """An export, or a checkpoint of SparseTrainer, by its files.
+    """The files of an export, or of a checkpoint of SparseTrainer.
 
     Attributes:
         directory: where they are.
-        sparsity: None where there is no sparsity_config.json: a checkpoint of a dense run.
+        sparsity: its config; None if there is no sparsity_config.json, as in a checkpoint of a dense run.
         packed: whether the weights are packed.
         paths: path in a repository → local path.
     """
@@ -48,10 +48,10 @@ class ExportFiles:
 
 
 def export_files(directory: str | Path) -> ExportFiles:
-    """The files of an export that belong to the model. Names and headers are looked at, contents are not.
+    """The files of an export that belong to the model. Their contents are not checked, see `check_contents`.
 
     Raises:
-        FileNotFoundError: there is no such directory, or it has no config.json, no weights or no masks.
+        FileNotFoundError: the directory does not exist, or lacks config.json, weights or masks.
         NotADirectoryError: it is a file.
         ValueError: a file is damaged.
     """
@@ -69,7 +69,7 @@ def export_files(directory: str | Path) -> ExportFiles:
     if places is not None:
         names.append(index_path(directory, stem).name)
     if not packed and sparsity is not None and not sparsity.is_dense and not (directory / MASKS_NAME).is_file():
-        raise FileNotFoundError(f"{directory / MASKS_NAME} is missing: {directory} was not written or copied whole")
+        raise FileNotFoundError(f"{directory / MASKS_NAME} is missing: {directory} is not complete, copy it again")
     names += [] if packed else [MASKS_NAME]
     paths = {name: directory / name for name in names if (directory / name).is_file()}
     for path in sorted(directory.iterdir()):
@@ -87,7 +87,7 @@ def check_contents(export: ExportFiles) -> None:
 
     Raises:
         FileNotFoundError: a shard is missing.
-        ValueError: a file is damaged, weights are not finite, or weights and masks are of different models.
+        ValueError: a file is damaged, a weight is NaN or infinite, or weights and masks are of different models.
     """
     if export.packed:
         packed = PackedFiles(export.directory)
@@ -101,15 +101,15 @@ def check_contents(export: ExportFiles) -> None:
         return
     masks = MaskFile(export.directory)
     for name in masks.shapes:
-        if f"{name}.weight" in files.entries:  # a few architectures store tensors under other names
+        if f"{name}.weight" in files.entries:  # a few architectures store weights under other names
             _check_layer(export.directory, name, files.read(f"{name}.weight"), masks.mask(name))
 
 
 def stale(remote: Iterable[str], pushed: Collection[str]) -> list[str]:
-    """Of the files in a repository, those of an earlier model that this push does not replace.
+    """The files in a repository that belong to an earlier model and that this push does not replace.
 
-    Weights in another layout (packed or plain, another number of shards), masks, figures and results: with them left,
-    the repository would be a mixture. What else is there is its owner's.
+    These are weights in another layout (packed or plain, another number of shards), masks, figures and results. Other
+    files are their owner's, and stay.
     """
     return sorted(name for name in remote if name not in pushed and _is_ours(name))
 
@@ -131,11 +131,11 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def _check_layer(directory: Path, name: str, weight: Any, mask: Any) -> None:
-    # some layers lie as (in, out); the model's class would tell, and is not needed where only zeros are looked for
-    for lies in (mask, mask.t().contiguous()):
-        if lies.shape == weight.shape:
+    # some weights are stored as (in, out); to find zeros both are tried, without the model's class
+    for as_stored in (mask, mask.t().contiguous()):
+        if as_stored.shape == weight.shape:
             try:
-                pack_values(weight, lies)
+                pack_values(weight, as_stored)
                 return
             except ValueError:
                 continue

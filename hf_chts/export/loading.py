@@ -1,4 +1,4 @@
-"""load_sparse: the model of an export, as it was, with its masks."""
+"""load_sparse: load an export with its masks, to train on."""
 
 from pathlib import Path
 from typing import Any
@@ -15,32 +15,32 @@ from hf_chts.export.packed_format import is_packed
 from hf_chts.export.sources import architecture, checked_config, local_directory
 from hf_chts.export.weight_files import PLAIN_STEM, DamagedFile, WeightFiles
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
-from hf_chts.layers.patching import sparsify
+from hf_chts.sparse_model import sparsify
 
 _QUANTIZING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 
 
 def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load an export, plain or packed, with its masks, to train on.
+    """Load an export, plain or packed, with its masks, to train on. For inference `from_pretrained` is enough.
 
-    The model is of the class that `architectures` in its config names, with its head: one of transformers, or another
-    that has been imported. It is patched, `SparseModel.of(model)` is its handle. Only to use the model,
-    `from_pretrained` is enough. Nothing that a file says is run, or taken for the name of another file.
+    The model has the class that `architectures` in its config names, head included: one of transformers, or one that
+    has been imported. It is already sparse: `SparsityHandle.of(model)` is its handle. No file of the export can make
+    this run code or open other files.
 
     Args:
         source: a directory or a Hub id.
-        kwargs: for `from_pretrained`; with a Hub id also revision, token and the like. Code in the directory is run
-            with trust_remote_code=True alone.
+        kwargs: for `from_pretrained`; for a Hub id also revision, token and the like. Code in the directory only runs
+            with trust_remote_code=True.
 
     Raises:
-        FileNotFoundError, ValueError: weights, masks or config are missing, damaged or do not fit each other, nobody
-            knows the class, or the model is to be quantized.
+        FileNotFoundError, ValueError: weights, masks or config are missing, damaged or contradict each other, the
+            class is unknown, or `kwargs` ask for quantization.
     """
     for name in _QUANTIZING:
         if kwargs.pop(name, None):
             raise ValueError(
-                f"load_sparse got {name}, but quantized weights take no masks and cannot be trained on: leave it out. "
-                "Only to use the model quantized, give it to from_pretrained, with a plain export"
+                f"load_sparse got {name}, but quantized weights cannot be masked or trained: leave it out. To use the "
+                "model quantized, pass it to from_pretrained with a plain export"
             )
     directory = local_directory(source, kwargs)
     contents = checked_config(directory)
@@ -57,9 +57,9 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
         loader = model_class(contents, trust_remote_code=options["trust_remote_code"])
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
-    if not packed:  # those are checked as they are loaded, however they are
+    if not packed:  # the loader checks packed ones itself
         verify_checksums(directory, PLAIN_STEM)
-        WeightFiles(directory, PLAIN_STEM)  # refuses what is cut or mixed, by its name
+        WeightFiles(directory, PLAIN_STEM)  # raises for truncated or mixed files, and names them
     model, info = loader.from_pretrained(directory, **options)
     _check_class(directory, model, architecture(contents), info)
     layers: dict[str, nn.Module] = {
@@ -69,20 +69,20 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
         masks = _packed_masks(packed, layers)
     else:
         _check_zeros(directory, masks, layers)
-    sparsify(model, config, masks=masks)  # refuses masks that no layer is for
+    sparsify(model, config, masks=masks)  # raises for masks that fit no layer
     return model
 
 
 def _check_class(directory: Path, model: PreTrainedModel, name: str | None, info: dict[str, Any]) -> None:
-    """Raises ValueError where a model is not of the class that was asked for, or not made of these weights alone."""
+    """Raises ValueError if the model has another class, or if weights were missing or left over."""
     kind = type(model).__name__
     if kind != name:
-        raise ValueError(f"{directory}: config.json is of a {name}, and what transformers makes of it is a {kind}")
-    for keys, what in (("missing_keys", "no weights for"), ("unexpected_keys", "weights that have no place, for")):
+        raise ValueError(f"{directory}: config.json names the class {name}, and transformers loads it as a {kind}")
+    for keys, what in (("missing_keys", "no weights for"), ("unexpected_keys", "unexpected weights,")):
         if info[keys]:
             raise ValueError(
-                f"{directory} has {what} {sorted(info[keys])[:3]} of a {kind}: its config.json is of another model "
-                "or version of it, or it was not copied whole. Restore config.json and weights from one export"
+                f"{directory} has {what} {sorted(info[keys])[:3]} of a {kind}: its files are of different models, or "
+                "were not copied completely. Restore config.json and weights from one export"
             )
 
 
@@ -91,7 +91,9 @@ def _packed_masks(packed: PackedFiles, layers: dict[str, nn.Module]) -> dict[str
     for key, stored in packed.weights.items():
         name = key.removesuffix(".weight")
         if name in layers and masked_class(layers[name]).transposed != stored.transposed:
-            raise DamagedFile(packed.files.entries[f"{key}_bits"].path, f"{key} lies the other way in the model")
+            raise DamagedFile(
+                packed.files.entries[f"{key}_bits"].path, f"{key} is transposed here or in the model, not both"
+            )
         masks[name] = packed.mask(key)
     return masks
 

@@ -1,4 +1,4 @@
-"""What a model card says of a model itself: told by the model, or by the files of a directory alone."""
+"""What a model card says about a model, read from the model or from the files of a directory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +14,14 @@ from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed, plain_config
 from hf_chts.export.sources import architecture
 from hf_chts.export.weight_files import read_json
-from hf_chts.layers.patching import SparseModel
+from hf_chts.names import last_part
+from hf_chts.sparse_model import SparsityHandle
 from hf_chts.topology.bits import count_bits
 
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """A layer by the last part of its name, its shape (out, in), and its links."""
+    """A layer: the last part of its name that is not a number, its shape (out, in), and its number of links."""
 
     kind: str
     shape: tuple[int, int]
@@ -51,17 +52,17 @@ class ModelFacts:
 
     @property
     def missing(self) -> float:
-        """The share of the sparse layers' weights that are no links."""
+        """The share of the sparse layers' weights that are missing links."""
         possible = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         return 1 - self.links / possible if possible else 0.0
 
     @classmethod
-    def of_model(cls, sparse: SparseModel, masks: Mapping[str, Tensor] | None = None) -> "ModelFacts":
-        """Of a sparse model; with other masks than its own, bool (out, in) by layer name, where they are given."""
+    def of_model(cls, sparse: SparsityHandle, masks: Mapping[str, Tensor] | None = None) -> "ModelFacts":
+        """Facts of a sparse model; `masks`, bool (out, in) by layer name, stand in for its own."""
         layers = []
         for name, mask in (sparse.masks() if masks is None else masks).items():
             rows, columns = mask.shape
-            layers.append(SparseLayer(_kind(name), (rows, columns), int(mask.count_nonzero())))
+            layers.append(SparseLayer(last_part(name), (rows, columns), int(mask.count_nonzero())))
         config = getattr(sparse.model, "config", None)
         contents = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
         name = type(sparse.model).__name__.removeprefix("FSDP")  # as fully_shard renames it
@@ -69,7 +70,7 @@ class ModelFacts:
 
     @classmethod
     def of_directory(cls, directory: Path, sparsity: SparsityConfig | None = None) -> "ModelFacts":
-        """Reads headers and masks; the weights stay where they are.
+        """Facts of a directory. Reads headers and masks, but no weights.
 
         Args:
             directory: an export or a checkpoint.
@@ -84,14 +85,10 @@ class ModelFacts:
         if is_packed(config):
             for key, weight in PackedFiles(directory).weights.items():
                 rows, columns = weight.shape[::-1] if weight.transposed else weight.shape
-                layers.append(SparseLayer(_kind(key.removesuffix(".weight")), (rows, columns), weight.links))
+                layers.append(SparseLayer(last_part(key.removesuffix(".weight")), (rows, columns), weight.links))
         elif not sparsity.is_dense or (directory / MASKS_NAME).is_file():
             masks = MaskFile(directory)
             for name, shape in masks.shapes.items():
                 links = count_bits(masks.tensors[f"{name}.mask"])
-                layers.append(SparseLayer(_kind(name), (shape[0], shape[1]), links))
+                layers.append(SparseLayer(last_part(name), (shape[0], shape[1]), links))
         return cls(architecture(config) or "model", sparsity, layers, plain_config(config), is_packed(config))
-
-
-def _kind(name: str) -> str:
-    return name.rsplit(".", 1)[-1]

@@ -1,4 +1,4 @@
-"""The weights of a packed directory, checked before they are unpacked."""
+"""The weights of a packed directory, checked before they are unpacked. It may be hostile."""
 
 import json
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from hf_chts.export.checksums import verify_checksums
 from hf_chts.export.packed_format import KINDS, METHOD, VERSION, unpack_weight
-from hf_chts.export.weight_files import FLOATS, PACKED_STEM, DamagedFile, WeightFiles, strays
+from hf_chts.export.weight_files import FLOATS, PACKED_STEM, DamagedFile, WeightFiles, unlisted_shards
 from hf_chts.topology.bits import count_bits, unpack_bits
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """What is known of a sparse weight before its values are read; the shape is that in which it lies."""
+    """What the headers tell of a sparse weight. The shape is (in, out) if it is stored transposed."""
 
     shape: tuple[int, int]
     dtype: str
@@ -23,48 +23,47 @@ class PackedWeight:
 
 
 class PackedFiles:
-    """The tensors of a packed directory. Making one reads headers and shapes.
+    """The tensors of a packed directory. Opening it reads headers and shapes.
 
     Attributes:
         weights: the sparse weights by key.
-        files: all stored tensors; those that `others` names are stored as they are.
+        files: all stored tensors.
+        others: the keys of tensors that are stored as they are.
 
     Raises:
         FileNotFoundError: a shard or the index is missing.
-        DamagedFile: sizes, types or names do not fit each other; nothing of that size has been allocated.
+        DamagedFile: sizes, dtypes or names contradict each other. Nothing of a claimed size is allocated before.
     """
 
     def __init__(self, directory: Path) -> None:
         self.files = WeightFiles(directory, PACKED_STEM)
-        extra = strays(directory, PACKED_STEM)
-        if extra:
-            raise DamagedFile(directory / extra[0], "the index does not have it, so it is of another export")
+        if extra := unlisted_shards(directory, PACKED_STEM):
+            raise DamagedFile(directory / extra[0], "the index does not list it, so it is of another export")
         transposed = {key for path in self.files.metadata for key in self._transposed(path)}
         entries = self.files.entries
         keys = list(dict.fromkeys(key.rsplit("_", 1)[0] for key in entries if _is_part(key)))
         self.weights = {key: self._weight(key, key in transposed) for key in keys}
         self.others = [key for key in entries if not _is_part(key)]
         for key in [key for key in keys if key in entries] + sorted(transposed - set(keys)):
-            raise DamagedFile(next(iter(self.files.metadata)).parent, f"{key} is not stored once as a packed weight")
+            raise DamagedFile(
+                next(iter(self.files.metadata)).parent, f"{key} is not stored exactly once as a packed weight"
+            )
 
     def bits(self, key: str) -> Tensor:
-        """uint8: the mask as the weight lies."""
+        """uint8: the bits of the mask, in the order in which the weight is stored."""
         return self.files.read(f"{key}_bits")
 
     def mask(self, key: str) -> Tensor:
-        """bool (out, in): the topology of a layer."""
+        """The mask of a layer, bool (out, in)."""
         mask = unpack_bits(self.bits(key), self.weights[key].shape)
         return mask.t() if self.weights[key].transposed else mask
 
     def weight(self, key: str) -> Tensor:
-        """The weight as it lies, with zeros off its links."""
+        """The weight as it is stored in a plain directory."""
         return unpack_weight(self.bits(key), self.files.read(f"{key}_values"), self.weights[key].shape)
 
     def check_contents(self) -> None:
-        """Raises DamagedFile if a mask has not as many links as there are values, or checksums are not those of then.
-
-        All files are read.
-        """
+        """Read all files. Raises DamagedFile if a checksum does not match, or a mask has not one link per value."""
         verify_checksums(self.files.directory, PACKED_STEM)
         for key, weight in self.weights.items():
             bits, path = self.bits(key), self.files.entries[f"{key}_bits"].path
@@ -79,29 +78,27 @@ class PackedFiles:
             said = json.loads(self.files.metadata[path][METHOD])
             version, keys = said["version"], said["transposed"]
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedFile(path, "its metadata are not those of packed weights") from error
+            raise DamagedFile(path, "its metadata is not that of packed weights") from error
         if version != VERSION:
-            raise DamagedFile(path, f"its format is version {version!r} and this hf_chts reads {VERSION}: upgrade it")
+            raise DamagedFile(path, f"its format is version {version!r}, upgrade hf_chts, which reads {VERSION}")
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise DamagedFile(path, "its metadata have no list of transposed weights")
+            raise DamagedFile(path, "its metadata has no list of transposed weights")
         return keys
 
     def _weight(self, key: str, transposed: bool) -> PackedWeight:
         entries = self.files.entries
         missing = [f"{key}_{kind}" for kind in KINDS if f"{key}_{kind}" not in entries]
         if missing:
-            raise DamagedFile(next(iter(self.files.metadata)).parent, f"{missing[0]} is missing")
+            raise DamagedFile(self.files.directory, f"{missing[0]} is missing")
         bits, values, shape = (entries[f"{key}_{kind}"] for kind in KINDS)
         if (bits.dtype, shape.dtype, shape.shape) != ("U8", "I64", (2,)) or len(bits.shape) != 1:
             raise DamagedFile(bits.path, f"{key} has bits {bits.dtype} {bits.shape}, shape {shape.dtype} {shape.shape}")
         if values.dtype not in FLOATS or len(values.shape) != 1:
             raise DamagedFile(values.path, f"the values of {key} are {values.dtype} {values.shape}")
         rows, columns = (int(size) for size in self.files.read(f"{key}_shape"))
-        # Python's integers do not overflow; after this check the product is at most eight times the bytes of the file
+        # Python integers do not overflow; after this check the product is at most eight times the file's bytes
         if min(rows, columns) < 1 or bits.shape != ((rows * columns + 7) // 8,):
-            raise DamagedFile(
-                bits.path, f"{key} is said to be {rows} × {columns}, and has {bits.shape[0]} bytes of bits"
-            )
+            raise DamagedFile(bits.path, f"{key} claims {rows} × {columns}, and has {bits.shape[0]} bytes of bits")
         if values.shape[0] > rows * columns:
             raise DamagedFile(values.path, f"{key} has {values.shape[0]} values for {rows} × {columns} weights")
         return PackedWeight((rows, columns), values.dtype, values.shape[0], transposed)

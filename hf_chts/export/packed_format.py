@@ -2,12 +2,12 @@
 
 A weight `K` becomes three tensors of a safetensors file:
 
-    K_bits    uint8 (ceil(n / 8),)   the mask as in topology/bits.py, in the order in which the weight lies
-    K_values  its own type (links,)  the weights of the links, in the same order; where one is 0, it is stored too
-    K_shape   int64 (2,)             the shape of the weight as it lies
+    K_bits    uint8 (ceil(n / 8),)    the mask as in topology/bits.py, in the order in which the weight is stored
+    K_values  its own dtype (links,)  the weights of the links in the same order, zeros among them too
+    K_shape   int64 (2,)              the shape of the weight as it is stored
 
-A transposed weight, (in, out), lies as it is and so do its bits; its key is in the list "transposed" of the file's
-metadata. All other tensors are stored as they are, and no others need be known: there is no masks.safetensors.
+A transposed weight stays (in, out), and so do its bits; its key is in the list "transposed" of the file's metadata.
+All other tensors are stored as they are. There is no masks.safetensors.
 """
 
 import json
@@ -22,19 +22,19 @@ METHOD = "hf_chts"  # the quant_method in config.json
 VERSION = 1
 KINDS = ("bits", "values", "shape")
 
-# In config.json transformers_weights stands for a file's name. Plain transformers refuses this one and shows it; the
-# loader in packed_loading.py puts the index in its place.
+# config.json has it as transformers_weights, which is meant for a file name. Without hf_chts transformers fails and
+# shows it; the loader in packed_loading.py puts the name of the index in its place.
 NOTE = (
     "these weights are packed by hf_chts. To load them, install it (pip install hf_chts) and `import hf_chts` before "
     "from_pretrained, or make a plain directory with `python -m hf_chts unpack DIR OUT`"
 )
 
-# weights that are worked on at a time: their positions stay in the cache, and take little memory
+# elements per block: their positions fit the processor's cache
 _BLOCK = 1 << 17
 
 
 def pack_values(weight: Tensor, mask: Tensor) -> Tensor:
-    """The weights of the links, bit for bit: any float type and shape, bool of the same shape → (links,).
+    """The weights of the links, bit for bit: floats and bool of one shape → (links,).
 
     Raises:
         ValueError: a weight is not 0 off the mask.
@@ -45,16 +45,16 @@ def pack_values(weight: Tensor, mask: Tensor) -> Tensor:
         block, links = numbers[begin : begin + _BLOCK], flat[begin : begin + _BLOCK]
         parts.append(block[np.flatnonzero(links)])
         others += np.count_nonzero(block) - np.count_nonzero(parts[-1])
-    # counted over bits, of which -0.0 has one
+    # counted over bit patterns, in which -0.0 is not zero
     if others and bool((weight.masked_fill(mask, 0) != 0).any()):
         raise ValueError("has weights off its mask")
     return torch.from_numpy(np.concatenate(parts)).view(weight.dtype)
 
 
 def unpack_weight(bits: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The inverse: uint8 (ceil(n / 8),) and (links,) → a weight of `shape` and the type of `values`, 0 off the links.
+    """The inverse of `pack_values`: uint8 (ceil(n / 8),) and (links,) → a weight of `shape`, 0 off the links.
 
-    The number of links among the bits must be that of the values.
+    The bits must have as many links as there are values.
     """
     if bits.device.type != "cpu":
         shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
@@ -67,7 +67,7 @@ def unpack_weight(bits: Tensor, values: Tensor, shape: tuple[int, int]) -> Tenso
         block = numbers[begin : begin + _BLOCK]
         block.fill(0)
         mask = np.unpackbits(packed[begin // 8 : (begin + _BLOCK) // 8], count=block.size, bitorder="little")
-        # numpy is twice as fast on booleans as on bytes, and some ten times as fast as torch's masked_scatter_
+        # numpy is twice as fast on booleans as on bytes, and ten times as fast as torch's masked_scatter_
         links = np.flatnonzero(mask.view(np.bool_))
         block[links] = given[used : used + links.size]
         used += links.size
@@ -75,18 +75,18 @@ def unpack_weight(bits: Tensor, values: Tensor, shape: tuple[int, int]) -> Tenso
 
 
 def metadata(transposed: Iterable[str]) -> dict[str, str]:
-    """The metadata of a shard, in which the weights of these keys are transposed."""
+    """The metadata of a shard in which the weights with these keys are transposed."""
     return {"format": "pt", METHOD: json.dumps({"version": VERSION, "transposed": sorted(transposed)})}
 
 
 def packed_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The contents of config.json, of a packed directory."""
+    """The contents of a packed directory's config.json, from those of the plain one."""
     settings = {"quant_method": METHOD, "version": VERSION}
     return config | {"quantization_config": settings, "transformers_weights": NOTE}
 
 
 def plain_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `packed_config`; a config that is plain already stays as it is."""
+    """The inverse of `packed_config`; a plain config stays as it is."""
     if not is_packed(config):
         return config
     return {key: value for key, value in config.items() if key not in ("quantization_config", "transformers_weights")}

@@ -1,7 +1,7 @@
-"""Plain `from_pretrained` on packed directories, through transformers' registry of quantizers.
+"""`from_pretrained` for packed directories, through transformers' registry of quantizers.
 
-Importing this module registers the method; hf_chts imports it. What is loaded is an ordinary dense model: no quantizer
-and no quantization config stay on it, so that it trains, and `save_pretrained` writes a plain directory.
+Importing this module registers the method (registration.py does so). The loaded model is an ordinary dense one, without
+quantizer and quantization config, so that it trains, and `save_pretrained` writes a plain directory.
 """
 
 import copy
@@ -29,72 +29,72 @@ class PackedWeightsConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed directory's config.json.
 
     Raises:
-        ValueError: it is of another version, or has fields that this version does not know.
+        ValueError: its version or one of its fields is unknown to this version of hf_chts.
     """
 
-    # transformers' word for weights that are ordinary once loaded
+    # transformers' name for weights that are ordinary once loaded
     dequantize = True
 
     def __init__(self, quant_method: str = METHOD, version: Any = VERSION, **unknown: Any) -> None:
         if version != VERSION or unknown:
             raise ValueError(
                 f"the quantization_config in config.json is version {version!r} of hf_chts's format, with "
-                f"{sorted(unknown)}; this hf_chts reads version {VERSION}, without: upgrade hf_chts, or export anew"
+                f"{sorted(unknown)}; this hf_chts reads version {VERSION}, without: upgrade it, or export again"
             )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = VERSION
 
 
 class PackedLoader(HfQuantizer):
-    """Unpacks each sparse weight as it is loaded, after all files have been checked."""
+    """Checks all files, and unpacks each sparse weight as it is loaded."""
 
     quantization_config: PackedWeightsConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise ValueError(
-                "packing is how weights are stored, not how they are loaded: leave quantization_config out, and write "
-                "a packed directory with export_sparse(model, directory, packed=True)"
+                "packing is for storage, not for loading: leave quantization_config out, and write a packed directory "
+                "with export_sparse(model, directory, packed=True)"
             )
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(f"packed weights cannot be offloaded to disk. {_UNPACK_FIRST}")
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Says which files the weights are in: the one call that has the config before transformers looks for them."""
+        """Set the name of the weights' index. No other call has the config before transformers looks for the files."""
         if getattr(config, "distributed_config", None) is not None:
-            raise ValueError(f"packed weights cannot be sharded while they are loaded. {_UNPACK_FIRST}")
+            raise ValueError(f"packed weights cannot be sharded on loading. {_UNPACK_FIRST}")
         if config.dtype is None:
-            # transformers would open a file to find out, before its name is checked
+            # else transformers would open a file whose name has not been checked yet
             raise ValueError(
-                f"config.json of {config.name_or_path or 'the model'} has no dtype: add it, or export anew"
+                f"config.json of {config.name_or_path or 'the model'} has no dtype: add it, or export again"
             )
         directory = Path(config.name_or_path or "")
         if config.name_or_path and index_path(directory, PACKED_STEM).is_file():
-            find_shards(directory, PACKED_STEM)  # refuses a damaged index in clearer words than transformers
+            find_shards(directory, PACKED_STEM)  # a clearer error for a damaged index than that of transformers
         config.transformers_weights = index_path(directory, PACKED_STEM).name
         return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Check everything that is about to be loaded. The model is on the meta device.
+        """Check everything before it is loaded. The model is on the meta device.
 
         Raises:
-            FileNotFoundError, ValueError: see `PackedFiles`; or files and model do not fit each other.
+            FileNotFoundError, ValueError: see `PackedFiles`; or the files are of another model.
         """
         directory = _common_directory(checkpoint_files or [], model.config.name_or_path or "")
         packed = PackedFiles(directory)
         packed.check_contents()
         parameters, prefix = dict(model.named_parameters(remove_duplicate=False)), f"{model.base_model_prefix}."
         for key, weight in packed.weights.items():
-            # transformers loads a model with a head from one without, and the other way round
+            # transformers also loads a model with a head from one without, and vice versa
             names = {key, prefix + key, key.removeprefix(prefix)} & set(parameters)
             shapes = [tuple(parameters[name].shape) for name in names]
             if weight.shape not in shapes:
                 raise ValueError(
-                    f"{directory}: {key} is {weight.shape} among the weights and "
-                    f"{shapes[0] if shapes else 'absent'} in a {type(model).__name__} of its config.json: "
-                    "these are of different models, restore both from one export"
+                    f"{directory}: {key} is {weight.shape} among the weights, but "
+                    f"{shapes[0] if shapes else 'absent'} in the {type(model).__name__} of its config.json: "
+                    "restore both from one export"
                 )
 
     def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any) -> list[WeightTransform]:
@@ -102,10 +102,10 @@ class PackedLoader(HfQuantizer):
         return [*weight_conversions, _Unpacking(parts, "weight", [_Unpack()])]
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Leave no trace: whatever trains or saves the model takes it for what it is, a plain one."""
+        """Remove all traces of the loading, so that the model trains and is saved as a plain one."""
         self.remove_quantization_config(model)
         forget_packing(model.config)
-        # the conversions that were used on loading, which save_pretrained reverts
+        # save_pretrained reverts the conversions that are listed here
         used = getattr(model, "_weight_conversions", None) or []
         object.__setattr__(model, "_weight_conversions", [step for step in used if not isinstance(step, _Unpacking)])
 
@@ -118,7 +118,7 @@ class PackedLoader(HfQuantizer):
 
 
 def forget_packing(config: PreTrainedConfig) -> None:
-    """Make the config of a packed directory that of a plain model."""
+    """Turn the config of a packed directory into that of a plain model."""
     settings = getattr(config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", METHOD)
     for name in ("quantization_config", "transformers_weights"):
@@ -143,31 +143,31 @@ class _Unpack(ConversionOps):
 
 
 class _Unpacking(WeightConverter):
-    """transformers copies it for each stored tensor; a deep copy takes as long as unpacking a small weight."""
+    """With a cheap copy: transformers copies it for each tensor, and a deep copy costs as much as a small weight."""
 
     __slots__ = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Unpacking":
         new = copy.copy(self)
-        # all that it changes
+        # the only parts that change
         new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
         return new
 
 
 def _common_directory(files: list[str], source: str) -> Path:
-    """The directory of all `files`: `source`, or one below it for a subfolder, or where a Hub id was downloaded to.
+    """The directory of `files`: `source`, a subfolder of it, or the local copy of a Hub id.
 
     Raises:
-        ValueError: the index has led transformers elsewhere; nothing has been opened there.
+        ValueError: the index led transformers elsewhere; nothing has been opened there.
     """
-    # not resolved: in the Hub's cache files are links to others
+    # not resolved: in the Hub's cache files are links
     parents = {os.path.dirname(os.path.abspath(file)) for file in files}
     if len(parents) == 1 and os.path.isdir(source):
         root = os.path.abspath(source)
         inside = parents == {root} or not index_path(Path(root), PACKED_STEM).exists()
         parents = {parent for parent in parents if inside and os.path.commonpath([root, parent]) == root}
     if len(parents) != 1:
-        raise ValueError(f"the index of {source} names files outside of it: do not use it, and export the model anew")
+        raise ValueError(f"the index of {source} names files elsewhere: do not use it, and export the model again")
     return Path(parents.pop())
 
 

@@ -1,4 +1,4 @@
-"""The model card as it is pushed: that of the directory, with the repository's name, results and figures."""
+"""What is added to the model card of a directory before it is pushed: results, figures, the repository's name."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hf_chts.export.card_metadata import merged_results
 from hf_chts.export.zero_shot_results import TITLE, eval_results, results_section
-from hf_chts.markdown import picture
+from hf_chts.markdown import picture, with_section
 
 FIGURES = "figures"  # the folder of an export that holds them
 PLACEHOLDER = "DIRECTORY_OR_HUB_ID"
@@ -44,16 +44,6 @@ def with_repository(card: str, repo_id: str, revision: str | None) -> str:
 def check_card(card: str) -> None:
     """Raises ValueError if the metadata of a card cannot be read."""
     _parsed(card)
-
-
-def with_section(card: str, title: str, body: str) -> str:
-    """A card with this section: in the place of the one with the same title, else at the end."""
-    heading = f"\n## {title}\n"
-    before, found, after = card.partition(heading)
-    if not found:
-        return f"{card.rstrip()}\n{heading}\n{body}\n"
-    _, following, rest = after.partition("\n## ")
-    return f"{before}{heading}\n{body}\n{following}{rest}"
 
 
 def _parsed(card: str) -> ModelCard:

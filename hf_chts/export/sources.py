@@ -1,4 +1,4 @@
-"""Where an export is loaded from, a directory or a Hub id, and what its config.json may say."""
+"""Where an export is loaded from, a directory or a Hub id, and which config.json is accepted. It may be hostile."""
 
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_dow
 
 
 def local_directory(source: str | Path, options: dict[str, Any]) -> Path:
-    """`source` if it is a directory, else where the files of this Hub id were downloaded to.
+    """`source` if it is a directory, else the local copy of the files of this Hub id.
 
     Args:
-        options: of `from_pretrained`; those that a download takes are taken out for a Hub id.
+        options: for `from_pretrained`; for a Hub id, those that concern the download are removed from it.
 
     Raises:
-        FileNotFoundError: it is neither, or the Hub does not give it to us and it is not cached.
+        FileNotFoundError: it is neither, or it is not cached and the Hub is unreachable or refuses.
         NotADirectoryError: it is a file.
     """
     path = Path(source).expanduser()
@@ -47,17 +47,17 @@ def local_directory(source: str | Path, options: dict[str, Any]) -> Path:
     taken = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
     try:
         return Path(snapshot_download(str(source), allow_patterns=_DOWNLOADED, **taken))
-    except OSError as error:  # all of the Hub's errors, offline mode, and no connection
+    except OSError as error:  # errors of the Hub, offline mode, no connection
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FileNotFoundError(f"{source} is neither a directory here nor given to us by the Hub: {reason}") from error
+        raise FileNotFoundError(f"{source} is not a local directory, and cannot be downloaded: {reason}") from error
 
 
 def checked_config(directory: Path) -> dict[str, Any]:
-    """The contents of config.json, once it and the weights' index name nothing to be opened or run.
+    """The contents of config.json, if neither it nor the index of the weights names other files or code.
 
     Raises:
         FileNotFoundError: config.json or the weights are missing.
-        ValueError: it is damaged, or leads elsewhere.
+        ValueError: it is damaged, or names something that would be opened or run.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -66,9 +66,12 @@ def checked_config(directory: Path) -> dict[str, Any]:
     packed = is_packed(config)
     for name in ("configuration_files", "transformers_weights", "quantization_config"):
         if name in config and not (packed and name != "configuration_files"):
-            raise DamagedFile(path, f"it has {name}, which no export of hf_chts has")
+            raise DamagedFile(path, f"it has {name}, which exports of hf_chts never have")
     if (directory / "adapter_config.json").exists():
-        raise DamagedFile(directory / "adapter_config.json", "an export has no adapter: merge it into the model first")
+        raise DamagedFile(
+            directory / "adapter_config.json",
+            "exports have no adapter: merge it into the model",
+        )
     attention = [value for name, value in config.items() if name.strip("_").startswith("attn_implementation")]
     if any("/" in str(value) for value in attention):
         raise DamagedFile(path, f"it names the attention code {attention[0]!r}: pass attn_implementation yourself")
@@ -77,7 +80,7 @@ def checked_config(directory: Path) -> dict[str, Any]:
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Raises ValueError where a directory holds an adapter of PEFT instead of a model."""
+    """Raises ValueError if a directory holds a PEFT adapter instead of a model."""
     if (directory / "adapter_config.json").is_file():
         raise ValueError(
             f"{directory} holds a PEFT adapter, not a model: load the sparse model that it was trained on with "
@@ -87,6 +90,6 @@ def refuse_adapter(directory: Path) -> None:
 
 
 def architecture(config: dict[str, Any]) -> str | None:
-    """The class of the model, by the contents of its config.json."""
+    """The name of the model's class, from the contents of config.json."""
     names = config.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else None

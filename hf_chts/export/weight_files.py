@@ -1,11 +1,10 @@
-"""The safetensors shards of a directory: found, checked, read and written one tensor at a time.
+"""The safetensors shards of a directory: find, check, read and write them, with one tensor in memory at a time.
 
-A shard is only ever opened under a name made here, `<stem>-00001-of-00003.safetensors`: an index may choose among those
-names and say nothing else. safetensors checks each header against the size of its file before anything is allocated.
+A shard is only opened under a name made here, `<stem>-00001-of-00003.safetensors`: a hostile index can choose among
+these names, and lead nowhere else. safetensors checks each header against the file's size before it allocates memory.
 """
 
 import json
-import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -18,10 +17,13 @@ from accelerate.utils import convert_file_size_to_int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hf_chts.files import reading as files_reading
+from hf_chts.files.atomic import whole_file, write_whole
+
 PLAIN_STEM = "model"
 PACKED_STEM = "packed"
 
-# safetensors' names of the types that are copied, with their bytes
+# the dtypes that are copied, by safetensors' names, with their bytes per element
 ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "C64": 8},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1},
@@ -30,15 +32,15 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 class DamagedFile(ValueError):
-    """A file that cannot be used; the message names it and says what to do."""
+    """A file that is damaged or does not fit the others; the message names it and the remedy."""
 
     def __init__(self, path: Path, reason: object) -> None:
-        super().__init__(f"{path} cannot be used: {reason}. Copy or download it again, or export the model anew")
+        super().__init__(f"{path} cannot be used: {reason}. Copy or download it again, or export the model again")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a shard, by its header: safetensors' name of its type, and its shape."""
+    """A tensor as the header of its shard describes it; `dtype` is safetensors' name."""
 
     path: Path
     dtype: str
@@ -46,15 +48,15 @@ class Entry:
 
 
 class WeightFiles:
-    """The tensors of all shards of a directory, by key. Making one reads headers, `read` one tensor.
+    """The tensors of all shards of a directory, by key. Opening reads the headers, and `read` one tensor.
 
     Args:
-        directory: local.
-        stem: what the names of the shards begin with.
+        directory: a local one.
+        stem: PLAIN_STEM or PACKED_STEM, with which the names of the shards begin.
 
     Raises:
-        FileNotFoundError: there are no weights of this stem, or a shard is missing.
-        DamagedFile: an index or shard is damaged, or they do not fit each other.
+        FileNotFoundError: there are no weights with this stem, or a shard is missing.
+        DamagedFile: the index or a shard is damaged, or they contradict each other.
     """
 
     def __init__(self, directory: Path, stem: str) -> None:
@@ -74,17 +76,17 @@ class WeightFiles:
 
     def _open(self, path: Path) -> None:
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: copy or download the whole directory again")
+            raise FileNotFoundError(f"{path} is missing: copy or download the directory again")
         try:
             file = safe_open(str(path), framework="pt")
             self.metadata[path] = dict(file.metadata() or {})
             for key in file.keys():  # noqa: SIM118 - safe_open is not iterable
                 if key in self.entries:
-                    raise DamagedFile(path, f"it has {key}, and so has {self.entries[key].path.name}")
+                    raise DamagedFile(path, f"it has {key}, and so does {self.entries[key].path.name}")
                 part = file.get_slice(key)
                 self.entries[key] = Entry(path, part.get_dtype(), tuple(part.get_shape()))
                 if self.entries[key].dtype not in ITEM_BYTES:
-                    raise DamagedFile(path, f"{key} is of the unknown type {self.entries[key].dtype}")
+                    raise DamagedFile(path, f"{key} has the unknown dtype {self.entries[key].dtype}")
         except (SafetensorError, OSError) as error:
             raise DamagedFile(path, error) from error
         self._files[path] = file
@@ -95,7 +97,7 @@ class WeightFiles:
             key = sorted(set(found.items()) ^ set(places.items()))[0][0]
             raise DamagedFile(
                 index,
-                f"it has {key} in {places.get(key, 'no shard')}, and it is in {found.get(key, 'no shard')}",
+                f"it has {key} in {places.get(key, 'no shard')}, but that is in {found.get(key, 'no shard')}",
             )
 
 
@@ -108,11 +110,11 @@ def shard_name(stem: str, number: int, of: int) -> str:
 
 
 def find_shards(directory: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
-    """The paths of the shards, and by key the name of the shard that the index has it in; None without an index.
+    """The paths of the shards, and the index's shard name by key; None for a single file, which has no index.
 
     Raises:
         FileNotFoundError: there is neither an index nor a single file.
-        DamagedFile: the index is damaged, or names files that are no shards of it.
+        DamagedFile: the index is damaged, or names files that cannot be its shards.
     """
     single, index = directory / f"{stem}.safetensors", index_path(directory, stem)
     if single.is_file():
@@ -129,19 +131,19 @@ def find_shards(directory: Path, stem: str) -> tuple[list[Path], dict[str, str] 
     if names != expected:
         wrong = next(name for name in [*names, *expected] if (name in names) != (name in expected))
         raise DamagedFile(
-            index, f"{len(names)} shards are named {expected[0]} to {expected[-1]}, and it disagrees about {wrong!r}"
+            index, f"its {len(names)} shards must be named {expected[0]} to {expected[-1]}, and {wrong!r} differs"
         )
     return [directory / name for name in expected], places
 
 
-def strays(directory: Path, stem: str) -> list[str]:
-    """Names of files that look like shards of this stem and that its index does not have."""
+def unlisted_shards(directory: Path, stem: str) -> list[str]:
+    """Names of files that look like shards with this stem, but are not in its index."""
     known = {path.name for path in find_shards(directory, stem)[0]}
     return sorted(name for name in _weight_names(directory, stem) if name not in known and not name.endswith(".json"))
 
 
 def remove_weights(directory: Path, stem: str) -> None:
-    """Delete the weights and the index of an earlier export of this stem."""
+    """Delete the weights and the index of an earlier export with this stem."""
     for name in _weight_names(directory, stem):
         (directory / name).unlink()
 
@@ -152,21 +154,18 @@ def _weight_names(directory: Path, stem: str) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, or DamagedFile if it is not a JSON object."""
+    """The JSON object in a file of an export. Raises FileNotFoundError, or DamagedFile if it holds something else."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {path.parent} is not an exported model, or was not copied whole")
+        raise FileNotFoundError(f"{path} is missing: {path.parent} is not an export, or was not copied completely")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return files_reading.read_json(path)
+    except ValueError as error:
         raise DamagedFile(path, error) from error
-    if not isinstance(content, dict):
-        raise DamagedFile(path, f"it holds a {type(content).__name__}, not an object")
-    return content
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: its size is known, its contents are made by `make` when they are written."""
+    """A tensor to write. Its size is known ahead; `make` gives its contents when they are written."""
 
     key: str
     dtype: str
@@ -190,10 +189,10 @@ def write_shards(
     """Write tensors as shards and an index, with one tensor in memory at a time.
 
     Args:
-        groups: tensors that stay in one shard.
-        max_shard_size: bytes, or "5GB"; as in `save_pretrained`, one group that is larger gets a shard of its own.
-        metadata: of a shard with these tensors.
-        single: name a single shard `<stem>.safetensors`, without an index.
+        groups: tensors that are kept in one shard.
+        max_shard_size: in bytes, or as "5GB". A larger group gets a shard of its own, as in `save_pretrained`.
+        metadata: gives the metadata of a shard with these tensors.
+        single: whether a single shard is called `<stem>.safetensors` and has no index.
     """
     limit = convert_file_size_to_int(max_shard_size)
     shards: list[list[Planned]] = [[]]
@@ -211,16 +210,16 @@ def write_shards(
         places |= {tensor.key: name for tensor in shard}
     total = sum(tensor.bytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    index_path(directory, stem).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_whole(index_path(directory, stem), json.dumps(index, indent=2) + "\n")
 
 
 def write_file(path: Path, tensors: Sequence[Planned], metadata: dict[str, str]) -> None:
-    """Write one safetensors file, tensor by tensor, under another name until it is whole.
+    """Write one safetensors file, one tensor in memory at a time, which safetensors' own functions cannot.
 
     Raises:
-        ValueError: a tensor is not of the size that was planned.
+        ValueError: a tensor does not have the planned size.
     """
-    # wide types first, as safetensors itself does, so that each tensor lies at a multiple of its type's bytes
+    # wide dtypes first, as in safetensors itself, so that each tensor starts at a multiple of its element size
     tensors = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -229,20 +228,10 @@ def write_file(path: Path, tensors: Sequence[Planned], metadata: dict[str, str])
         header[tensor.key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors:
-                contents = tensor.make().contiguous().reshape(-1).view(torch.uint8)
-                if contents.numel() != tensor.bytes:
-                    raise ValueError(f"{tensor.key} has {contents.numel()} bytes, and {tensor.bytes} were planned")
-                file.write(contents.numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)  # on a full disk it would be in the way
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # which errors of a write lack
-        raise
+    with whole_file(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            contents = tensor.make().contiguous().reshape(-1).view(torch.uint8)
+            if contents.numel() != tensor.bytes:
+                raise ValueError(f"{tensor.key} has {contents.numel()} bytes, and {tensor.bytes} were planned")
+            file.write(contents.numpy().data)

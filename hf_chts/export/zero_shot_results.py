@@ -1,11 +1,10 @@
-"""Zero-shot results in a model card: which of a results file are this model's, as a table and as metadata.
+"""Zero-shot results in a model card: finding a model's in a file of results, and showing them.
 
-The file is what `eval_zero_shot.py --output` writes: a list with a dict for each model. Of a result, only `tasks`
-{task: {metric: value, metric_stderr: its standard error}} need be there.
+The file is what `eval_zero_shot.py --output` writes: a list with a dict for each model. Such a dict needs only `tasks`,
+{task: {metric: value, metric_stderr: its standard error}}.
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from hf_chts.export.card_metadata import TASK, is_figure
-from hf_chts.markdown import inline
+from hf_chts.files.atomic import finite_or_null
+from hf_chts.markdown import environment
 
 RESULTS_NAME = "zero_shot.json"  # beside the weights
 TITLE = "Zero-shot"
@@ -26,18 +26,18 @@ def read_results(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
 
     Args:
         path: a JSON file with the results of one or several models.
-        names: what the model may be called in it, directories or Hub ids; needed only where it has several.
+        names: directories or Hub ids that the model may be called in it; needed only where it has several models.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no results, or those of several models and none, or several, of this one.
+        ValueError: it holds no results, or those of several models, not exactly one of which has one of the names.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there are no zero-shot results at {path}: write some with eval_zero_shot.py --output")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file of zero-shot results: {error}") from error
+        raise ValueError(f"{path} is not a JSON file of zero-shot results: {error}") from error
     results = content if isinstance(content, list) else [content]
     if not results or not all(_is_result(result) for result in results):
         raise ValueError(
@@ -58,22 +58,20 @@ def read_results(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
 
 def results_section(result: Mapping[str, Any]) -> str:
     """A Markdown table with a row for each task and metric, and below it what a reader has to know."""
-    lines = ["| task | metric | value | trivial |", "| --- | --- | ---: | ---: |"]
-    for task, metric, value, stderr in _values(result):
-        shown = _shown(value) + (f" ± {_shown(stderr)}" if is_figure(stderr) else "")
-        trivial = _trivial(result, task, metric)
-        lines.append(f"| {inline(task)} | {inline(metric)} | {shown} | {'' if trivial is None else _shown(trivial)} |")
-    settings = result.get("config") or {}
-    notes = ["trivial: the best score of giving one and the same answer to everything, or of guessing."]
-    if settings.get("limit") is not None:
-        notes.append(f"Only the first {inline(settings['limit'])} documents of each task were used.")
-    skipped = result.get("skipped") or {}
-    notes += (
-        [f"Skipped, since their data could not be loaded: {inline(', '.join(sorted(skipped)))}."] if skipped else []
+    templates = environment("hf_chts.export")
+    templates.filters["figure"] = lambda value: f"{value:.4f}" if is_figure(value) else "not finite"
+    templates.tests["figure"] = is_figure
+    rows = [
+        {"task": task, "metric": metric, "value": value, "stderr": stderr, "trivial": _trivial(result, task, metric)}
+        for task, metric, value, stderr in _values(result)
+    ]
+    text = templates.get_template("zero_shot.md.jinja").render(
+        rows=rows,
+        limit=(result.get("config") or {}).get("limit"),
+        skipped=result.get("skipped") or {},
+        harness=(result.get("versions") or {}).get("lm_eval"),
     )
-    harness = (result.get("versions") or {}).get("lm_eval")
-    notes += [f"Measured with lm-eval {inline(harness)}."] if harness else []
-    return "\n".join([*lines, "", *notes])
+    return text.rstrip()
 
 
 def eval_results(result: Mapping[str, Any]) -> list[EvalResult]:
@@ -100,13 +98,15 @@ def eval_results(result: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def published(result: Mapping[str, Any]) -> bytes:
-    """The JSON file of one model's results, for everybody: without what names folders of this machine, and without the
-    scores of single documents; figures that are not finite are null."""
+    """The JSON file of one model's results to publish: without local paths and the scores of single documents.
+
+    Figures that are not finite become null.
+    """
     kept = {name: value for name, value in result.items() if name not in ("data", "documents")}
     model = kept.get("model")
     if isinstance(model, str) and Path(model).is_absolute():
         kept["model"] = Path(model).name
-    return (json.dumps([_finite(kept)], indent=2, allow_nan=False) + "\n").encode()
+    return (json.dumps([finite_or_null(kept)], indent=2, allow_nan=False) + "\n").encode()
 
 
 def _trivial(result: Mapping[str, Any], task: str, metric: str) -> float | None:
@@ -115,14 +115,6 @@ def _trivial(result: Mapping[str, Any], task: str, metric: str) -> float | None:
     if level is None and metric.startswith("acc"):
         level = (result.get("chance") or {}).get(task)
     return level if is_figure(level) else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _values(result: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:
@@ -141,9 +133,5 @@ def _is_result(result: Any) -> bool:
 
 
 def _place(name: str) -> str:
-    """A directory by where it is, a Hub id as it is."""
+    """The absolute path of a directory; a Hub id as it is."""
     return str(Path(name).resolve()) if Path(name).exists() else name
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4f}" if is_figure(value) else "not finite"

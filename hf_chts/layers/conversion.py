@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.masked_linear import masked_class
-from hf_chts.layers.partitions import weight_shape, zero_off_mask
+from hf_chts.sharding.partitions import held_part
 
 
 def convert_layers(layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> dict[str, MaskedLayer]:
@@ -20,13 +20,14 @@ def convert_layers(layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor])
         weight = layer.get_parameter("weight")
         if not weight.is_meta:
             # the same write with nothing to write
-            zero_off_mask(weight, torch.ones(weight_shape(weight), dtype=torch.bool, device=weight.device))
+            part, _ = held_part(weight)
+            part.masked_fill_(torch.zeros_like(part, dtype=torch.bool), 0)
     converted: dict[str, MaskedLayer] = {}
     try:
         for name, layer in layers.items():
             converted[name] = masked_class(layer).attach(layer, masks[name])
-        for masked in converted.values():
-            zero_off_mask(masked.weight, masked.mask)
+        for name, masked in converted.items():
+            masked.set_mask(masks[name])
     except BaseException:
         for masked in converted.values():
             masked.revert()

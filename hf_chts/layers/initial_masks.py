@@ -1,19 +1,13 @@
 """The topologies that layers start with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from hf_chts.config import SparsityConfig
 from hf_chts.layers.shares import layer_links
-from hf_chts.topology.initial import (
-    bipartite_receptive_field,
-    bipartite_scale_free,
-    bipartite_small_world,
-    correlated,
-    erdos_renyi,
-)
+from hf_chts.topology.parts import INITIAL_TOPOLOGIES
 from hf_chts.topology.random_streams import random_stream
 
 
@@ -28,14 +22,14 @@ def initial_masks(
 
     Args:
         weights: (out, in) by name; see `layer_links`.
-        calibration: inputs of every layer, (samples, in) by name, for the initial topology "correlated".
+        calibration: inputs of every layer, (samples, in) by name, for an initial topology that needs them.
         blocks: into how many blocks of rows, each with a topology of its own, a layer is cut; by name, 1 where absent.
 
     Raises:
-        ValueError: the initial topology is "correlated" and calibration inputs are missing or do not fit.
+        ValueError: calibration inputs are needed and missing, or do not fit.
     """
     links = layer_links(shapes, config.initial_sparsity, config, weights)
-    masks = {}
+    part, masks = INITIAL_TOPOLOGIES[config.initial_topology], {}
     for index, (name, (rows, columns)) in enumerate(shapes.items()):
         n = (blocks or {}).get(name, 1)
         parts = []
@@ -44,12 +38,11 @@ def initial_masks(
             purpose = f"initial topology {block}" if block else "initial topology"
             generator = random_stream(config.topology_seed, 0, index, purpose)
             shape = (rows * (block + 1) // n - rows * block // n, columns)
-            sparsity = 1 - block_links(links[name], block, n) / (shape[0] * columns)
-            if config.initial_topology == "correlated":
-                inputs = _calibration_inputs(name, shape, calibration)
-                parts.append(correlated(inputs, shape[0], sparsity, generator=generator))
-            else:
-                parts.append(_INITIAL[config.initial_topology](*shape, sparsity, config, generator))
+            number = block_links(links[name], block, n)
+            given = {"out_features": shape[0], "in_features": shape[1], "links": number, "generator": generator}
+            if "inputs" in part.needs:
+                given["inputs"] = _calibration_inputs(name, shape, config, calibration)
+            parts.append(part(config, **given))
         masks[name] = (parts[0] if n == 1 else torch.cat(parts)).cpu()
     return masks
 
@@ -75,32 +68,15 @@ def check_links(
                 )
 
 
-_INITIAL: dict[str, Callable[[int, int, float, SparsityConfig, torch.Generator], Tensor]] = {
-    "erdos_renyi": lambda out, inn, sparsity, config, generator: erdos_renyi(out, inn, sparsity, generator=generator),
-    "bipartite_receptive_field": lambda out, inn, sparsity, config, generator: bipartite_receptive_field(
-        out, inn, sparsity, r=config.brf_r, degree_distribution=config.brf_degrees, generator=generator
-    ),
-    "bipartite_small_world": lambda out, inn, sparsity, config, generator: bipartite_small_world(
-        out, inn, sparsity, beta=config.bsw_beta, generator=generator
-    ),
-    "bipartite_scale_free": lambda out, inn, sparsity, config, generator: bipartite_scale_free(
-        out,
-        inn,
-        sparsity,
-        equal_partition=config.bsf_equal_partition,
-        resort=config.bsf_resort,
-        generator=generator,
-    ),
-}
-
-
-def _calibration_inputs(name: str, shape: tuple[int, int], calibration: Mapping[str, Tensor] | None) -> Tensor:
+def _calibration_inputs(
+    name: str, shape: tuple[int, int], config: SparsityConfig, calibration: Mapping[str, Tensor] | None
+) -> Tensor:
     inputs = (calibration or {}).get(name)
     if inputs is None or inputs.dim() != 2 or inputs.shape[1] != shape[1]:
         given = "nothing" if inputs is None else str(tuple(inputs.shape))
         raise ValueError(
-            f"the initial topology 'correlated' needs calibration inputs (samples, {shape[1]}) for {name}, got "
-            f"{given}: pass sparsify(model, config, calibration={{layer name: inputs}}), or choose another "
+            f"the initial topology {config.initial_topology!r} needs calibration inputs (samples, {shape[1]}) for "
+            f"{name}, got {given}: pass sparsify(model, config, calibration={{layer name: inputs}}), or choose another "
             "initial_topology"
         )
     return inputs

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from hf_chts.layers.partitions import weight_shape, zero_off_mask
+from hf_chts.layers.links import LinkStorage, MaskedStorage
 from hf_chts.layers.plain_weight import check_plain
 
 _Layer = TypeVar("_Layer", bound="MaskedLayer")
@@ -73,10 +73,11 @@ class MaskedLayer(nn.Module):
     The buffer is not persistent, so state dicts have the keys of the plain layer. Weight, gradient and optimizer
     moments are 0 off the mask at every step.
 
-    Everything that belongs to the weight lies as the weight lies: `mask`, `dense_gradient`, moments. The topology is
-    always (out, in): `topology`, `set_mask`, and `matrix` for the rest.
+    `mask`, `dense_gradient` and moments have the weight's layout. The topology is always (out, in): `topology`,
+    `set_mask`, and `matrix` for the rest.
 
     Attributes:
+        storage: the owner of the links; changes of them go through it.
         plain: the class that the layer is made from.
         transposed: whether the weight lies as (in, out).
     """
@@ -86,6 +87,7 @@ class MaskedLayer(nn.Module):
 
     weight: Tensor
     mask: Tensor
+    storage: LinkStorage
     # where the dense gradient of the current step adds up over its micro-batches; None on steps that do not need it
     dense_gradient: Accumulator | None = None
     # the hook that masks the gradient, and the weight that it is on: by a weak reference, since whoever splits weights
@@ -105,7 +107,7 @@ class MaskedLayer(nn.Module):
             TypeError: `layer` is not of the class `plain`; the forward of a subclass would be lost.
         """
         converted = cls.attach(layer, mask)
-        zero_off_mask(converted.weight, converted.mask)
+        converted.set_mask(mask)
         return converted
 
     @classmethod
@@ -114,13 +116,14 @@ class MaskedLayer(nn.Module):
         check_plain("the layer", layer)
         if type(layer) is not cls.plain:
             raise TypeError(f"only {cls.plain.__name__} itself can become a {cls.__name__}, got {type(layer).__name__}")
-        weight = layer.get_parameter("weight")
-        empty = torch.zeros(weight_shape(weight), dtype=torch.bool, device=weight.device)
-        _check_mask(mask, cls.matrix(empty).shape)
-        cls.matrix(empty).copy_(mask)
-        layer.register_buffer("mask", empty, persistent=False)
+        plain = type(layer)
         layer.__class__ = cls
         assert isinstance(layer, cls)
+        try:
+            layer.storage = MaskedStorage(layer, mask)
+        except BaseException:
+            layer.__class__ = plain  # type: ignore[assignment]
+            raise
         try:
             layer.mask_by_hook()
         except BaseException:
@@ -130,7 +133,7 @@ class MaskedLayer(nn.Module):
 
     def revert(self) -> nn.Module:
         """Turn the layer back into a plain, dense one; the weights stay as they are."""
-        del self._buffers["mask"]
+        del self._buffers["mask"], self.storage
         self.__dict__.pop("dense_gradient", None)
         if self._hook is not None:
             self._hook.remove()
@@ -141,29 +144,26 @@ class MaskedLayer(nn.Module):
 
     @classmethod
     def matrix(cls, tensor: Tensor) -> Tensor:
-        """A tensor of the weight's shape as an (out, in) view, and one of (out, in) as a view of the weight's shape."""
+        """Switch between the weight's layout and (out, in). Its own inverse; only Conv1D transposes."""
         return tensor.t() if cls.transposed else tensor
 
     @property
     def topology(self) -> Tensor:
-        """The mask, bool (out, in): a view of the live buffer."""
-        return self.matrix(self.mask)
+        """The mask, bool (out, in): a view of the live buffer, to read."""
+        return self.storage.topology
 
-    @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
         """Take over a topology, bool (out, in), in place, and set the weights off it to 0.
 
         Raises:
             ValueError: the mask is not bool (out, in).
         """
-        _check_mask(mask, self.topology.shape)
-        # in place: compiled graphs and CUDA graphs hold on to the buffer
-        self.topology.copy_(mask)
-        zero_off_mask(self.weight, self.mask)
+        self.storage.replace(mask)
 
     @property
     def links(self) -> int:
-        return int(torch.count_nonzero(self.mask))
+        """The number of links."""
+        return self.storage.count
 
     def masked_weight(self) -> Tensor:
         """The weight, for the forward, with a gradient that is masked once."""
@@ -221,8 +221,3 @@ class MaskedLayer(nn.Module):
 def _value(grad: Tensor) -> Tensor:
     """A gradient without what it could be differentiated by, in either mode: what adds it up has no derivative."""
     return forward_ad.unpack_dual(grad.detach()).primal
-
-
-def _check_mask(mask: Tensor, shape: torch.Size) -> None:
-    if mask.dtype != torch.bool or mask.shape != shape:
-        raise ValueError(f"the mask of this layer is bool {tuple(shape)}; got {mask.dtype} {tuple(mask.shape)}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from hf_chts.layers.partitions import weight_shape
+from hf_chts.sharding.partitions import weight_shape
 from hf_chts.topology.random_streams import random_stream
 
 _ROWS = 3

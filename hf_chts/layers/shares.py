@@ -2,29 +2,13 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor
 
 from hf_chts.config import SparsityConfig
-from hf_chts.topology.allocation import allocate, allocate_links, links_at
-
-
-class Lazy(Mapping[str, Tensor]):
-    """Tensors by name that are made where they are read: all together would be a copy of the model."""
-
-    def __init__(self, make: Callable[[str], Tensor], names: Collection[str]) -> None:
-        self._make = make
-        self._names = names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._make(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+from hf_chts.files.reading import LazyMapping as Lazy
+from hf_chts.topology.allocation import allocate_links, links_at
 
 
 def layer_links(
@@ -51,8 +35,7 @@ def layer_links(
         links |= {name: links_at(shape[0] * shape[1], sparsity) for name, shape in rest.items()}
     elif rest:
         scores = Lazy(lambda name: weights[name].detach().abs(), rest) if config.allocation == "global" else None
-        shared = allocate(rest, sparsity, config.allocation, scores)
-        links |= {name: links_at(shape[0] * shape[1], shared[name]) for name, shape in rest.items()}
+        links |= allocate_links(rest, sparsity, config.allocation, scores)
     return {name: links[name] for name in shapes}
 
 

@@ -1,52 +1,57 @@
-"""What figures have in common: their look, the words that go with them, and how they get into a page."""
+"""A curve out of a log, a figure, and the words that go with them."""
 
 import base64
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import matplotlib
-import matplotlib.style
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from hf_chts.report.series import Series
+from hf_chts.plotting import COLOURS, DASHES, MARKERS, encoded, look
 
-# Told apart with any colour vision, each 4.5:1 or more on white; dashes and markers tell them apart in grey
-COLOURS = ("#0060a0", "#b34700", "#00704f", "#8a3a78", "#4d4d4d", "#6b5500")
-DASHES: tuple[Any, ...] = (
-    "-",
-    (0, (5, 1.5)),
-    (0, (1, 1.2)),
-    (0, (6, 1.5, 1, 1.5)),
-    (0, (8, 3)),
-    (0, (3, 1, 1, 1, 1, 1)),
-)
-MARKERS = ("o", "s", "^", "D", "v", "P")
+LONGEST = 400  # points of a curve; more cannot be seen, and make the report heavy
 
-WIDTH = 5.0  # inches: on a phone of 390 pixels letters of 11.5 points are still 11 pixels high
-_LOOK: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 11.5,
-    "axes.titlesize": 11.5,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 11.5,
-    "legend.fontsize": 11,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-    "text.parse_math": False,  # a $ in the name of a run is a $
-    "svg.hashsalt": "hf_chts",  # else ids, and so files, differ from time to time
-}
+
+@dataclass(frozen=True)
+class Series:
+    """Values by step, in order of the steps. Made by `of`, it has at least one."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, entries: Iterable[Mapping[str, Any]], key: str) -> "Series | None":
+        """The finite values of `key` in the entries that have it, the last one of each step; None if there are none."""
+        points = {}
+        for entry in entries:
+            value = entry.get(key)
+            if isinstance(value, int | float) and math.isfinite(value):
+                points[entry["step"]] = float(value)
+        return cls(tuple(sorted(points)), tuple(points[step] for step in sorted(points))) if points else None
+
+    @property
+    def last(self) -> float:
+        return self.values[-1]
+
+    def thinned(self, longest: int = LONGEST) -> "Series":
+        """At most `longest` points, each the mean of an equal number (to within one) of neighbours."""
+        if len(self.steps) <= longest:
+            return self
+        steps, values = (np.array_split(np.asarray(part, dtype=float), longest) for part in (self.steps, self.values))
+        return Series(tuple(round(part.mean()) for part in steps), tuple(float(part.mean()) for part in values))
+
+    def in_words(self, name: str, form: str = ".2f") -> str:
+        """Where the curve begins and ends."""
+        first, last = (f"{value:{form}}" for value in (self.values[0], self.last))
+        if len(self.steps) == 1:
+            return f"{name} is {last} at step {self.steps[0]}"
+        if first == last:
+            return f"{name} is {first} at step {self.steps[0]} and {last} again at step {self.steps[-1]}"
+        verb = "falls" if self.last < self.values[0] else "rises"
+        return f"{name} {verb} from {first} at step {self.steps[0]} to {last} at step {self.steps[-1]}"
 
 
 @dataclass(frozen=True)
@@ -69,22 +74,16 @@ class Drawing:
     figure: Figure
     kind: Literal["svg", "png"] = "svg"
 
+    def encoded(self, kind: str) -> bytes:
+        """The figure as the contents of a file of this kind."""
+        with look():
+            return encoded(self.figure, kind)
+
+    @property
     def data_url(self) -> str:
         """The figure as the `src` of an image."""
         media_type = "image/svg+xml" if self.kind == "svg" else "image/png"
         return f"data:{media_type};base64,{base64.b64encode(self.encoded(self.kind)).decode()}"
-
-    def encoded(self, kind: str) -> bytes:
-        """The figure as a file of this kind."""
-        buffer = io.BytesIO()
-        metadata = {"Date": None} if kind == "svg" else None
-        with look():
-            engine = self.figure.get_layout_engine()
-            if engine is not None:  # once for all files: it takes longer than to draw
-                engine.execute(self.figure)
-                self.figure.set_layout_engine("none")
-            self.figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
-        return buffer.getvalue()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -93,50 +92,20 @@ class Drawing:
         return round(width * 96), round(height * 96)
 
 
-@contextmanager
-def look() -> Iterator[None]:
-    """Within it figures are made and written in the report's look, whatever the user's matplotlibrc says."""
-    with matplotlib.style.context("default"), matplotlib.rc_context(_LOOK):
-        yield
-
-
-def stacked(panels: int, panel_height: float = 2.1, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of panels above each other that share the steps on their x axis."""
-    figure = Figure(figsize=(WIDTH, panel_height * panels + 0.45), layout="constrained")
-    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False, **options)[:, 0])
-    axes[-1].set_xlabel("optimizer step")
-    axes[-1].xaxis.set_major_locator(step_ticks(6))
-    return figure, axes
-
-
-def step_ticks(most: int) -> MaxNLocator:
-    """Ticks at round numbers of steps, `most` of them at most."""
-    return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10])
-
-
-def as_shares(axes: Axes) -> None:
-    """The y axis of what lies between 0 and 1: it goes no further, and has no offset."""
-    low, high = axes.get_ylim()
-    margin = 0.02 * (high - low)  # so that what is exactly 0 or 1 can be seen
-    axes.set_ylim(max(low, -margin), min(high, 1 + margin))
-    axes.ticklabel_format(axis="y", useOffset=False)
-
-
 def curve(
     axes: Axes, series: Series | None, number: int = 0, *, label: str = "", marked: bool = True, **style: Any
 ) -> None:
-    """Draw a series in the colour, dashes and marker of this number; nothing where there is none."""
+    """Draw a series, if there is one, in the colour, dashes and marker of this number."""
     if series is None:
         return
     series = series.thinned()
     number %= len(COLOURS)
     settings: dict[str, Any] = {"color": COLOURS[number], "linestyle": DASHES[number]}
-    if marked:
+    if marked or len(series.steps) == 1:  # a single point has no line
         settings |= {"marker": MARKERS[number], "markevery": max(1, len(series.steps) // 12)}
     axes.plot(series.steps, series.values, label=label, **(settings | style))
 
 
-def legend_above(axes: Axes, columns: int = 2) -> None:
-    """A legend above the panel, where no curve can run through it."""
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.4)
+def sentence(parts: list[str]) -> str:
+    text = "; ".join(parts) + "."
+    return text[0].upper() + text[1:]

@@ -1,51 +1,44 @@
-"""Figures of a run, from the log history that the Trainer keeps."""
+"""The figure of a run in its model card."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from hf_chts.files.atomic import write_whole
+from hf_chts.plotting import as_shares, encoded, legend_above, look, step_panels
+from hf_chts.report.drawing import Series, curve
 
-matplotlib.use("Agg")  # runs have no display
-import matplotlib.pyplot as plt
+# y axis → log key → label
+_PANELS = {
+    "nats per token": {"loss": "training loss", "eval_loss": "validation loss"},
+    "sparsity": {"sparsity": "sparsity"},
+    "share": {"itop": "ITOP", "overlap": "overlap", "active_neurons": "active neurons"},
+}
 
 
-def training_figure(log_history: Sequence[dict[str, Any]], path: str | Path) -> Path:
-    """Loss, sparsity and exploration over the optimizer steps, as a PNG.
+def training_figure(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Write loss, sparsity and exploration over the optimizer steps as a PNG.
 
     Args:
         log_history: `trainer.state.log_history`; curves that it does not hold are left out.
+        path: the file; its directory is made where it is missing.
 
     Returns:
-        `path`, whose folder is made where it is missing.
+        `path`.
     """
-    figure, (loss, sparsity, exploration) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
-    _curve(loss, log_history, "loss", "training", color="C0")
-    _curve(loss, log_history, "eval_loss", "validation", color="C1", marker="o")
-    loss.set_ylabel("loss (nats per token)")
-    _curve(sparsity, log_history, "sparsity", "sparsity", color="C2", marker=".")
-    sparsity.set_ylabel("sparsity")
-    sparsity.set_ylim(0, 1)
-    _curve(exploration, log_history, "itop", "ITOP: links ever active", color="C3", marker=".")
-    _curve(exploration, log_history, "overlap", "overlap: regrown just after removal", color="C4", marker=".")
-    _curve(exploration, log_history, "active_neurons", "active neurons", color="C5", marker=".")
-    exploration.set_ylabel("share")
-    exploration.set_ylim(0, 1.05)
-    exploration.set_xlabel("optimizer step")
-    for axes in (loss, sparsity, exploration):
-        axes.grid(alpha=0.3)
-        if axes.get_lines():
-            axes.legend(frameon=False)
-        else:
-            axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", transform=axes.transAxes)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with look():
+        figure, axes = step_panels(len(_PANELS), 2.1)
+        number = 0
+        for panel, (title, curves) in zip(axes, _PANELS.items(), strict=True):
+            panel.set_ylabel(title)
+            for key, label in curves.items():
+                curve(panel, Series.of(log_history, key), number, label=label, marked=key != "loss")
+                number += 1
+            if not panel.get_lines():
+                panel.text(0.5, 0.5, "nothing logged", ha="center", va="center", transform=panel.transAxes)
+            elif title != "nats per token":
+                as_shares(panel)
+            legend_above(panel, columns=len(curves))
+        write_whole(path, encoded(figure, "png"))
     return path
-
-
-def _curve(axes: Any, history: Sequence[dict[str, Any]], key: str, label: str, **style: Any) -> None:
-    points = [(entry["step"], entry[key]) for entry in history if key in entry]
-    if points:
-        axes.plot(*zip(*points, strict=True), label=label, **style)

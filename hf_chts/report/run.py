@@ -1,6 +1,5 @@
-"""A run's directory, read: what the Trainer logged, what was recorded of the topology, and what there is not."""
+"""What a report knows about a run: its logs, the records of its topology, and what is missing."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -9,12 +8,14 @@ from typing import Any
 
 from transformers.trainer_utils import sort_checkpoints
 
+from hf_chts.checkpoint.run_folder import all_sealed, sealed
 from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.evolution.update_figures import LayerUpdate, overall_figures
+from hf_chts.files.reading import read_json
+from hf_chts.names import shortest_endings
+from hf_chts.records.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, read_lines
+from hf_chts.records.snapshots import LayerSnapshot, load_snapshot, snapshot_paths
 from hf_chts.schedule_plan import SchedulePlan
-from hf_chts.seal import all_sealed, sealed
-from hf_chts.training.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, read_lines
-from hf_chts.training.snapshots import LayerSnapshot, load_snapshot, snapshot_paths
-from hf_chts.training.update_figures import LayerUpdate, overall_figures
 
 TRAINER_STATE = "trainer_state.json"
 _OF_UPDATES = ("links_removed", "links_regrown", "itop", "active_neurons")
@@ -26,8 +27,8 @@ class LayerRecords:
 
     Attributes:
         shapes: (out, in) by layer name.
-        updates: by step, in order, the counts of each layer by name.
-        softness: by step, δ of each layer's next removal; only where layers differ.
+        updates: step → layer name → its counts, in order of the steps.
+        softness: step → layer name → δ of its next removal; only where layers differ.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -37,21 +38,23 @@ class LayerRecords:
 
 @dataclass(frozen=True)
 class Run:
-    """One run as the report sees it.
+    """One run, as far as its directory tells.
 
     Attributes:
-        directory, label: where it is, and what the report calls it.
-        config: None where none was saved, as of dense runs, or where it cannot be read.
+        directory: the output_dir.
+        label: what the report calls the run.
+        config: None if none was saved, as by dense runs, or if it cannot be read.
         unread: there is a config, and it cannot be read.
         log: `log_history` of the Trainer.
-        step, max_steps: how far it is, of how far it goes; 0 where unknown.
+        step: the last known step; 0 if unknown.
+        max_steps: the length of the run; 0 if unknown.
         evaluation: eval_results.json; empty if there is none.
         model: config.json of its model; empty if there is none.
         records: of all layers; None if there are none.
         shown: the names of the layers to show by themselves.
         seconds: the lines of seconds.jsonl.
-        snapshots: layers by name, by step.
-        notes: what is missing or could not be read, a sentence each.
+        snapshots: step → layer name → its snapshot.
+        notes: a sentence for everything that is missing or could not be read.
     """
 
     directory: Path
@@ -80,16 +83,16 @@ class Run:
         return not (self.unread or self.records or any(map(is_update, self.log)))
 
     def plan(self) -> SchedulePlan | None:
-        """The schedules, where config and length of the run are known and fit each other."""
+        """The schedules; None if the config or the length of the run is unknown, or they do not fit each other."""
         if self.config is None or not self.max_steps:
             return None
         try:
             return self.config.plan(self.max_steps)
-        except ValueError:  # checked when the run began; a config that was edited since then has none
+        except ValueError:  # checked when the run began; the config may have been edited since
             return None
 
     def updates(self) -> list[dict[str, Any]]:
-        """The figures of each update, in order of `step`: as logged, and what the records know beyond the last log."""
+        """The figures of each update in order of `step`: as logged, else (after the last log) as recorded."""
         figures: dict[int, dict[str, Any]] = {}
         if self.records:
             for step, layers in self.records.updates.items():
@@ -113,11 +116,11 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ValueError: it is none of a run's, or no layer has a name like `layers`.
+        ValueError: the directory holds no run, or no layer has a name like `layers`.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is no directory: give the output_dir of a run")
+        raise FileNotFoundError(f"{directory} is not a directory: give the output_dir of a run")
     notes: list[str] = []
     passed_over = {*all_sealed(directory)} - {*sealed(directory)}  # of another run in the same directory
     checkpoints = [Path(path) for path in reversed(sort_checkpoints(str(directory))) if Path(path) not in passed_over]
@@ -130,14 +133,14 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
             "Give the output_dir that the run was trained with"
         )
     if state is None:
-        notes.append("There is no checkpoint yet, so that losses are not known: the Trainer keeps its log in memory.")
+        notes.append("There is no checkpoint yet, so losses are not known: the Trainer's log is only in memory.")
     found = state or {}
     log = [entry for entry in found.get("log_history", []) if isinstance(entry, dict) and "step" in entry]
     config = _read_config(places, notes)
     unread = config is None and any((place / CONFIG_NAME).is_file() for place in (*places, directory / "export"))
     dense = config.is_dense if config else not (unread or any(map(is_update, log)))
     if dense and records is not None and state is not None:
-        notes.append(f"{RECORD_DIR}/ is of an earlier, sparse run in the same directory, and was left out.")
+        notes.append(f"{RECORD_DIR}/ was left out: it is from an earlier, sparse run in the same directory.")
         records, seconds, snapshots = None, [], {}
     reached = [found.get("global_step", 0), *(line["step"] for line in seconds)]
     run = Run(
@@ -162,28 +165,20 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
 
 
 def labels(directories: Sequence[Path]) -> list[str]:
-    """What to call runs: the last part of their paths, or as many as tell them apart.
+    """What to call runs: as few of the last parts of their paths as make them distinct.
 
     Raises:
-        ValueError: a directory is there twice.
+        ValueError: a directory was given twice.
     """
     paths = [directory.resolve() for directory in directories]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} was given twice: give every run once")
-    names = []
-    for path in paths:
-        parts = next(
-            count
-            for count in range(1, len(path.parts) + 1)
-            if sum(other.parts[-count:] == path.parts[-count:] for other in paths) == 1
-        )
-        names.append("/".join(path.parts[-parts:]))
-    return names
+    return shortest_endings([path.as_posix() for path in paths], "/")
 
 
 def _read_state(places: Sequence[Path], notes: list[str]) -> dict[str, Any] | None:
-    """The trainer state that knows most: a run that goes on leaves an older one beside its newer checkpoints."""
+    """The trainer state with the longest log: in a resumed run, checkpoints may be newer than the one beside them."""
     states = [state for place in places if (state := _json(place / TRAINER_STATE, notes))]
     states = [state for state in states if isinstance(state.get("log_history"), list)]
     return max(states, key=lambda state: (state.get("global_step", 0), len(state["log_history"])), default=None)
@@ -197,14 +192,14 @@ def _read_config(places: Sequence[Path], notes: list[str]) -> SparsityConfig | N
             except (ValueError, TypeError, OSError) as error:
                 known = _known_part(place / CONFIG_NAME)
                 if known is not None:
-                    notes.append(f"{place / CONFIG_NAME} is of another version, and was read in part: {error}.")
+                    notes.append(f"{place / CONFIG_NAME} is from another version and was read in part: {error}.")
                     return known
                 notes.append(f"{place / CONFIG_NAME} could not be read: {error}.")
     return None
 
 
 def _known_part(path: Path) -> SparsityConfig | None:
-    """A config without what this version does not know of it; None where the rest makes none."""
+    """The config made of the fields that this version knows; None if they do not make one."""
     values = _json(path, [])
     names = {one.name for one in fields(SparsityConfig)} - {"version"}
     try:
@@ -218,16 +213,14 @@ def _first(places: Sequence[Path], name: str, notes: list[str]) -> dict[str, Any
 
 
 def _json(path: Path, notes: list[str]) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file, or, with a note, if it cannot be read."""
     if not path.is_file():
         return {}
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(contents, dict):
-            return contents
-        notes.append(f"{path} could not be read: it holds no object.")
+        return read_json(path)
     except (ValueError, OSError) as error:
         notes.append(f"{path} could not be read: {error}.")
-    return {}
+        return {}
 
 
 def _read_records(
@@ -236,7 +229,7 @@ def _read_records(
     header, *lines = read_lines(directory / LAYERS_NAME) or [{}]
     if header.get("format") != FORMAT:
         if header:
-            notes.append(f"{directory / LAYERS_NAME} has another format than {FORMAT!r}, and was left out.")
+            notes.append(f"{directory / LAYERS_NAME} was left out: its format is not {FORMAT!r}.")
         return None, [], {}
     names = list(header["layers"])
     records = LayerRecords(
@@ -251,8 +244,8 @@ def _read_records(
     missing = [count for count in LayerUpdate.__dataclass_fields__ if not all(count in line for line in lines)]
     if missing:
         notes.append(
-            f"{directory / LAYERS_NAME} is of another version, which did not write {', '.join(missing)}: figures that "
-            "are made of them are missing."
+            f"{directory / LAYERS_NAME} is from another version, which did not write {', '.join(missing)}: figures "
+            "made of them are missing."
         )
     snapshots = {}
     for step, path in snapshot_paths(directory).items():
@@ -265,7 +258,7 @@ def _read_records(
 
 
 def _counts(line: dict[str, Any], names: Sequence[str]) -> dict[str, LayerUpdate]:
-    """One line of the records, by layer; what it does not have is None, and what this version does not know is left."""
+    """The counts of each layer in a line of the records: None if missing; those unknown to this version are ignored."""
     known = {count: line[count] for count in LayerUpdate.__dataclass_fields__ if _of_layers(line.get(count), names)}
     return {name: LayerUpdate(**{count: row[i] for count, row in known.items()}) for i, name in enumerate(names)}
 
@@ -275,7 +268,7 @@ def _of_layers(row: Any, names: Sequence[str]) -> bool:
 
 
 def is_update(entry: Mapping[str, Any]) -> bool:
-    """Whether a log is that of an update, whatever of it the version that wrote it knew."""
+    """Whether a log is that of a topology update, written by this version or another."""
     return not entry.keys().isdisjoint(_OF_UPDATES)
 
 
@@ -290,16 +283,16 @@ def _shown(records: LayerRecords, pattern: str, directory: Path) -> tuple[str, .
 
 
 def _gaps(run: Run) -> list[str]:
-    """What a reader would look for in vain, and why it is not there."""
+    """What a reader may miss, and why it is not there."""
     gaps = []
     if run.max_steps and run.step < run.max_steps:
-        gaps.append(f"The run is at step {run.step} of {run.max_steps}: it goes on, or was stopped.")
+        gaps.append(f"The run is at step {run.step} of {run.max_steps}: it is still going on, or was stopped.")
     if run.is_dense:
         return [*gaps, "The run is dense: it has no topology to show."]
     if run.records is None:
         gaps.append(
             f"There is no {RECORD_DIR}/{LAYERS_NAME}: the run was trained by a version that did not write it, or only "
-            "its checkpoints were copied. Figures of single layers, degrees and pictures of them are missing."
+            "its checkpoints were copied. The figures of single layers are missing."
         )
     else:
         logged = {entry["step"] for entry in run.log if is_update(entry)}
@@ -310,5 +303,5 @@ def _gaps(run: Run) -> list[str]:
                 f"{LAYERS_NAME}: the run was resumed from another directory, or could not write there."
             )
     if not any("eval_loss" in entry for entry in run.log) and run.log:
-        gaps.append("No evaluation was logged, so that validation loss and bits per byte are not known.")
+        gaps.append("No evaluation was logged, so validation loss and bits per byte are not known.")
     return gaps

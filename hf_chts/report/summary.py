@@ -1,12 +1,13 @@
-"""The figures of each run that the report begins with."""
+"""The table of all runs at the beginning of a report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from hf_chts.report.drawing import Series
 from hf_chts.report.run import Run
-from hf_chts.report.series import Series
 
-NONE = "–"
+UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Row:
     Attributes:
         name: of the figure.
         cells: a text for each run.
-        differences: from the first run, a text for each run; empty where there is none to tell.
+        differences: for each run the difference from the first one, or an empty text.
     """
 
     name: str
@@ -25,86 +26,77 @@ class Row:
 
 
 def summary_rows(runs: Sequence[Run]) -> list[Row]:
-    """The summary of all runs; where figures differ, so does each run from the first."""
+    """The rows of the table."""
+
+    def words(name: str, text: Callable[[Run], str]) -> Row:
+        return Row(name, [text(run) for run in runs], [""] * len(runs))
+
+    def numbers(name: str, value: Callable[[Run], float | None], form: str, *, compared: bool = False) -> Row:
+        values = [value(run) for run in runs]
+        first = values[0]
+        differences = [
+            _difference(number - first, form) if compared and first is not None and number is not None else ""
+            for number in values
+        ]
+        cells = [UNKNOWN if number is None else f"{number:{form}}" for number in values]
+        return Row(name, cells, ["", *differences[1:]])
+
     return [
-        _words("Method", [run.method for run in runs]),
-        _words("Steps", [_steps(run) for run in runs]),
-        _numbers("Sparsity", [_sparsity(run) for run in runs], ".2%", None),
-        _numbers("Training loss", [_last(run, "loss") for run in runs], ".4f", "+.4f"),
-        _numbers("Validation loss", [_evaluated(run, "eval_loss") for run in runs], ".4f", "+.4f"),
-        _numbers("Bits per byte", [_evaluated(run, "eval_bits_per_byte") for run in runs], ".4f", "+.4f"),
-        _numbers("ITOP", [_update(run, "itop") for run in runs], ".4f", "+.4f"),
-        _numbers("Active neurons", [_update(run, "active_neurons") for run in runs], ".2%", None),
-        _numbers("Updates", [float(len(run.updates())) for run in runs], ".0f", None),
-        _numbers("Seconds on topology", [topology_seconds(run) for run in runs], ".1f", "+.1f"),
-        _numbers("Share of the time", [topology_share(run) for run in runs], ".1%", None),
-        _numbers("Seconds of training", [training_seconds(run) for run in runs], ".0f", "+.0f"),
+        words("Method", lambda run: run.method),
+        words("Steps", lambda run: f"{run.step} of {run.max_steps}" if run.max_steps > run.step else f"{run.step}"),
+        numbers("Sparsity", _sparsity, ".2%"),
+        numbers("Training loss", lambda run: _last(run.log, "loss"), ".4f", compared=True),
+        numbers("Validation loss", lambda run: _evaluated(run, "eval_loss"), ".4f", compared=True),
+        numbers("Bits per byte", lambda run: _evaluated(run, "eval_bits_per_byte"), ".4f", compared=True),
+        numbers("ITOP", lambda run: _last(run.updates(), "itop"), ".4f", compared=True),
+        numbers("Active neurons", lambda run: _last(run.updates(), "active_neurons"), ".2%"),
+        numbers("Updates", lambda run: len(run.updates()), ".0f"),
+        numbers("Seconds on topology", _topology_seconds, ".1f", compared=True),
+        numbers("Share of the time", _topology_share, ".1%"),
+        numbers("Seconds of training", _training_seconds, ".0f", compared=True),
     ]
-
-
-def topology_seconds(run: Run) -> float | None:
-    """Seconds that all updates so far took together; None where updates are not known."""
-    series = Series.of(run.updates(), "topology_seconds")
-    return sum(series.values) if series else (0.0 if run.is_dense else None)
-
-
-def topology_share(run: Run) -> float | None:
-    """Their share of the recorded time. None without records: what the Trainer logs is of its last start only."""
-    seconds, topology = (Series.of(run.seconds, key) for key in ("seconds", "topology_seconds"))
-    return sum(topology.values) / sum(seconds.values) if seconds and topology and sum(seconds.values) else None
-
-
-def training_seconds(run: Run) -> float | None:
-    """As recorded, over all starts of the run; else as the Trainer logged it, since its last start."""
-    recorded = Series.of(run.seconds, "seconds")
-    return (sum(recorded.values) if recorded else 0.0) or _last(run, "train_runtime")
-
-
-def _steps(run: Run) -> str:
-    return f"{run.step} of {run.max_steps}" if run.max_steps > run.step else f"{run.step}"
 
 
 def _sparsity(run: Run) -> float | None:
     if run.is_dense:
         return 0.0
-    last = _update(run, "sparsity")
-    if last is None and run.config is not None and not run.config.evolves:
-        return run.config.sparsity
-    return last
+    last = _last(run.updates(), "sparsity")
+    return run.config.sparsity if last is None and run.config is not None and not run.config.evolves else last
 
 
-def _update(run: Run, key: str) -> float | None:
-    series = Series.of(run.updates(), key)
-    return series.last if series else None
+def _topology_seconds(run: Run) -> float | None:
+    """Seconds that all updates so far took together."""
+    total = _total(run.updates(), "topology_seconds")
+    return 0.0 if total is None and run.is_dense else total
 
 
-def _last(run: Run, key: str) -> float | None:
-    series = Series.of(run.log, key)
-    return series.last if series else None
+def _topology_share(run: Run) -> float | None:
+    """Their share of the recorded time; None without records: what the Trainer logs is of its last start only."""
+    topology, whole = _total(run.seconds, "topology_seconds"), _total(run.seconds, "seconds")
+    return topology / whole if topology is not None and whole else None
+
+
+def _training_seconds(run: Run) -> float | None:
+    """Over all starts of the run, if recorded; else since the last start, as the Trainer logged it."""
+    return _total(run.seconds, "seconds") or _last(run.log, "train_runtime")
 
 
 def _evaluated(run: Run, key: str) -> float | None:
-    logged = _last(run, key)
-    if logged is not None:
-        return logged
-    saved = Series.of([{"step": run.step, **run.evaluation}], key)
-    return saved.last if saved else None
+    """The last logged figure of an evaluation, else the saved one."""
+    logged = _last(run.log, key)
+    return logged if logged is not None else _last([{"step": run.step, **run.evaluation}], key)
 
 
-def _words(name: str, cells: list[str]) -> Row:
-    return Row(name, cells, [""] * len(cells))
+def _last(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    series = Series.of(entries, key)
+    return series.last if series else None
 
 
-def _numbers(name: str, values: list[float | None], form: str, difference: str | None) -> Row:
-    first = values[0]
-    differences = [
-        "" if index == 0 or difference is None or first is None or value is None else _apart(value - first, difference)
-        for index, value in enumerate(values)
-    ]
-    cells = [NONE if value is None else f"{value:{form}}" for value in values]
-    return Row(name, cells, differences)
+def _total(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    series = Series.of(entries, key)
+    return sum(series.values) if series else None
 
 
-def _apart(difference: float, form: str) -> str:
-    text = f"{difference:{form}}"
-    return text[1:] if float(text) == 0 else text.replace("-", "−")
+def _difference(number: float, form: str) -> str:
+    text = f"{number:+{form}}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")  # what rounds to 0 has no sign

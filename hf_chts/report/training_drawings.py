@@ -1,38 +1,27 @@
 """Figures of how a run trained: losses, schedules, seconds."""
 
-from collections.abc import Iterator
-
 from matplotlib.ticker import PercentFormatter
 
-from hf_chts.report.drawing import Drawing, as_shares, curve, legend_above, look, stacked
+from hf_chts.plotting import COLOURS, as_shares, legend_above, step_panels
+from hf_chts.report.drawing import Drawing, Series, curve, sentence
 from hf_chts.report.run import Run
-from hf_chts.report.series import Series
 
 
-def training_drawings(run: Run) -> Iterator[Drawing]:
-    """The figures that the run has anything to show in."""
-    for draw in (loss_drawing, schedule_drawing, seconds_drawing):
-        with look():
-            drawing = draw(run)
-        if drawing is not None:
-            yield drawing
-
-
-def loss_drawing(run: Run) -> Drawing | None:
+def loss(run: Run) -> Drawing | None:
     training, validation = (Series.of(run.log, key) for key in ("loss", "eval_loss"))
     bits = Series.of(run.log, "eval_bits_per_byte")
     if training is None and validation is None:
         return None
-    figure, axes = stacked(2 if bits else 1, 2.4)
-    curve(axes[0], training, 0, label="training", marked=training is not None and len(training.steps) == 1)
+    figure, axes = step_panels(2 if bits else 1, 2.4)
+    curve(axes[0], training, 0, label="training", marked=False)
     curve(axes[0], validation, 1, label="validation")
     axes[0].set_ylabel("nats per token")
     legend_above(axes[0])
     if bits:
         curve(axes[1], bits, 2)
         axes[1].set_ylabel("bits per byte")
-    told = [
-        series.told(name)
+    words = [
+        series.in_words(name)
         for series, name in ((training, "training loss"), (validation, "validation loss"), (bits, "bits per byte"))
         if series
     ]
@@ -42,12 +31,12 @@ def loss_drawing(run: Run) -> Drawing | None:
         "Lower is better. The training loss is of single batches, or means over them, as the Trainer logged it; "
         "validation is on data that the run never trains on. "
         + ("Bits per byte do not depend on the tokenizer, so that they compare across models." if bits else ""),
-        _sentence(told),
+        sentence(words),
         figure,
     )
 
 
-def schedule_drawing(run: Run) -> Drawing | None:
+def schedules(run: Run) -> Drawing | None:
     plan = run.plan()
     if run.is_dense or run.config is None or not run.config.evolves or plan is None:
         return None
@@ -57,7 +46,7 @@ def schedule_drawing(run: Run) -> Drawing | None:
     sparsity = Series(tuple(held), tuple(plan.sparsity(min(step, plan.last_update)) for step in held))
     drop = Series(tuple(updates), tuple(plan.drop_fraction(step) for step in updates))
     soft = config.removal_choice == "soft"
-    figure, axes = stacked(3 if soft else 2, 1.9)
+    figure, axes = step_panels(3 if soft else 2, 1.9)
     curve(axes[0], sparsity, 0, label="planned", marked=False, drawstyle="steps-post")
     measured = Series.of(run.updates(), "sparsity")
     curve(axes[0], measured, 1, label="measured", linestyle="none")
@@ -67,7 +56,7 @@ def schedule_drawing(run: Run) -> Drawing | None:
     curve(axes[1], drop, 2)
     axes[1].set_ylabel("drop fraction ζ")
     axes[1].set_ylim(bottom=0)
-    told = [(measured or sparsity).told("sparsity", ".1%"), drop.told("the drop fraction", ".3f")]
+    words = [(measured or sparsity).in_words("sparsity", ".1%"), drop.in_words("the drop fraction", ".3f")]
     if soft:
         softness = Series.of(run.updates(), "softness") if config.adapts_softness else None
         if softness is None:
@@ -77,10 +66,10 @@ def schedule_drawing(run: Run) -> Drawing | None:
         if config.adapts_softness and run.records and run.records.softness:
             rows = run.records.softness
             low, high = ([extreme(row.values()) for row in rows.values()] for extreme in (min, max))
-            axes[2].fill_between(list(rows), low, high, alpha=0.2, color="#8a3a78", linewidth=0)
+            axes[2].fill_between(list(rows), low, high, alpha=0.2, color=COLOURS[3], linewidth=0)
         axes[2].set_ylabel("softness δ")
         axes[2].set_ylim(0, 1)
-        told.append(softness.told("softness"))
+        words.append(softness.in_words("softness"))
     return Drawing(
         "schedules",
         "Schedules",
@@ -88,12 +77,12 @@ def schedule_drawing(run: Run) -> Drawing | None:
         "replaces at an update."
         + (" δ says how removal chooses: 0 draws at random, 1 keeps the strongest links." if soft else "")
         + (" The band is from the lowest layer to the highest." if config.adapts_softness else ""),
-        _sentence(told),
+        sentence(words),
         figure,
     )
 
 
-def seconds_drawing(run: Run) -> Drawing | None:
+def seconds(run: Run) -> Drawing | None:
     topology = Series.of(run.updates(), "topology_seconds")
     if topology is None:
         return None
@@ -101,11 +90,11 @@ def seconds_drawing(run: Run) -> Drawing | None:
     share = Series.of(
         [{"step": one["step"], "share": one["topology_seconds"] / one["seconds"]} for one in lines], "share"
     )
-    figure, axes = stacked(2 if share else 1, 1.9)
+    figure, axes = step_panels(2 if share else 1, 1.9)
     curve(axes[0], topology, 0)
     axes[0].set_ylabel("seconds an update")
     axes[0].set_ylim(bottom=0)
-    told = [
+    words = [
         f"the {len(topology.steps)} updates take {sum(topology.values):.1f} seconds together, "
         f"the longest {max(topology.values):.2f}"
     ]
@@ -114,7 +103,7 @@ def seconds_drawing(run: Run) -> Drawing | None:
         axes[1].set_ylabel("share of the time")
         axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if max(share.values) > 0.05 else 1))
         axes[1].set_ylim(bottom=0)
-        told.append(share.told("their share of the time since the update before", ".1%"))
+        words.append(share.in_words("their share of the time since the update before", ".1%"))
     return Drawing(
         "seconds",
         "Seconds spent on the topology",
@@ -124,11 +113,6 @@ def seconds_drawing(run: Run) -> Drawing | None:
             if share
             else "."
         ),
-        _sentence(told),
+        sentence(words),
         figure,
     )
-
-
-def _sentence(told: list[str]) -> str:
-    text = "; ".join(told) + "."
-    return text[0].upper() + text[1:]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_chts.topology.metrics import overlap_rate
 from hf_chts.topology.sampling import choose
 
 
@@ -24,28 +23,31 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Evolution:
+class LayerEvolution:
     """What an update did to a layer."""
 
     mask: Tensor  # bool (out, in), the new topology
     pruned: int  # links given up because the density fell
     removed: int  # links removed to be replaced, by percolation too
     regrown: int  # links added
-    overlap: float  # the share of the regrown that had just been removed
+    returned: int  # those of the regrown that had just been removed
+
+    @property
+    def overlap(self) -> float:
+        """The share of the regrown links that had just been removed; 0 where none was regrown."""
+        return self.returned / self.regrown if self.regrown else 0.0
 
 
-def joined(parts: Sequence[Evolution]) -> Evolution:
+def joined(parts: Sequence[LayerEvolution]) -> LayerEvolution:
     """What was done to a layer of which blocks of rows, in order, evolved on their own."""
     if len(parts) == 1:
         return parts[0]
-    regrown = sum(part.regrown for part in parts)
-    overlapping = sum(part.overlap * part.regrown for part in parts)
-    return Evolution(
+    return LayerEvolution(
         torch.cat([part.mask for part in parts]),
         sum(part.pruned for part in parts),
         sum(part.removed for part in parts),
-        regrown,
-        overlapping / regrown if regrown else 0.0,
+        sum(part.regrown for part in parts),
+        sum(part.returned for part in parts),
     )
 
 
@@ -59,7 +61,7 @@ def evolve(
     regrowth: Choice,
     pruning: Choice,
     streams: Callable[[str], torch.Generator],
-) -> Evolution:
+) -> LayerEvolution:
     """Evolve a layer's topology to exactly `links` links (arXiv 2501.19107, §3).
 
     Where the layer has more links than that, the lowest by the `pruning` score go first. Then a share `drop_fraction`
@@ -123,7 +125,7 @@ def regrow(
     links: int,
     regrowth: Choice,
     streams: Callable[[str], torch.Generator],
-) -> Evolution:
+) -> LayerEvolution:
     """The second half of `evolve`: add links to `kept` until there are `links`.
 
     Args:
@@ -134,7 +136,7 @@ def regrow(
     before, after_pruning, left = (int(torch.count_nonzero(m)) for m in (mask, stay, kept))
     add = links - left
     if not add:
-        return Evolution(kept.clone(), before - after_pruning, after_pruning - left, 0, 0.0)
+        return LayerEvolution(kept.clone(), before - after_pruning, after_pruning - left, 0, 0)
     if regrowth.soft and regrowth.temperature == 1.0 and regrowth.sampler is not None:
         regrown = regrowth.sampler(kept, add, generator=streams("regrowth"))
     else:
@@ -146,27 +148,15 @@ def regrow(
             temperature=regrowth.temperature,
             generator=streams("regrowth"),
         )
-    overlap = overlap_rate(stay, regrown)  # what is regrown was not kept: if it stayed, it was removed
-    return Evolution(kept | regrown, before - after_pruning, after_pruning - left, add, overlap)
+    returned = int(torch.count_nonzero(stay & regrown))  # what is regrown was not kept: if it stayed, it was removed
+    return LayerEvolution(kept | regrown, before - after_pruning, after_pruning - left, add, returned)
 
 
-def reselect(weight: Tensor, mask: Tensor, stored: Tensor, *, links: int, generator: torch.Generator) -> Evolution:
-    """GMP's update (arXiv 1710.01878): the `links` largest weights are links, be they links now or pruned before.
-
-    Args:
-        weight: (out, in), 0 off the mask; read only.
-        mask: bool (out, in); read only.
-        stored: (out, in), the last weight of what is no link; read only.
-        links: how many links there are afterwards.
-
-    Raises:
-        ValueError: `links` out of range, or a weight is not finite.
-    """
-    every = torch.ones_like(mask)
-    chosen = choose(torch.where(mask, weight, stored).abs_(), links, every, soft=False, generator=generator)
+def selected(mask: Tensor, chosen: Tensor) -> LayerEvolution:
+    """What an update did that chose all links of a layer anew; both bool (out, in)."""
     regrown = int(torch.count_nonzero(chosen & ~mask))
-    pruned = int(torch.count_nonzero(mask)) - links
-    return Evolution(chosen, pruned, regrown, regrown, 0.0)
+    pruned = int(torch.count_nonzero(mask)) - int(torch.count_nonzero(chosen))
+    return LayerEvolution(chosen, pruned, regrown, regrown, 0)
 
 
 def _keep(weight: Tensor, mask: Tensor, k: int, choice: Choice, generator: torch.Generator) -> Tensor:

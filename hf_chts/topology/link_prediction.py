@@ -15,6 +15,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from hf_chts.topology.parts import register
 from hf_chts.topology.path_based import ch2_l3p, ch3_l3p, check_mask
 
 __all__ = ["ch2_l3n", "ch2_l3p", "ch3_1_l3n", "ch3_l3n", "ch3_l3p"]
@@ -27,6 +28,12 @@ _BLOCK_ROWS = 128
 Strength = Callable[[Tensor, Tensor], Tensor]
 
 
+def _two_products(out_features: int, in_features: int) -> float:
+    numel = out_features * in_features
+    return 100 * numel + 4 * numel * (out_features + in_features)
+
+
+@register.regrowth("ch2_l3n", cost=_two_products)
 def ch2_l3n(mask: Tensor) -> Tensor:
     """CH2-L3n scores: (common neighbours + 1) over the links that leave the community.
 
@@ -39,11 +46,13 @@ def ch2_l3n(mask: Tensor) -> Tensor:
     return node_based_scores(mask, ch2_strength)
 
 
+@register.regrowth("ch3_l3n", cost=_two_products)
 def ch3_l3n(mask: Tensor) -> Tensor:
     """CH3-L3n scores: as `ch2_l3n` with 1 in the numerator; bool (out, in) → float32 (out, in)."""
     return node_based_scores(mask, ch3_strength)
 
 
+@register.regrowth("ch3_1_l3n", cost=_two_products)
 def ch3_1_l3n(mask: Tensor) -> Tensor:
     """CH3.1-L3n scores: as `ch2_l3n` with (x + 1)^(1 + x/(1 + x)) in the denominator, where x is the number of links
     that leave the community, less the one to the seed; bool (out, in) → float32 (out, in).

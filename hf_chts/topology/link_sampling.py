@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_chts.topology.bits import common_links, link_positions, nth_link, pack_rows
 from hf_chts.topology.link_prediction import Strength, ch2_strength, ch3_strength, node_based_scores
+from hf_chts.topology.parts import register
 from hf_chts.topology.sampling import choose
 
 # Rounds of draws before what is left goes to the scores themselves
@@ -50,6 +51,13 @@ _CH2 = _Rule(ch2_strength, lambda common: common + 1, per_link=2.0)
 _CH3 = _Rule(ch3_strength, torch.ones_like, per_link=1.0, at_most=1.0)
 
 
+def _pairs_of_links(out_features: int, in_features: int) -> float:
+    # pairs of nodes are compared by their links, 64 at a time, for a share of the links
+    numel = out_features * in_features
+    return 100 * numel + numel * (out_features + in_features) / 64
+
+
+@register.sampler("ch2_l3n", cost=_pairs_of_links)
 def sample_ch2_l3n(mask: Tensor, k: int, *, generator: torch.Generator) -> Tensor:
     """Draw k missing links one after another, each ∝ its CH2-L3n score among those left.
 
@@ -69,6 +77,7 @@ def sample_ch2_l3n(mask: Tensor, k: int, *, generator: torch.Generator) -> Tenso
     return _sample(mask, k, _CH2, generator)
 
 
+@register.sampler("ch3_l3n", cost=_pairs_of_links)
 def sample_ch3_l3n(mask: Tensor, k: int, *, generator: torch.Generator) -> Tensor:
     """As `sample_ch2_l3n`, with CH3-L3n scores."""
     return _sample(mask, k, _CH3, generator)

@@ -17,11 +17,15 @@ def itop_rate(explored: Tensor) -> float:
     return density(explored)
 
 
+def active_neurons(mask: Tensor) -> int:
+    """The number of a layer's input and output nodes that have a link; bool (out, in)."""
+    links = mask.view(torch.uint8)  # any() over bool takes ten times as long as a maximum over bytes
+    return int(torch.count_nonzero(links.amax(1)) + torch.count_nonzero(links.amax(0)))
+
+
 def active_neuron_rate(mask: Tensor) -> float:
     """The share of a layer's input and output nodes that have a link; bool (out, in). arXiv 2501.19107, App. G."""
-    links = mask.view(torch.uint8)  # any() over bool takes ten times as long as a maximum over bytes
-    active = int(torch.count_nonzero(links.amax(1)) + torch.count_nonzero(links.amax(0)))
-    return active / (mask.shape[0] + mask.shape[1])
+    return active_neurons(mask) / (mask.shape[0] + mask.shape[1])
 
 
 def overlap_rate(removed: Tensor, regrown: Tensor) -> float:

@@ -2,6 +2,8 @@
 
 import math
 
+from hf_chts.topology.parts import register
+
 
 def _progress(step: float, start: float, end: float) -> float:
     """How far `step` is from `start` to `end`, within [0, 1]."""
@@ -10,17 +12,20 @@ def _progress(step: float, start: float, end: float) -> float:
     return min(max((step - start) / (end - start), 0.0), 1.0)
 
 
+@register.sparsity_schedule("linear")
 def linear(step: float, start: float, end: float, initial: float, final: float) -> float:
     """From `initial` at `start` to `final` at `end`, in a straight line."""
     t = _progress(step, start, end)
     return final if t == 1 else initial + (final - initial) * t
 
 
+@register.sparsity_schedule("cubic")
 def cubic(step: float, start: float, end: float, initial: float, final: float) -> float:
     """final + (initial − final)·(1 − t)³: fast first, as in GMP (arXiv 1710.01878) and GraNet (arXiv 2106.10404)."""
     return final + (initial - final) * (1 - _progress(step, start, end)) ** 3
 
 
+@register.sparsity_schedule("sigmoid", until=0.5, options={"k": "sigmoid_k"})
 def sigmoid(step: float, start: float, end: float, initial: float, final: float, k: float = 6.0) -> float:
     """The density decay of CHTss (arXiv 2501.19107, §3.3): a logistic curve of steepness `k`, rescaled so that it is
     exactly `initial` at `start` and `final` at `end`.
@@ -49,3 +54,13 @@ def elastic(step: float, end: float, final: float) -> float:
     if t == 1:
         return final
     return final - (0.05 if t < 0.6 else 0.025)
+
+
+@register.sparsity_schedule("constant")
+def _constant(final: float) -> float:
+    return final
+
+
+@register.sparsity_schedule("elastic", starts_below=0.05)
+def _elastic(step: float, end: float, final: float) -> float:
+    return elastic(step, end, final)

@@ -21,6 +21,8 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_chts.layers.masked_layer import MaskedLayer
+
 if TYPE_CHECKING:
     from hf_chts.training.callback import TopologyCallback
 
@@ -35,8 +37,9 @@ class _Start:
     """What a trainer has as its first attempt begins; of weights, where no checkpoint has them, a copy on the CPU."""
 
     def __init__(self, trainer: Any, *, weights: bool) -> None:
-        self.tensors = {}
+        self.tensors, self.masks = {}, {}
         if weights:
+            self.masks = {name: mask.to("cpu", copy=True) for name, mask in trainer.sparse.masks().items()}
             self.tensors = {name: tensor.to("cpu", copy=True) for name, tensor in _tensors(trainer.model).items()}
         self.flos = trainer.current_flos
         self.optimizer = trainer.optimizer
@@ -55,6 +58,8 @@ class _Start:
     def again(self, trainer: Any) -> None:
         for name, tensor in _tensors(trainer.model).items() if self.tensors else ():
             tensor.copy_(self.tensors[name])
+        for name, layer in trainer.sparse.layers.items() if self.masks else ():
+            layer.storage.copy(self.masks[name])
         trainer.current_flos = self.flos
         trainer.optimizer = self.optimizer
         if self.schedule is not None or not trainer._created_lr_scheduler:
@@ -70,7 +75,7 @@ class _Start:
 class FreshAttempts(_AnyTrainer):
     """The part of SparseTrainer that begins an attempt with a smaller batch anew, or from the checkpoint it resumes."""
 
-    topology: "TopologyCallback | None"
+    topology_callback: "TopologyCallback | None"
     _attempts: int = 0  # of this `train()`
     _start: _Start | None = None
     _written: tuple[Path, ...] = ()  # the checkpoints of this attempt
@@ -86,7 +91,7 @@ class FreshAttempts(_AnyTrainer):
             RuntimeError: a sharded engine holds the weights, so that those of the start cannot be put back.
         """
         self._attempts += 1
-        if self.args.auto_find_batch_size and self.topology is not None:
+        if self.args.auto_find_batch_size and self.topology_callback is not None:
             checkpoint = kwargs.get("resume_from_checkpoint")
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
             if self._attempts == 1:
@@ -105,11 +110,11 @@ class FreshAttempts(_AnyTrainer):
                 f"per_device_train_batch_size {batch_size} or less, and without auto_find_batch_size"
             )
         assert self._start is not None
-        assert self.topology is not None
+        assert self.topology_callback is not None
         self._start.again(self)
         if checkpoint is not None and not sharded:
             self._load_from_checkpoint(checkpoint)  # masks and moments are the checkpoint's, and weights must be too
-        self.topology.warmup = None
+        self.topology_callback.warmup = None
         if self.args.should_save:
             for directory in self._written:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -133,9 +138,11 @@ class FreshAttempts(_AnyTrainer):
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
-    """Weights and buffers, masks among them, by name."""
+    """Weights and buffers by name, but for masks, which their owner writes."""
     module = cast(nn.Module, model)
-    return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    masks = {id(layer.mask) for layer in module.modules() if isinstance(layer, MaskedLayer)}
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors if id(tensor) not in masks}
 
 
 def _on_cpu(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is said where training begins: which plan is in force, and what it changes about a run that goes on."""
+"""What is printed when training begins: the topology updates to come, and what is different from the resumed run."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from hf_chts.schedule_plan import SchedulePlan
 
 
 def plan_line(plan: SchedulePlan, learning_rate: str) -> str:
-    """The updates of a run, and what the learning rate does after each of them."""
+    """The topology updates of a run, and what the learning rate does after each of them."""
     interval = plan.config.update_interval
     updates = [step for step in range(interval, plan.window_end + 1, interval) if plan.is_update(step)]
     if not updates:
@@ -26,14 +26,15 @@ def changed_lines(
     earlier: SchedulePlan | None,
     rates: tuple[float, float] | None,
 ) -> list[str]:
-    """What is otherwise than a reader of the config, or of the checkpoint's run, would expect.
+    """Warnings about what a reader of the config, or of the run that wrote the checkpoint, would not expect.
 
     Args:
-        plan: what is in force from `step` on.
+        plan: the schedules from `step` on.
+        step: of the checkpoint; 0 at the start of a run.
         sparsity: of the layers that train.
-        reached: the sparsity of the run by then, which is that of its layers where none has its own.
-        earlier: what was in force where the checkpoint was written, if it was of a run of another length.
-        rates: the learning rate that the checkpoint has, and what the schedule says now; None where it cannot be told.
+        reached: the sparsity of the run at `step`: that of its layers, where none of them has its own.
+        earlier: the schedules of the run that wrote the checkpoint, if that run had another length.
+        rates: the learning rate in the checkpoint, and that of the schedule now; None where they are not known.
     """
     lines = []
     length = plan.max_steps
@@ -79,7 +80,7 @@ def _caught_up(plan: SchedulePlan, step: int) -> bool:
 
 
 def learning_rates(optimizer: Any, scheduler: Any) -> tuple[float, float] | None:
-    """(what the optimizer has, what the schedule says for the same step), where the schedule is a function."""
+    """(the optimizer's, the schedule's at the same step); None where the schedule is not a LambdaLR."""
     scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's wrapper
     if not isinstance(scheduler, LambdaLR):
         return None

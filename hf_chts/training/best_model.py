@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
-from hf_chts.layers.patching import SparseModel
+from hf_chts.sparse_model import SparsityHandle
 
 if TYPE_CHECKING:
     from hf_chts.training.callback import TopologyCallback
@@ -25,13 +25,13 @@ _log = logging.getLogger(__name__)
 class BestAtTargetSparsity(_AnyTrainer):
     """The part of SparseTrainer that says when an evaluation counts for the best model."""
 
-    sparse: SparseModel
-    topology: "TopologyCallback | None"
+    sparse: SparsityHandle
+    topology_callback: "TopologyCallback | None"
     _said_when: bool = False
 
     def target_reached_at(self) -> int:
         """The step from which on the run has the sparsity that was asked for, by its schedule; 0: all the time."""
-        plan = self.topology.plan if self.topology is not None else None
+        plan = self.topology_callback.evolver.plan if self.topology_callback is not None else None
         if plan is None or not plan.decay_end or plan.floor >= plan.config.sparsity - 1e-12:
             return 0
         return plan.decay_end
@@ -83,7 +83,7 @@ class BestAtTargetSparsity(_AnyTrainer):
         """That the best model has been loaded, masks and all, and how sparse it is."""
         step, asked = self.state.best_global_step, self.sparse.config.sparsity
         early = step is not None and step < self.target_reached_at()
-        if self.topology is not None and self.is_world_process_zero():
+        if self.topology_callback is not None and self.is_world_process_zero():
             _log.log(
                 logging.WARNING if early else logging.INFO,
                 "The model is that of step %s, the best, with a sparsity of %.4g where %.4g was asked for",

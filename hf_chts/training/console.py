@@ -1,18 +1,11 @@
-"""What a run says on the console: one line a log, one line an update, 100 columns at most."""
+"""What a run prints: one line for each log and for each topology update, at most 100 columns wide."""
 
 import logging
-import shutil
-import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import (
-    ProgressCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import has_length
 
@@ -22,11 +15,11 @@ COLUMNS = 100
 
 _log = logging.getLogger(__name__)
 
-# what the lines say otherwise, or what says nothing on a console
+# printed in another form, or of no use on a console
 _LEFT_OUT = ("epoch", "step", "total_flos", "num_input_tokens_seen")
 _LOSSES = ("loss_before_update", "loss_after_update")
 
-# log key → what it is called on a line, and its format
+# log key → its name on a line, and its format
 _TRAINING = {
     "loss": ("loss", ".4f"),
     "grad_norm": ("gradient norm", ".3g"),
@@ -40,7 +33,7 @@ _END = {
     "train_steps_per_second": ("steps per second", ".3f"),
     "train_tokens_per_second": ("tokens per second", ".0f"),
 }
-# the same of keys that begin with the name of what was evaluated, as eval_loss does
+# the same for keys after the name of the evaluated data, such as eval_loss
 _EVALUATION = {
     "loss": ("loss", ".4f"),
     "perplexity": ("perplexity", ".2f"),
@@ -49,23 +42,21 @@ _EVALUATION = {
 }
 _EVALUATION_LEFT_OUT = ("loss_per_token", "samples_per_second", "steps_per_second")  # the seconds say the same
 
-# without any of these a line of an update cannot be written, and the log is none of an update
+# a log with all of these is that of a topology update
 _UPDATE = {"sparsity", "links_removed", "links_regrown", "overlap", "itop", "active_neurons", "topology_seconds"}
 
-
-# and these belong to an update where it has them; the rest of its entry is a log of training
+# and these belong to it too; whatever else it holds is printed as a log of training
 _OF_UPDATE = {*_UPDATE, "softness", "active_neurons_percolated"}
 
 
 class ConsoleCallback(ProgressCallback, PrinterCallback):
-    """The Trainer's progress bars and logs, in lines that are read rather than parsed.
+    """Prints the Trainer's logs as lines for people, and draws its progress bars on terminals only.
 
-    The line of an update waits for the loss of the next step, to tell what the update did to it. Bars are drawn on
-    terminals only: in a file they would be one line of thousands of columns. It replaces `ProgressCallback` and
-    `PrinterCallback`, and is both, so that `remove_callback` of either does what it did.
+    The line of an update is printed after the next step, so that it can say how the loss changed. This class replaces
+    `ProgressCallback` and `PrinterCallback`, and is a subclass of both, so that `remove_callback` of either removes it.
 
     Args:
-        bars: whether to draw them; `not args.disable_tqdm`.
+        bars: whether to draw progress bars; `not args.disable_tqdm`.
     """
 
     def __init__(self, *, bars: bool = True) -> None:
@@ -74,8 +65,8 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         self.update: tuple[int, dict[str, Any]] | None = None
 
     def _bar(self, **settings: Any) -> Any:
-        columns = min(COLUMNS, shutil.get_terminal_size().columns)
-        return tqdm(ncols=columns, disable=not (self.bars and sys.stderr.isatty()), **settings)
+        # disable=None: drawn only where stderr is a terminal; in a file a bar is one line of thousands of columns
+        return tqdm(dynamic_ncols=True, disable=None if self.bars else True, **settings)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,7 +74,7 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         self.update = None
         self.current_step = 0
         if state.is_world_process_zero:
-            # the update that a checkpoint ends with waits still
+            # an update in the very step of a checkpoint has not been printed yet
             logged = [x for x in state.log_history if x.get("step") == state.global_step and x.keys() >= _UPDATE]
             self.update = (state.global_step, logged[-1]) if logged else None
             self.training_bar: Any = self._bar(total=state.max_steps)
@@ -115,16 +106,16 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
             return
         rest = dict(logs)
         if not self.bars:
-            # as PrinterCallback does, in whose place it stands: what train() returns then has no total_flos
+            # as PrinterCallback does: the metrics that train() returns have no total_flos then
             logs.pop("total_flos", None)
         last = state.log_history[-1] if state.log_history else {}
-        if "total_flos" in last:  # where a printer has been before
+        if "total_flos" in last:  # another printer may have popped it from `logs`
             rest["total_flos"] = last["total_flos"]
         losses = {name: rest.pop(name) for name in _LOSSES} if rest.keys() >= set(_LOSSES) else {}
         if losses:
-            self._say_update(losses, state.global_step)
+            self._print_update(losses, state.global_step)
         if rest.keys() >= _UPDATE:
-            self._say_update({}, state.global_step)  # one before it, of whose losses nothing was said
+            self._print_update({}, state.global_step)  # the one before, whose losses were not logged
             self.update = (state.global_step, {name: rest.pop(name) for name in _OF_UPDATE & rest.keys()})
         if rest.keys() - set(_LEFT_OUT):
             _write(log_line(state.global_step, rest))
@@ -132,20 +123,20 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._say_update({}, state.global_step)  # an update in the last step has no loss after it
+        self._print_update({}, state.global_step)  # after an update in the last step no loss follows
         super().on_train_end(args, state, control, **kwargs)
 
-    def _say_update(self, losses: Mapping[str, float], step: int) -> None:
+    def _print_update(self, losses: Mapping[str, float], step: int) -> None:
         if self.update is not None:
             step, figures = self.update
             self.update = None
             _write(update_line(step, {**figures, **losses}))
-        elif losses:  # the update was said before the run was stopped
+        elif losses:  # the update itself was printed before the run was stopped
             _write(f"{step:>6}  the first step after an update: {_difference(losses)}")
 
 
 def update_line(step: int, figures: Mapping[str, Any]) -> str:
-    """One update in one line; the links removed and regrown are those of all layers, on all ranks."""
+    """The line of a topology update, with the links of all layers on all ranks."""
     parts = [
         f"{figures['sparsity']:.1%} sparse",
         f"−{_count(figures['links_removed'])} +{_count(figures['links_regrown'])}",
@@ -163,8 +154,8 @@ def update_line(step: int, figures: Mapping[str, Any]) -> str:
 
 
 def log_line(step: int, logs: Mapping[str, Any]) -> str:
-    """Any log of the Trainer: in one line what it logs itself, further lines for keys that others added."""
-    title, table, left_out = _kind(logs)
+    """The line of any other log; keys that callbacks or users added may take further, indented lines."""
+    title, table, left_out = _title(logs)
     shown = [key for key in table if isinstance(logs.get(key), int | float)]
     known = [f"{table[key][0]} {logs[key]:{table[key][1]}}" for key in shown]
     others = [
@@ -182,30 +173,30 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _kind(logs: Mapping[str, Any]) -> tuple[str, Mapping[str, tuple[str, str]], Collection[str]]:
-    """What begins the line of a log, what its keys are called, and which of them are left out.
+def _title(logs: Mapping[str, Any]) -> tuple[str, Mapping[str, tuple[str, str]], Collection[str]]:
+    """(the beginning of a log's line; name and format of its known keys; the keys to leave out)
 
-    A key alone tells little: with `include_num_input_tokens_seen` every log has a `train_runtime`, and users call
-    figures of theirs train_… and eval_…, and what they evaluate as they like.
+    A single key does not tell what kind of log it is: with `include_num_input_tokens_seen` every log has a
+    `train_runtime`, and users may call their own figures train_… or eval_…, and their evaluation data anything.
     """
-    if "total_flos" in logs and "train_runtime" in logs:  # what the Trainer logs once, when training has ended
+    if "total_flos" in logs and "train_runtime" in logs:  # logged once, at the end of training
         return "done: ", _END, _LEFT_OUT
-    if "loss" not in logs:  # which every log of training steps has, and no evaluation
+    if "loss" not in logs:  # every log of training steps has it, and no evaluation
         names = sorted((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), key=len)
         if not names and all(key.startswith("eval_") for key in logs if key not in _LEFT_OUT):
             names = ["eval"]
         if names:
-            name = names[0]  # a figure of the user's may end in _runtime too: eval_model_runtime beside eval_runtime
+            name = names[0]  # the shortest: a user's own figure may be called eval_model_runtime
             title = f"validation {name[5:]}".rstrip() if f"{name}_".startswith("eval_") else name
             table = {f"{name}_{key}": called for key, called in _EVALUATION.items()}
             return f"{title}: ", table, (*_LEFT_OUT, *(f"{name}_{key}" for key in _EVALUATION_LEFT_OUT))
-    # of the steps of a run that counts tokens, the Trainer logs the seconds since its begin
+    # with the counted tokens the Trainer logs the seconds since the run began
     counted = ("train_runtime",) if "num_input_tokens_seen" in logs else ()
     return "", _TRAINING, (*_LEFT_OUT, *counted)
 
 
 def use_console(trainer: Any) -> None:
-    """Replace the Trainer's own progress and printing callbacks; those of notebooks and of users stay."""
+    """Replace the Trainer's own progress and printing callbacks; a notebook's and a user's stay."""
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback) in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
@@ -213,7 +204,7 @@ def use_console(trainer: Any) -> None:
 
 
 def say(trainer: Any, line: str) -> None:
-    """A line among those of a trainer's console; logged as an info where it has none, as in notebooks."""
+    """Print a line on the console of a trainer; log it as an info where the trainer has none, as in notebooks."""
     if any(isinstance(callback, ConsoleCallback) for callback in trainer.callback_handler.callbacks):
         _write(line)
     else:
@@ -230,7 +221,7 @@ def _difference(losses: Mapping[str, float]) -> str:
 
 
 def _count(links: int) -> str:
-    """In at most four characters, as 9.9k, 325k, 1.4M: seven numbers have to fit on the line."""
+    """A number of links in at most four characters, such as 9.9k, 325k or 1.4M."""
     for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if links >= 0.9995 * size:
             value = links / size

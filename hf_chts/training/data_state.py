@@ -1,9 +1,8 @@
-"""Where each rank is in a stream of training data: kept in a checkpoint, and taken up from it.
+"""Where each rank is in a stream of training data: saved in checkpoints, and resumed from them.
 
-A stream is any dataset with a method `loader`, as `hf_chts.data.BlockStream` has it. Others are the Trainer's affair.
+A stream is any dataset with a method `loader` like that of `hf_chts.data.BlockStream`. The Trainer handles all others.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -12,7 +11,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_chts.checkpoint import write_whole
+from hf_chts.files.atomic import write_json
+from hf_chts.files.reading import read_json, reading
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer
@@ -28,27 +28,27 @@ class ResumableLoader(Protocol):
 
     @property
     def skipped(self) -> int:
-        """How many documents were left out since the run began, because they cannot be trained on."""
+        """How many bad documents were skipped since the run began."""
         ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the batches that were taken end, as JSON can hold it."""
+        """Where the batches that were taken end; JSON."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there. Raises ValueError if the state is of other data, or of other readers."""
+        """Go on there. Raise ValueError if the state is of other data or readers."""
         ...
 
     def restart(self, number: int) -> None:
-        """Begin anew, in an order that belongs to `number`; 0 is that of a first run."""
+        """Begin anew, in an order that belongs to `number`; a first run has 0."""
         ...
 
 
 @runtime_checkable
 class ResumableDataset(Protocol):
-    """A dataset that each rank reads its share of, and that can be taken up where it was left."""
+    """A dataset of which each rank reads its share, and that resumes where it was left."""
 
     def loader(
         self,
@@ -65,7 +65,7 @@ class ResumableDataset(Protocol):
 
 
 class ResumableDataMixin(_AnyTrainer):
-    """The part of SparseTrainer that reads such datasets: each rank its own share, taken up exactly on resume."""
+    """The part of SparseTrainer that reads such datasets: each rank its own share, exactly resumed."""
 
     _stream: ResumableLoader | None = None
     _data_state: dict[str, Any] | None = None
@@ -100,22 +100,22 @@ class ResumableDataMixin(_AnyTrainer):
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; a stream goes on after the batches that the checkpoint's training took."""
+        """Like `Trainer.train`; a stream goes on after the batches that were trained on before the checkpoint."""
         self._data_state, self._restart = None, 0
         ignore_data_skip = self.args.ignore_data_skip
         if isinstance(resume_from_checkpoint, str) and isinstance(self.train_dataset, ResumableDataset):
             self._data_state = self.data_state(resume_from_checkpoint)
             if ignore_data_skip:
                 self._restart = max(1, _last_step(resume_from_checkpoint))
-            self.args.ignore_data_skip = True  # else the Trainer reads again what was read, only to skip it
+            self.args.ignore_data_skip = True  # else the Trainer would read those batches again to skip them
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = ignore_data_skip
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`; a log of training says how many documents all ranks' streams have left out, if any."""
-        # what all ranks log together
+        """Like `Trainer.log`; a log of training has the number of documents that all ranks have skipped, if any."""
+        # these are logged by all ranks at once
         together = ("loss" in logs and self.control.should_log) or "train_loss" in logs
         if together and self._stream is not None and isinstance(self.train_dataset, ResumableDataset):
             mine = torch.tensor(self._stream.skipped, device=self.args.device)
@@ -125,10 +125,10 @@ class ResumableDataMixin(_AnyTrainer):
         super().log(logs, *args, **kwargs)
 
     def data_state(self, directory: str) -> dict[str, Any] | None:
-        """This rank's state in a checkpoint; None if the data are not to be taken up where they were left.
+        """This rank's state in a checkpoint; None if the data do not go on from there.
 
         Raises:
-            FileNotFoundError, ValueError: there is none, or it is that of other data or another number of readers.
+            FileNotFoundError, ValueError: there is none, or it is of other data or another number of readers.
         """
         if self.args.ignore_data_skip:
             return None
@@ -147,12 +147,9 @@ class ResumableDataMixin(_AnyTrainer):
                 if ranks
                 else f"{directory} was not trained on a stream, this run reads one: use the data that it had, {advice}"
             )
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            if state.pop("format") != _FORMAT:
-                raise ValueError(f"its format is not {_FORMAT!r}")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be used: {error}. Take an earlier checkpoint") from error
+        with reading(path, "Take an earlier checkpoint"):
+            state = read_json(path, _FORMAT)
+        del state["format"]
         try:
             self._new_loader(self.train_dataset).load_state_dict(state)
         except ValueError as error:
@@ -160,10 +157,10 @@ class ResumableDataMixin(_AnyTrainer):
         return state
 
     def save_data_state(self, directory: str | Path) -> None:
-        """Write this rank's state into a checkpoint; nothing for data that are no stream."""
+        """Write this rank's state into a checkpoint, if it reads a stream."""
         if self._stream is not None and isinstance(self.train_dataset, ResumableDataset):
-            text = json.dumps({"format": _FORMAT, **self._stream.state_dict()}, indent=1)
-            write_whole(Path(directory) / DATA_STATE.format(rank=self.args.process_index), text.encode())
+            path = Path(directory) / DATA_STATE.format(rank=self.args.process_index)
+            write_json(path, {"format": _FORMAT, **self._stream.state_dict()})
 
 
 def _last_step(directory: str) -> int:
@@ -172,7 +169,7 @@ def _last_step(directory: str) -> int:
 
 
 class _EpochOfStep(TrainerCallback):
-    """A stream has no length, and the Trainer's epoch is the share of max_steps; resumed, it would begin at 0 again."""
+    """A stream has no length, so the epoch is the share of max_steps; a resumed Trainer would start it at 0 again."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.epoch = state.global_step / state.max_steps

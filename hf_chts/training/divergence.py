@@ -1,4 +1,4 @@
-"""A run that has diverged stops: nothing that is not finite is evolved, saved, called best or pushed."""
+"""A run that has diverged stops: NaN and infinity are never evolved, saved, chosen as the best model or pushed."""
 
 import logging
 import math
@@ -9,15 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_chts.checkpoint.run_folder import last_sealed
+from hf_chts.evolution.held_tensors import MASTER, weights_and_moments, weights_of
+from hf_chts.finite import not_finite
 from hf_chts.layers.shares import some
-from hf_chts.seal import last_sealed
-from hf_chts.training.not_finite import MASTER, not_finite, weights_and_moments, weights_of
-from hf_chts.training.sharding.ranks import rank_and_world
+from hf_chts.sharding.ranks import rank_and_world
 from hf_chts.training.unlabelled import UnlabelledEvaluation, excused, without_labels
 
 if TYPE_CHECKING:
-    from hf_chts.training.callback import TopologyCallback
-
     _AnyTrainer = Trainer
 else:
     _AnyTrainer = object
@@ -33,7 +32,13 @@ def last_whole(checkpoint: str | None) -> str:
 
 
 def diverged(step: int, names: list[str], output_dir: str | None, what: str) -> FloatingPointError:
-    """What is raised where tensors hold NaN or infinity after `step`; `what` says what is not done with them."""
+    """The error for tensors that hold NaN or infinity after `step`.
+
+    Args:
+        names: of the tensors.
+        output_dir: of the run, to name its last complete checkpoint.
+        what: what is not done because of them, such as "nothing is pushed".
+    """
     return FloatingPointError(
         f"after step {step} these hold NaN or infinity, so {what}: {some(names)}. Go on from an earlier checkpoint, "
         f"and {_REMEDY}. {last_whole(last_sealed(output_dir or '.'))}"
@@ -41,9 +46,9 @@ def diverged(step: int, names: list[str], output_dir: str | None, what: str) -> 
 
 
 class Watch:
-    """The first step with a loss, and with a gradient, that is not finite; and how many batches had no labels.
+    """The first step whose loss, or whose gradient, is not finite, and the number of batches without labels.
 
-    All of it is kept on the device: to look at each loss would have it wait.
+    All of it stays on the device, so that the host does not wait for every loss.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,7 +70,10 @@ class Watch:
         return torch.where(finite, first, first.clamp(max=step))
 
     def look(self, *, together: bool) -> tuple[int, int, int]:
-        """The three numbers, of this rank or of all together. Collective if `together`."""
+        """First steps of a bad loss and gradient (`_NEVER` if none), and batches without labels.
+
+        Of this rank, or, if `together`, of all ranks; that is collective.
+        """
         mine = torch.stack([self.loss, self.gradient, self.unlabelled])
         of_ranks = [mine]
         if together and rank_and_world()[1] > 1:
@@ -78,74 +86,73 @@ class Watch:
 class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
     """The part of SparseTrainer that looks for NaN and infinity.
 
-    Losses and gradients are watched all the time. They are looked at where the host waits for the device anyway: the
-    gradient at once on a CPU and under DeepSpeed, before the optimizer steps where it has not yet; and in any case with
-    each log of training and before anything is saved. What is saved or pushed is read itself, and what is left at the
-    end of training.
+    Every loss and gradient is recorded on the device. The host looks at the record where it waits for the device
+    anyway: at each log of training and before each save; on a CPU and under DeepSpeed also after each backward pass.
+    Weights and optimizer state are read before they are saved or pushed, and at the end of training.
     """
 
-    topology: "TopologyCallback | None"
+    topology_callback: Any  # the TopologyCallback, or None for a dense run
     _watch: Watch | None = None
-    _begun: bool = False  # whether the weights that training begins with were read
-    unlabelled: Tensor | None = None  # whether the labels of the last micro-batch are all -100
+    _begun: bool = False  # the weights that training starts from have been read
+    unlabelled: Tensor | None = None  # bool (): the labels of the last micro-batch are all -100
     _unlabelled_said: int = 0
 
     def watch_anew(self) -> None:
-        """Training begins: nothing has been seen of it."""
+        """Forget what was recorded, as training begins."""
         self._watch, self.unlabelled, self._unlabelled_said, self._begun = None, None, 0, False
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if not self._begun:  # the first thing that comes when a checkpoint is loaded, and all is prepared
+        if not self._begun:  # the first call after the checkpoint is loaded and the model prepared
             self._begun = True
-            if bad := not_finite(weights_of(cast(nn.Module, self.model), frozen=True), self.args.device):
+            if bad := not_finite(weights_of(cast(nn.Module, self.model), frozen=True), device=self.args.device):
                 raise FloatingPointError(
                     f"these weights hold NaN or infinity before step {self.state.global_step + 1}, so nothing is "
-                    f"trained: {some(bad)}. Load or initialize them anew"
+                    f"trained: {some(bad)}. Load or initialize them again"
                 )
         super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """As `Trainer.training_step`; the loss of a batch without labels is 0 where it would be logged as it is."""
+        """As `Trainer.training_step`; the loss of a batch without labels is 0, not NaN."""
         self.unlabelled = without_labels(inputs, shifted=getattr(self, "_loss_shifts_labels", False))
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._watched().add_loss(self.state.global_step + 1, loss, self.unlabelled)
-        # else the Trainer leaves it out of the loss that it logs
+        # with logging_nan_inf_filter the Trainer itself leaves NaN out of the loss that it logs
         return loss if self.args.logging_nan_inf_filter else excused(loss, self.unlabelled)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        # with a scaler infinite gradients are none of a divergence, and it leaves out the step
+        # with fp16 an infinite gradient is no divergence: the loss scaler skips the step
         if norm is not None and self.accelerator.mixed_precision != "fp16":
             split = hasattr(norm, "to_local")  # under FSDP2 each rank has the norm of its own part
             seen = norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64)
             seen = cast(Any, seen).to_local() if split else seen
-            seen = torch.where(seen < 0, math.nan, seen)  # what DeepSpeed says for NaN and infinity is -1
+            seen = torch.where(seen < 0, math.nan, seen)  # DeepSpeed returns -1 for NaN and infinity
             self._watched().add_gradient(self.state.global_step + 1, seen)
-            # where the host has it, and it is the same on all ranks
+            # only where the host has it already, and all ranks have the same
             if not split and seen.device.type == "cpu" and not seen.isfinite().all():
                 self._refuse_divergence(together=False)
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`; a log of training is preceded by a look at the losses and gradients until then."""
-        if "train_loss" in logs or ("loss" in logs and self.control.should_log):  # what all ranks log together
+        """As `Trainer.log`; checks the losses and gradients so far before a log of training."""
+        if "train_loss" in logs or ("loss" in logs and self.control.should_log):  # logs that all ranks reach together
             self._refuse_divergence(together=True)
         super().log(logs, *args, **kwargs)
 
     def refuse_not_finite(self, what: str) -> None:
-        """Look at losses, gradients, weights and the optimizer's state; `what` says what is not done. Collective.
+        """Check losses, gradients, weights and optimizer state; `what` is as in `diverged`. Collective.
 
         Raises:
-            FloatingPointError: something was or is NaN or infinite, on any rank; the message says what, the step, and
-                which checkpoint is the last whole one.
+            FloatingPointError: one of them is or was NaN or infinite on any rank; the message has its name, the step
+                and the last complete checkpoint.
         """
         self._refuse_divergence(together=True)
         held = weights_and_moments(cast(nn.Module, self.model), self.optimizer)
-        if bad := not_finite(held, self.args.device):
-            if MASTER in bad and self.topology is not None and self.topology.engine is not None:
-                engine = self.topology.engine
-                parts = {name: list(engine.held(layer).values()) for name, layer in self.topology.sparse.layers.items()}
-                bad = [*not_finite(parts, self.args.device), *bad]  # whose parts they are, where that is known
+        if bad := not_finite(held, device=self.args.device):
+            evolver = self.topology_callback.evolver if self.topology_callback is not None else None
+            if MASTER in bad and evolver is not None and (engine := evolver.engine) is not None:
+                parts = {name: list(engine.held(layer).values()) for name, layer in evolver.sparse.layers.items()}
+                bad = [*not_finite(parts, device=self.args.device), *bad]  # the layers, where they are known
             raise diverged(self.state.global_step, bad, self.args.output_dir, what)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -161,7 +168,7 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
         Raises:
             FloatingPointError: a weight is NaN or infinite. Nothing is saved or sent then.
         """
-        if bad := not_finite(weights_of(cast(nn.Module, self.model)), self.args.device):
+        if bad := not_finite(weights_of(cast(nn.Module, self.model)), device=self.args.device):
             raise diverged(self.state.global_step, bad, self.args.output_dir, "nothing is pushed")
         return super().push_to_hub(*args, **kwargs)
 
@@ -174,7 +181,7 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
         """Raises FloatingPointError if a loss or a gradient was NaN or infinite."""
         loss, gradient, unlabelled = self._watched().look(together=together)
         if min(loss, gradient) < _NEVER:
-            what = "the loss" if loss <= gradient else "the gradient (under a loss that is none)"
+            what = "the loss" if loss <= gradient else "the gradient (with a finite loss)"
             if self._unlabelled_said or unlabelled:
                 what += ", as it may be where a loss of your own divides by the number of labels and a batch has none,"
             raise FloatingPointError(

@@ -18,14 +18,15 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
-from hf_chts.checkpoint import write_whole
+from hf_chts.export.card_metadata import as_list
 from hf_chts.export.checkpoint_card import last_evaluation, progress
 from hf_chts.export.hub import HubRepository, explained, open_repository
 from hf_chts.export.hub_errors import PushFailed
 from hf_chts.export.hub_files import CARD
 from hf_chts.export.model_card import model_card
 from hf_chts.export.model_facts import ModelFacts
-from hf_chts.layers.patching import SparseModel
+from hf_chts.files.atomic import write_whole
+from hf_chts.sparse_model import SparsityHandle
 from hf_chts.training.hub_contents import STAGED, model_contents, push_checkpoint, stage, tensorboard_logs
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ class HubPushes(_AnyTrainer):
     """The part of `SparseTrainerMixin` that pushes; rank 0 alone does.
 
     Attributes:
-        recipe: what model cards say of the training: name → value; None: what the arguments say. Its `dataset`, if that
-            is a Hub id, goes into their metadata.
+        recipe: what model cards say about the training beyond what the arguments say: name → value. Its `dataset`, if
+            that is a Hub id, goes into their metadata.
     """
 
-    sparse: SparseModel
+    sparse: SparsityHandle
     recipe: Mapping[str, Any] | None = None
     hub_model_id: Any  # the Trainer's own, which says None of both
     push_in_progress: Any
@@ -108,7 +109,7 @@ class HubPushes(_AnyTrainer):
         given |= {"base_model": finetuned_from, "datasets": dataset_tags}
         given |= {"pipeline_tag": tasks if isinstance(tasks, str) else None}
         described = {"dataset": dataset, "dataset arguments": dataset_args}
-        training = {**self._training(), **{name: value for name, value in described.items() if value is not None}}
+        training = {**self.training_facts(), **{name: value for name, value in described.items() if value is not None}}
         steps = progress(self.state.global_step, self.state.max_steps)
         card = model_card(
             ModelFacts.of_model(self.sparse),
@@ -141,7 +142,7 @@ class HubPushes(_AnyTrainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        tags = [*_listed(kwargs.pop("tags", None)), *_listed(getattr(self.model, "model_tags", None))]
+        tags = [*as_list(kwargs.pop("tags", None)), *as_list(getattr(self.model, "model_tags", None))]
         self.create_model_card(tags=tags, **kwargs)
         self._wait_for_push()
         output_dir = Path(self.args.output_dir or ".")
@@ -178,7 +179,7 @@ class HubPushes(_AnyTrainer):
         if not by_step and self.state.epoch is not None:
             message = f"Training in progress, epoch {int(self.state.epoch)}"
         names = {HubStrategy.CHECKPOINT: _LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: Path(checkpoint).name}
-        repository, sparsity, training = self._repository, self.sparse.config, self._training()
+        repository, sparsity, training = self._repository, self.sparse.config, self.training_facts()
         self._newest, self._unpushed = checkpoint, None
         try:
             # the Trainer may delete the checkpoint (save_total_limit) while it is still being sent
@@ -246,12 +247,10 @@ class HubPushes(_AnyTrainer):
                 revision=revision if revision is not None else self.args.hub_revision,
             )
 
-    def _training(self) -> dict[str, Any]:
-        """The recipe, for a model card."""
-        if self.recipe is not None:
-            return dict(self.recipe)
-        args = self.args
-        return {
+    def training_facts(self) -> dict[str, Any]:
+        """What model cards say about the training: `recipe`, and what it does not name of the arguments."""
+        args, recipe = self.args, self.recipe or {}
+        facts = {
             "sequences per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "optimizer": str(getattr(args.optim, "value", args.optim)),
             "learning rate": args.learning_rate,
@@ -261,12 +260,9 @@ class HubPushes(_AnyTrainer):
             "weight decay": args.weight_decay,
             "seed": args.seed,
         }
+        return {**recipe, **facts, **recipe}
 
 
 def _in_progress(future: "Future[CommitInfo]") -> PushInProgress:
     jobs: Any = [future]  # its annotation is of one
     return PushInProgress(jobs)
-
-
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -1,15 +1,15 @@
-"""What is said of the layers where training begins: which are sparse, which are not, and why."""
+"""The table of a model's layers that is printed when training begins: which are sparse, which are not, and why."""
 
-from collections.abc import Iterable
-
-from hf_chts.layers.partitions import weight_shape
-from hf_chts.layers.patching import SparseModel
+from hf_chts.layers.sparse_layers import SparseLayers
 from hf_chts.layers.targets import matrix_shape, why_dense
 from hf_chts.layers.wrappers import named_originals
+from hf_chts.names import last_part
+from hf_chts.sharding.partitions import weight_shape
+from hf_chts.text_table import text_table
 
 
-def layer_lines(sparse: SparseModel) -> list[str]:
-    """A table of the linear layers of a model, by kind, that is the end of the name and the shape."""
+def layer_lines(sparse: SparseLayers) -> list[str]:
+    """A line for all linear layers of a model with the same last part of the name and the same shape."""
     model, modules = sparse.model, named_originals(sparse.model)
     reasons = why_dense(model, sparse.config, sparse.layers)
     shapes = {name: matrix_shape(modules[name]) for name in (*sparse.layers, *reasons)}
@@ -20,25 +20,15 @@ def layer_lines(sparse: SparseModel) -> list[str]:
     header = f"layers: {len(links)} sparse with {sum(links.values()):,} links, {sparse.sparsity():.1%} sparse"
     if abs(sparse.sparsity() - sparse.config.sparsity) > 1e-3:
         header += f" and {sparse.config.sparsity:.1%} in the end"
-    lines = [header]
-    rows: dict[tuple[str, tuple[int, int], str], list[str]] = {}
+    alike: dict[tuple[str, tuple[int, int], str], list[str]] = {}
     for name, shape in shapes.items():
-        rows.setdefault((_kind(name), shape, reasons.get(name, "")), []).append(name)
-    for (kind, (out, inn), reason), names in rows.items():
+        alike.setdefault((last_part(name), shape, reasons.get(name, "")), []).append(name)
+    rows = []
+    for (kind, (rows_out, columns_in), reason), names in alike.items():
         what = f"dense: {reason}"
         if not reason:
-            held = sum(links[name] for name in names)
-            what = f"{held:,} links, {1 - held / (len(names) * out * inn):.1%} sparse"
-        lines.append(f"{len(names):>8} × {kind} {out}×{inn}  {what}")
-    return [*lines, f"        and {others:,} weights of no linear layer, as of embeddings and norms  dense"]
-
-
-def _kind(name: str) -> str:
-    """The end of a layer's name, from the last part that is no number."""
-    parts = name.split(".")
-    last = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
-    return ".".join(_without_numbers(parts[last:]))
-
-
-def _without_numbers(parts: Iterable[str]) -> list[str]:
-    return [part for part in parts if not part.isdigit()] or list(parts)
+            total = sum(links[name] for name in names)
+            what = f"{total:,} links, {1 - total / (len(names) * rows_out * columns_in):.1%} sparse"
+        rows.append([f"{len(names)} ×", kind, f"{rows_out}×{columns_in}", what])
+    table = [f"      {line}" for line in text_table(rows, right=[0])]
+    return [header, *table, f"      and {others:,} weights outside linear layers, such as embeddings and norms: dense"]

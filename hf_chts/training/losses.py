@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from hf_chts.schedule_plan import SchedulePlan
-from hf_chts.training.sharding import mean_over_ranks
+from hf_chts.sharding.ranks import mean_over_ranks
 from hf_chts.training.unlabelled import excused
 
 
 class UpdateLosses:
     """Keeps the loss of the step that an update follows, and that of the next step.
 
-    They are of different batches, so one pair says little; their mean over many updates tells whether updates cost.
+    They come from different batches, so one pair says little; the mean over many updates tells what updates cost.
 
     Attributes:
         before: the loss of the step that the last update followed, until the next step has ended.
@@ -19,16 +19,16 @@ class UpdateLosses:
 
     def __init__(self, before: float | None = None) -> None:
         self._adding = False
-        self._sum: Tensor | None = None  # of the losses, and of the micro-batches that have labels
+        self._sum: Tensor | None = None  # (2,): of the losses, and of the micro-batches that have labels
         self.before = before
 
     def begin(self, finished: int, plan: SchedulePlan) -> None:
-        """A step begins after `finished` steps."""
+        """Called when a step begins after `finished` steps."""
         self._adding = plan.is_update(finished + 1) or (self.before is not None and plan.is_update(finished))
         self._sum = None
 
     def add(self, loss: Tensor, unlabelled: Tensor | None = None) -> None:
-        """Add a micro-batch's share of the step's loss; `unlabelled`: whether it has no labels, where that is known."""
+        """Add a micro-batch's share of the step's loss, and whether it has no labels, if that is known."""
         if self._adding:
             loss = excused(loss, unlabelled).to(torch.float32)
             labelled = torch.ones_like(loss) if unlabelled is None else (~unlabelled).to(loss)
@@ -36,13 +36,13 @@ class UpdateLosses:
             self._sum = both if self._sum is None else self._sum + both
 
     def end(self, finished: int, plan: SchedulePlan) -> dict[str, float]:
-        """A step ended and made it `finished`; the figures to log, where it is the first after an update."""
+        """Called when step number `finished` ends; the figures to log if it is the first after an update."""
         if not self._adding or self._sum is None:
             return {}
         loss, labelled = mean_over_ranks(self._sum.clone()).tolist()
         figures = {}
         if plan.is_update(finished - 1) and self.before is not None and labelled:
             figures = {"loss_before_update": self.before, "loss_after_update": loss}
-        # a step without any labels has a loss of 0 that says nothing
+        # without labels the loss is 0 and says nothing
         self.before = loss if plan.is_update(finished) and labelled else None
         return figures

@@ -10,8 +10,8 @@ from torch import nn
 from transformers.utils import cached_file
 
 from hf_chts.config import CONFIG_NAME, SparsityConfig
-from hf_chts.layers.patching import SparseModel
 from hf_chts.layers.wrappers import original_name, unwrap
+from hf_chts.sparse_model import SparsityHandle
 
 
 def by_name(
@@ -35,7 +35,7 @@ def by_name(
 
 def refuse_unloaded(model: str, sparsity: Any) -> None:
     """Raises ValueError where the name of a model that the trainer is to load cannot stand for a sparse one."""
-    if isinstance(sparsity, SparseModel):
+    if isinstance(sparsity, SparsityHandle):
         raise ValueError(
             f"sparsity is the handle of a model, but {model!r} is yet to be loaded: pass a SparsityConfig, or "
             "the model that sparsify made sparse"
@@ -47,7 +47,7 @@ def refuse_unloaded(model: str, sparsity: Any) -> None:
         )
 
 
-def start_reference(trainer: Any, sparse: SparseModel, given: bool) -> None:
+def start_reference(trainer: Any, sparse: SparsityHandle, given: bool) -> None:
     """Give the reference model that a trainer loaded by the name of its model the weights of that model as they are.
 
     The name stands for the weights before the model was made sparse, or trained here. A reference that the user

@@ -11,14 +11,22 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, sort_checkpoints
 
-from hf_chts.full_disk import told_where
-from hf_chts.layers.patching import SparseModel
+from hf_chts.checkpoint.run_folder import (
+    OutputLock,
+    all_sealed,
+    passed_over,
+    refuse_folder_of_another_run,
+    sealed,
+    take_folder,
+)
+from hf_chts.checkpoint.run_identity import RunIdentity
+from hf_chts.checkpoint.seal import verify_seal, what_is_unsealed
+from hf_chts.files.full_disk import explain_failed_write
 from hf_chts.layers.wrappers import original_name
 from hf_chts.machine import version_of
-from hf_chts.seal import all_sealed, sealed, take_folder, verify_seal, what_is_unsealed
-from hf_chts.training.output_lock import OutputLock
-from hf_chts.training.run_identity import RunIdentity, passed_over, refuse_folder_of_another_run
-from hf_chts.training.same_on_ranks import decisive_arguments, together
+from hf_chts.sharding.ranks import together
+from hf_chts.sparse_model import SparsityHandle
+from hf_chts.training.same_on_ranks import decisive_arguments
 
 if TYPE_CHECKING:
     from hf_chts.training.callback import TopologyCallback
@@ -41,8 +49,8 @@ class BeginsRuns(_AnyTrainer):
         resumed_from: the checkpoint that this training goes on from; None before and after.
     """
 
-    sparse: SparseModel
-    topology: "TopologyCallback | None"
+    sparse: SparsityHandle
+    topology_callback: "TopologyCallback | None"
     made_of: dict[str, Any]
     identity: RunIdentity | None = None
     run_dir: str | None = None
@@ -88,8 +96,8 @@ class BeginsRuns(_AnyTrainer):
         except OSError as error:
             problem = error
         together({}, problem)
-        if self.topology is not None:
-            self.topology.identity, self.topology.run_dir = self.identity, run_dir
+        if self.topology_callback is not None:
+            self.topology_callback.identity, self.topology_callback.run_dir = self.identity, run_dir
         self.resumed_from = checkpoint
         return checkpoint
 
@@ -101,7 +109,7 @@ class BeginsRuns(_AnyTrainer):
 
     def _writes(self) -> bool:
         """Whether training writes anything into its folder: checkpoints, or records of the topology."""
-        return self.topology is not None or self.args.save_strategy != SaveStrategy.NO
+        return self.topology_callback is not None or self.args.save_strategy != SaveStrategy.NO
 
     def _whole_checkpoint(self, resume: str | bool | None, run_dir: str) -> tuple[str | None, list[Path]]:
         """The checkpoint to resume from, every file of it read; and newer ones that are damaged, if they may be."""
@@ -188,7 +196,9 @@ class BeginsRuns(_AnyTrainer):
             self._say_other_length(earlier.max_steps)
         left = passed_over(self.run_dir, checkpoint, step)
         later = [path for path in left if path in sealed(self.run_dir)]
-        with told_where(self.run_dir, "Make room there, or give the run another output_dir; nothing has been trained"):
+        with explain_failed_write(
+            self.run_dir, "Make room there, or give the run another output_dir; nothing has been trained"
+        ):
             take_folder(self.run_dir, self.identity.to_dict(), left)
         if later:
             _log.warning(
@@ -202,7 +212,7 @@ class BeginsRuns(_AnyTrainer):
     def _say_other_length(self, earlier: int) -> None:
         """Where updates of a topology depend on the length, the plan says more (begin_lines.py)."""
         now = self.args.max_steps
-        if now > 0 and earlier not in (0, now) and not (self.topology and self.sparse.config.evolves):
+        if now > 0 and earlier not in (0, now) and not (self.topology_callback and self.sparse.config.evolves):
             _log.warning(
                 "The run goes on to step %d, that of the checkpoint would have gone to %d: the learning rate follows "
                 "the schedule of the new length",

@@ -1,9 +1,8 @@
-"""Weights of a checkpoint under the names that they have in the model.
+"""Load the weights of a checkpoint under the names that they have in the model.
 
-`save_pretrained` writes the weights of some models under other names and in other pieces, those that their first
-checkpoints had: Mixtral's experts one by one, ViT's queries as `attention.attention.query`. `from_pretrained` turns
-them back; the Trainer, which reads the file itself to resume, does not, and leaves such weights as they were in a model
-made anew.
+`save_pretrained` writes the weights of some models under the names, and in the pieces, of their first checkpoints:
+Mixtral's experts one by one, ViT's queries as `attention.attention.query`. `from_pretrained` converts them back. The
+Trainer reads the file itself to resume, does not convert them, and would leave such weights as they were initialized.
 """
 
 import copy
@@ -20,12 +19,12 @@ from hf_chts.layers.wrappers import original_name, unwrap
 
 @contextmanager
 def names_of_model(model: nn.Module, directory: str | Path) -> Iterator[None]:
-    """Inside, `model`, wrapped or not, loads state dicts that have the names of the files in `directory`.
+    """In the block, `model`, wrapped or not, can load state dicts with the names of the files in `directory`.
 
-    Weights that are not in there stay as they are, and are missing for whoever loads.
+    Weights that are not in `directory` do not change, and count as missing.
     """
     inner = unwrap(model)
-    read: dict[str, Tensor] | None = None  # a checkpoint in several files is loaded file by file
+    read: dict[str, Tensor] | None = None  # kept, because a checkpoint in several files is loaded file by file
 
     def rename(module: nn.Module, state: dict[str, Tensor], *others: Any) -> None:
         nonlocal read
@@ -45,7 +44,7 @@ def names_of_model(model: nn.Module, directory: str | Path) -> Iterator[None]:
 
 
 def _read(model: PreTrainedModel, directory: str | Path) -> dict[str, Tensor]:
-    """The weights in `directory`, by the names that they have in a model of this class and config."""
+    """The weights in `directory`, by their names in a model of this class and config."""
     found: Any = type(model).from_pretrained(
         directory, config=copy.deepcopy(model.config), trust_remote_code=False, output_loading_info=True
     )

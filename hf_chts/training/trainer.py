@@ -3,6 +3,7 @@
 import inspect
 import re
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,24 +19,27 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import can_return_loss, find_labels
 
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits, with_original_names
+from hf_chts.checkpoint.run_folder import last_sealed
+from hf_chts.checkpoint.run_identity import RunIdentity
+from hf_chts.checkpoint.seal import SEAL_NAME, seal, verify_seal
 from hf_chts.config import CONFIG_NAME, SparsityConfig
+from hf_chts.evolution.evolver import Evolver, check_same_config
+from hf_chts.evolution.half_precision import refuse_half_precision
+from hf_chts.evolution.update_warmup import PAPER_WARMUP, add_update_warmup, warmup_steps
 from hf_chts.export.checksums import forget_checksums
-from hf_chts.full_disk import size, told_where
-from hf_chts.layers.patching import SparseModel, follow_masks, sparsify
+from hf_chts.files.full_disk import explain_failed_write
+from hf_chts.files.reading import directory_size
 from hf_chts.layers.shares import some
 from hf_chts.layers.wrappers import original_keys, original_name, saves_adapters_alone, uncompiled
-from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal
+from hf_chts.sparse_model import SparsityHandle, follow_masks, sparsify
 from hf_chts.training.attempts import FreshAttempts
 from hf_chts.training.best_model import BestAtTargetSparsity
 from hf_chts.training.callback import TopologyCallback
 from hf_chts.training.console import say, use_console
 from hf_chts.training.data_state import ResumableDataMixin
 from hf_chts.training.divergence import StopsOnDivergence, last_whole
-from hf_chts.training.half_precision import refuse_half_precision
 from hf_chts.training.hub import HubPushes
-from hf_chts.training.lr_schedules import PAPER_WARMUP, add_update_warmup, warmup_steps
 from hf_chts.training.other_trainers import by_name, refuse_unloaded, start_reference
-from hf_chts.training.run_identity import RunIdentity
 from hf_chts.training.run_start import BeginsRuns, check_state_is_there
 from hf_chts.training.stored_names import names_of_model
 
@@ -67,18 +71,18 @@ class SparseTrainerMixin(
             `args.update_warmup_steps` does not fit them.
     """
 
-    sparse: SparseModel
-    topology: TopologyCallback | None
+    sparse: SparsityHandle
+    topology_callback: TopologyCallback | None
     _saved: Path | None = None  # the last checkpoint of this training
 
-    def __init__(self, *positional: Any, sparsity: SparsityConfig | SparseModel | None = None, **named: Any) -> None:
+    def __init__(self, *positional: Any, sparsity: SparsityConfig | SparsityHandle | None = None, **named: Any) -> None:
         self._sparsity = sparsity
         # handed on as they came: other classes have other arguments between model and args
         given = by_name(type(self), SparseTrainerMixin, positional, named)
         model, args = given.get("model"), given.get("args")
         if isinstance(model, str):
             refuse_unloaded(model, sparsity)
-        existing = SparseModel.of(model) if isinstance(model, nn.Module) else None
+        existing = SparsityHandle.of(model) if isinstance(model, nn.Module) else None
         config = existing.config if existing is not None else sparsity
         if model is not None and isinstance(config, SparsityConfig) and args is not None:
             if args.max_steps > 0:  # refuses before the model is touched
@@ -108,10 +112,10 @@ class SparseTrainerMixin(
             self.sparse = self._sparsify(self.model)
         super().create_accelerator_and_postprocess()
 
-    def _sparsify(self, model: nn.Module) -> SparseModel:
-        existing = SparseModel.of(model)
+    def _sparsify(self, model: nn.Module) -> SparsityHandle:
+        existing = SparsityHandle.of(model)
         given = self._sparsity
-        if isinstance(given, SparseModel):
+        if isinstance(given, SparsityHandle):
             if given is not existing:
                 raise ValueError(
                     "sparsity is the handle of another model: pass the one that sparsify(model, …) returned"
@@ -126,11 +130,11 @@ class SparseTrainerMixin(
         return existing
 
     def _follow_topology(self) -> None:
-        self.topology = None
+        self.topology_callback = None
         if self.sparse.layers:
-            self.topology = TopologyCallback(self.sparse, say=partial(say, self))
-            self.topology.identity, self.topology.run_dir = self.identity, self.run_dir
-            self.add_callback(self.topology)
+            self.topology_callback = TopologyCallback(self.sparse, say=partial(say, self))
+            self.topology_callback.identity, self.topology_callback.run_dir = self.identity, self.run_dir
+            self.add_callback(self.topology_callback)
             # what saves at SIGTERM does so in on_step_end, and a step is whole with its update
             callbacks = self.callback_handler.callbacks
             callbacks.sort(key=lambda callback: isinstance(callback, JITCheckpointCallback))
@@ -138,9 +142,9 @@ class SparseTrainerMixin(
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
         # train() asks for a fresh model each time; during __init__ there is nothing to replace yet
-        if hasattr(self, "topology"):
-            if self.topology is not None:
-                self.remove_callback(self.topology)
+        if hasattr(self, "topology_callback"):
+            if self.topology_callback is not None:
+                self.remove_callback(self.topology_callback)
             self.sparse = self._sparsify(model)
             self._follow_topology()
             if self.resumed_from is not None:  # of which the model before this one has got the topology
@@ -174,14 +178,14 @@ class SparseTrainerMixin(
 
     def _prepare(self, checkpoint: str | None) -> None:
         """Refuse what cannot be trained, and make a checkpoint's topology the model's; the weights are not loaded."""
-        if self.topology is not None:
+        if self.topology_callback is not None:
             if not self.is_deepspeed_enabled:  # which makes fp32 master weights of any
                 trained = {name: x.weight for name, x in self.sparse.layers.items() if x.weight.requires_grad}
                 refuse_half_precision(trained)
             if self.args.save_strategy != "no":
                 self._refuse_adapters_alone()
-            self.topology.restore(None)
-            self.topology.warmup = None
+            self.topology_callback.restore(None)
+            self.topology_callback.warmup = None
         if checkpoint is not None:
             check_state_is_there(checkpoint, deepspeed=self.is_deepspeed_enabled)
             self.data_state(checkpoint)  # refuses other data before anything is restored
@@ -204,7 +208,7 @@ class SparseTrainerMixin(
             )
 
     def _restore_topology(self, directory: str) -> None:
-        if self.topology is None:
+        if self.topology_callback is None:
             if (Path(directory) / MASKS_NAME).exists():
                 raise ValueError(f"{directory} is a checkpoint of a sparse model, this run is dense: use its config")
             return
@@ -220,7 +224,7 @@ class SparseTrainerMixin(
             follow_masks(self.sparse, state.masks)
             self.sparse.ignore_masks_in_ddp(cast(nn.Module, self.model))
         verify_fits(state, self.sparse.layers, directory)
-        _verify_same_run(saved_config, self.sparse.config, directory)
+        check_same_config(saved_config, self.sparse.config, directory)
         masks = self.sparse.masks() if self._saves_adapters_alone() else {}
         for name, mask in masks.items():
             if not mask.equal(state.masks[name].to(mask.device)):
@@ -229,7 +233,7 @@ class SparseTrainerMixin(
                     "adapters on the sparse model that they were trained on"
                 )
         earlier = TrainerState.load_from_json(str(Path(directory) / TRAINER_STATE_NAME))
-        self.topology.restore(state, max_steps=earlier.max_steps)
+        self.topology_callback.restore(state, max_steps=earlier.max_steps)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.watch_anew()
@@ -245,14 +249,14 @@ class SparseTrainerMixin(
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self.topology is not None:
-            self.topology.losses.add(loss, self.unlabelled)
+        if self.topology_callback is not None:
+            self.topology_callback.losses.add(loss, self.unlabelled)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; the figures of a topology update go into the entry that has the loss of its step."""
-        if self.topology is not None and "loss" in logs:
-            logs.update(self.topology.take_figures())
+        if self.topology_callback is not None and "loss" in logs:
+            logs.update(self.topology_callback.take_figures())
         super().log(logs, *args, **kwargs)
 
     def _inspected(self) -> nn.Module:
@@ -277,18 +281,28 @@ class SparseTrainerMixin(
             super()._load_best_model()
         verify_seal(self.state.best_model_checkpoint)
         self._restore_topology(self.state.best_model_checkpoint)
-        if self.topology is not None:
-            self.topology.take_pieces()
-            assert self.topology.engine is not None
+        if self.topology_callback is not None:
+            self.topology_callback.evolver.take_parts()
             # no optimizer's state is loaded: its moments are those of the last step's links
-            self.topology.engine.forget_missing(self.sparse.layers.values())
+            self.topology_callback.evolver.forget_missing()
             self.say_best()
+
+    @property
+    def evolver(self) -> Evolver | None:
+        """What evolves the topology; None for a dense model."""
+        return None if self.topology_callback is None else self.topology_callback.evolver
+
+    @property
+    def topology(self) -> Evolver | None:
+        """The old name of `evolver`."""
+        warnings.warn("trainer.topology is called trainer.evolver now", DeprecationWarning, stacklevel=2)
+        return self.evolver
 
     @property
     def update_warmup_steps(self) -> int:
         """Optimizer steps over which the learning rate climbs back after each topology update; 0: none."""
-        if self.topology is not None and self.topology.warmup is not None:
-            return self.topology.warmup
+        if self.topology_callback is not None and self.topology_callback.warmup is not None:
+            return self.topology_callback.warmup
         return _update_warmup(self.args, self.sparse.config)
 
     def whole_state_dict(self) -> dict[str, Tensor] | None:
@@ -302,8 +316,8 @@ class SparseTrainerMixin(
         return state and {original_name(key): value for key, value in state.items()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.topology is not None:
-            state = self.topology.state(self.state.global_step)  # all ranks take part
+        if self.topology_callback is not None:
+            state = self.topology_callback.state(self.state.global_step)  # all ranks take part
             if self.args.should_save:
                 directory = Path(output_dir or self.args.output_dir or ".")
                 directory.mkdir(parents=True, exist_ok=True)
@@ -320,7 +334,7 @@ class SparseTrainerMixin(
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.refuse_not_finite("no checkpoint is made of them")
-        if self.topology is not None:
+        if self.topology_callback is not None:
             self._refuse_adapters_alone()
         run_dir = self._get_output_dir(trial=trial)
         directory = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -329,7 +343,7 @@ class SparseTrainerMixin(
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this one is whole
         then = partial(self._after_failed_save, run_dir)
         try:
-            with told_where(directory, then, needs=partial(self._size_of_checkpoint, run_dir)):
+            with explain_failed_write(directory, then, needs=partial(self._size_of_checkpoint, run_dir)):
                 if self.args.should_save and directory.is_dir():
                     shutil.rmtree(directory)  # what a run that died left there, temporary files too
                 self.accelerator.wait_for_everyone()
@@ -350,7 +364,7 @@ class SparseTrainerMixin(
     def _size_of_checkpoint(self, run_dir: str) -> int:
         """The bytes of one, as far as they are known: those of the last, or of what this process holds itself."""
         if (last := last_sealed(run_dir)) is not None:
-            return size(last)
+            return directory_size(last)
         weights, state = cast(nn.Module, self.model).state_dict(), getattr(self.optimizer, "state", {})
         moments = [value for of_one in state.values() for value in of_one.values() if isinstance(value, Tensor)]
         return sum(tensor.nbytes for tensor in (*weights.values(), *moments) if isinstance(tensor, Tensor))
@@ -367,12 +381,12 @@ class SparseTrainerMixin(
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         fresh = self.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.topology is not None and self.sparse.config.evolves:
+        if self.topology_callback is not None and self.sparse.config.evolves:
             self._warm_up_after_updates(scheduler, fresh, num_training_steps)
         return scheduler
 
     def _warm_up_after_updates(self, scheduler: Any, fresh: bool, num_training_steps: int) -> None:
-        topology, interval = self.topology, self.sparse.config.update_interval
+        topology, interval = self.topology_callback, self.sparse.config.update_interval
         assert topology is not None
         if not fresh and topology.warmup is not None:  # DeepSpeed had it made by a copy of this trainer
             return
@@ -394,7 +408,7 @@ class SparseTrainerMixin(
             steps, why = 0, f": {obstacle}"
         elif asked is None and steps < PAPER_WARMUP:
             why = f", a fifth of update_interval ({interval}), where the paper's {PAPER_WARMUP} would be too many"
-        plan = topology.plan_from(self.state.global_step, num_training_steps)
+        plan = topology.evolver.plan_from(self.state.global_step, num_training_steps)
         own = self.args.get_warmup_steps(num_training_steps) if fresh else 0
         if own >= plan.last_update:
             why += f"; its own warm-up, {own} steps, ends after the last of them"
@@ -416,13 +430,3 @@ class SparseTrainer(SparseTrainerMixin, Trainer):
 def _update_warmup(args: Any, config: SparsityConfig) -> int:
     """The warm-up after updates that a run asks for, in steps. Raises ValueError where it does not fit the updates."""
     return warmup_steps(getattr(args, "update_warmup_steps", 0), config.update_interval) if config.evolves else 0
-
-
-def _verify_same_run(saved: SparsityConfig, current: SparsityConfig, directory: str) -> None:
-    if saved != current:
-        before, now = saved.to_dict(), current.to_dict()
-        changed = "; ".join(f"{k}: {before[k]!r} there, {now[k]!r} here" for k in now if before[k] != now[k])
-        raise ValueError(
-            f"{directory} was written with another sparsity config ({changed}): resume with its {CONFIG_NAME}, or "
-            "start a new run from its weights"
-        )

@@ -1,7 +1,7 @@
-"""Batches in which nothing is to be learnt: every label is -100, as where a prompt fills the whole window.
+"""Batches without labels: every label is -100, for example because a prompt fills the whole window.
 
-A mean over no labels is 0 / 0. Its gradient is 0 all the same, so training goes on; the loss is told from one that
-diverges by the labels, on the device, since to look at each batch would have it wait.
+Their loss, a mean over no labels, is 0 / 0 = NaN, but its gradient is 0, so training goes on. The labels tell it from a
+loss that diverges; they are compared on the device, because the host would have to wait for each batch.
 """
 
 import logging
@@ -26,13 +26,13 @@ _log = logging.getLogger(__name__)
 
 
 def without_labels(inputs: Any, *, shifted: bool) -> Tensor | None:
-    """Whether all labels of a batch are -100: bool (), where the labels are; None where that means nothing.
+    """Whether all labels of a batch are -100: bool (), on the labels' device; None if the batch has no such labels.
 
     Args:
-        inputs: what the model is given.
-        shifted: whether the loss leaves out the label of each first token, as that of causal models does.
+        inputs: of the model.
+        shifted: whether the loss ignores the label of the first token, as in causal models.
     """
-    if not isinstance(inputs, Mapping):  # trainers that generate, as trl's GRPOTrainer, are given prompts in a list
+    if not isinstance(inputs, Mapping):  # trainers that generate, such as trl's GRPOTrainer, get prompts in a list
         return None
     labels = inputs.get("shift_labels")
     if labels is None:
@@ -45,7 +45,7 @@ def without_labels(inputs: Any, *, shifted: bool) -> Tensor | None:
 
 
 def excused(loss: Tensor, unlabelled: Tensor | None) -> Tensor:
-    """The loss, and 0 instead of what a loss over no labels comes to; without its graph."""
+    """The loss without its graph; 0 if it is not finite because there are no labels."""
     loss = loss.detach()
     if unlabelled is None:
         return loss
@@ -53,12 +53,13 @@ def excused(loss: Tensor, unlabelled: Tensor | None) -> Tensor:
 
 
 class UnlabelledEvaluation(_AnyTrainer):
-    """The part of SparseTrainer whose loss of an evaluation is that of the batches that have labels."""
+    """The part of SparseTrainer that leaves batches without labels out of an evaluation's loss."""
 
-    _evaluated: list[Tensor] | None = None  # batches without labels, rows with labels, and the sum of their losses
+    # for each batch (3,): whether it has no labels, its rows if it has, and their loss
+    _evaluated: list[Tensor] | None = None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As `Trainer.evaluation_loop`; how many batches had no labels is logged."""
+        """Like `Trainer.evaluation_loop`; warns of batches without labels."""
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         self._evaluated = []
         try:
@@ -69,9 +70,9 @@ class UnlabelledEvaluation(_AnyTrainer):
         if not batches:
             return output
         if self.is_world_process_zero():
-            _log.warning("%d batches of %s have no label (all are -100), and are left out of its loss", batches, prefix)
+            _log.warning("%d batches of %s have no labels (all are -100) and are left out of its loss", batches, prefix)
         assert output.metrics is not None
-        # transformers' filter leaves them out, and with them any other that is not finite
+        # NaN here; transformers' own filter would leave out any loss that is not finite
         loss = output.metrics.get(f"{prefix}_loss")
         if rows and isinstance(loss, float) and not math.isfinite(loss):
             output.metrics[f"{prefix}_loss"] = total / rows
@@ -82,9 +83,9 @@ class UnlabelledEvaluation(_AnyTrainer):
         result = super().prediction_step(model, inputs, *args, **kwargs)
         loss, rows = result[0], find_batch_size(inputs)
         if self._evaluated is not None and unlabelled is not None and isinstance(loss, Tensor) and rows:
-            some = ~unlabelled.to(loss.device)
-            total = torch.where(some, loss.detach().mean() * rows, 0)
-            self._evaluated.append(torch.stack([(~some).float(), some.float() * rows, total.float()]))
+            labelled = ~unlabelled.to(loss.device)
+            total = torch.where(labelled, loss.detach().mean() * rows, 0)
+            self._evaluated.append(torch.stack([(~labelled).float(), labelled.float() * rows, total.float()]))
         return result
 
     def _over_ranks(self, evaluated: list[Tensor]) -> tuple[int, int, float]:

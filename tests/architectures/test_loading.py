@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_architectures import ARCHITECTURES
 from transformers import LlamaForSequenceClassification, MarianForCausalLM
 
-from hf_chts import SparseModel, SparsityConfig, export_sparse, load_sparse, sparsify
+from hf_chts import SparsityConfig, SparsityHandle, export_sparse, load_sparse, sparsify
 from hf_chts.export.auto_class import class_to_load
 
 CONFIG = SparsityConfig(method="set", sparsity=0.5)
@@ -65,7 +65,7 @@ def test_code_in_the_directory_is_not_run(tmp_path, name):
 def test_a_transposed_weight_off_its_mask(tmp_path):
     model = ARCHITECTURES["gpt2"].model()
     sparsify(model, CONFIG)
-    layer = SparseModel.of(model).layers["transformer.h.1.attn.c_proj"]  # square: only its orientation can be wrong
+    layer = SparsityHandle.of(model).layers["transformer.h.1.attn.c_proj"]  # square: only its orientation can be wrong
     export_sparse(model, tmp_path)
     load_sparse(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

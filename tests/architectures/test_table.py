@@ -7,7 +7,7 @@ import pytest
 from tiny_architectures import FAMILIES, REFUSED
 from torch import nn
 
-from hf_chts import SparseModel, SparsityConfig, sparsify
+from hf_chts import SparsityConfig, SparsityHandle, sparsify
 
 DOCS = Path(__file__).parents[2] / "docs/architectures.md"
 
@@ -36,7 +36,7 @@ def test_refused_before_anything_is_touched(name):
     after = model.state_dict()
     assert after.keys() == weights.keys()
     assert all(after[key].equal(value) for key, value in weights.items())
-    assert SparseModel.of(model) is None
+    assert SparsityHandle.of(model) is None
 
 
 def trained_line(architecture):

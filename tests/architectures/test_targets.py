@@ -11,7 +11,7 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
-from hf_chts import SparseModel, SparsityConfig, sparsify
+from hf_chts import SparsityConfig, SparsityHandle, sparsify
 
 
 def snapshot(model):
@@ -25,7 +25,7 @@ def assert_refused(model, config, message):
     after, types_after = snapshot(model)
     assert types_after == types
     assert all(after[name].equal(weights[name]) for name in weights)
-    assert SparseModel.of(model) is None
+    assert SparsityHandle.of(model) is None
 
 
 @pytest.mark.parametrize(

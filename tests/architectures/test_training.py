@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_architectures import ARCHITECTURES
 from transformers import TrainerCallback
 
-from hf_chts import SparseModel, export_sparse, load_sparse
+from hf_chts import SparsityHandle, export_sparse, load_sparse
 
 # keys: an attention does not depend on a bias of all of them
 WITHOUT_BIAS = ("k_proj", "key", "k_lin", "key_proj", "k_head")
@@ -95,7 +95,7 @@ def test_train_export_and_load(tmp_path, name, method):
     assert set().union(*invariants.changed.values()) == expected.keys()
     links = sum(round(out * inn * (1 - SPARSITY)) for out, inn in expected.values())
     assert sparse.links() == links
-    assert run.topology.history[-1]["sparsity"] == pytest.approx(sparse.sparsity(), abs=1e-4)
+    assert run.evolver.history[-1]["sparsity"] == pytest.approx(sparse.sparsity(), abs=1e-4)
     for layer, before in biases.items():
         assert sparse.layers[layer].bias.ne(before).any() or layer.endswith(WITHOUT_BIAS) or invariants.idle(layer), (
             layer
@@ -108,8 +108,8 @@ def test_train_export_and_load(tmp_path, name, method):
         plain = architecture.loader.from_pretrained(directory)
         again = load_sparse(directory)
         assert type(plain) is type(again) is type(model)
-        assert SparseModel.of(plain) is None
-        masks = SparseModel.of(again).masks()
+        assert SparsityHandle.of(plain) is None
+        masks = SparsityHandle.of(again).masks()
         assert masks.keys() == expected.keys()
         for layer, mask in sparse.masks().items():
             assert masks[layer].equal(mask), layer
@@ -152,9 +152,9 @@ def test_resume_bit_for_bit(tmp_path, name, method, config):
     assert losses[0] == losses[1]
     for layer, mask in whole.sparse.masks().items():
         assert mask.equal(resumed.sparse.masks()[layer]), layer
-        assert whole.topology.explored[layer].equal(resumed.topology.explored[layer]), layer
-    for layer, stored in whole.topology.stored.items():
-        assert stored.equal(resumed.topology.stored[layer]), layer
+        assert whole.evolver.explored[layer].equal(resumed.evolver.explored[layer]), layer
+    for layer, stored in whole.evolver.stored.items():
+        assert stored.equal(resumed.evolver.stored[layer]), layer
         assert stored.ne(0).any(), layer
     weights = resumed.model.state_dict()
     assert all(weights[key].equal(value) for key, value in whole.model.state_dict().items())
@@ -184,7 +184,7 @@ def test_rigl_regrows_where_the_gradient_of_an_unmasked_copy_is_largest(tmp_path
             if state.global_step != INTERVAL:
                 return
             dense = seen["model"]
-            SparseModel.of(dense).unsparsify()
+            SparsityHandle.of(dense).unsparsify()
             dense.zero_grad()
             dense(**seen["batch"]).loss.backward()
             for layer, mask in run.sparse.masks().items():
@@ -214,4 +214,4 @@ def test_percolation_where_the_coupling_is_known(tmp_path, name):
     run.add_callback(invariants)
     run.train()
     assert invariants.changed
-    assert all(0 < update["active_neurons_percolated"] <= 1 for update in run.topology.history)
+    assert all(0 < update["active_neurons_percolated"] <= 1 for update in run.evolver.history)

@@ -1,6 +1,6 @@
-"""One rank of a stream without a model: takes batches, and writes their digests and the state on the way.
+"""One rank of a stream without a model: takes batches, and writes their digests and, on the way, its state.
 
-stream_worker.py FOLDER RANK first|again
+stream_worker.py FOLDER RANK resumes it in a process of its own.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from hf_chts.data import BlockStream, Shuffle, load_source
 BATCHES, STOP, RANKS, WORKERS = 200, 77, 2, 2
 
 
-def main(folder: Path, rank: int, turn: str) -> None:
+def take_batches(folder: Path, rank: int, resumed: bool) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "letters")
     stream = BlockStream(load_source(str(folder / "corpus")), tokenizer, 16, shuffle=Shuffle(20, 7))
     loader = stream.loader(rank=rank, ranks=RANKS, batch_size=3, workers=WORKERS)
     state, taken = folder / f"state-{rank}.json", 0
-    if turn == "again":
+    if resumed:
         loader.load_state_dict(json.loads(state.read_text()))
         taken = STOP
     digests = []
@@ -31,8 +31,8 @@ def main(folder: Path, rank: int, turn: str) -> None:
             state.write_text(json.dumps(loader.state_dict()))
         if taken == BATCHES:
             break
-    (folder / f"{turn}-{rank}.json").write_text(json.dumps(digests))
+    (folder / f"{'resumed' if resumed else 'unbroken'}-{rank}.json").write_text(json.dumps(digests))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    take_batches(Path(sys.argv[1]), int(sys.argv[2]), resumed=True)

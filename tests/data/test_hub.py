@@ -61,15 +61,13 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self, content=b"", status=200, **headers):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-
-    def answer_json(self, content):
-        self.answer(json.dumps(content).encode(), Content_Type="application/json")
 
     def do_GET(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -89,13 +87,13 @@ class Hub(BaseHTTPRequestHandler):
                 files[name], ETag=f'"{hash(name):x}"', X_Repo_Commit=SHA, Content_Type="application/octet-stream"
             )
         if action == "tree" and any(file.startswith(name) for file in files):
-            return self.answer_json(self.entries(files, name, "recursive=True" in self.path))
+            return self.answer(self.entries(files, name, "recursive=True" in self.path))
         if action == "paths-info":
             wanted = json.loads(body)["paths"]
-            return self.answer_json([entry for entry in self.entries(files, "", True) if entry["path"] in wanted])
+            return self.answer([entry for entry in self.entries(files, "", True) if entry["path"] in wanted])
         if api and action in ("", "revision"):
             siblings = [{"rfilename": name} for name in files]
-            return self.answer_json({"id": repository, "sha": SHA, "siblings": siblings, "tags": []})
+            return self.answer({"id": repository, "sha": SHA, "siblings": siblings, "tags": []})
         return self.answer(status=404, X_Error_Code="EntryNotFound", X_Repo_Commit=SHA)
 
     do_HEAD = do_POST = do_GET
@@ -127,20 +125,16 @@ def hub():
 
 SCRIPT = """
 import json, sys
-from hf_chts.data import load_source
-from hf_chts.data.sources import texts_of_source
+from hf_chts.data.corpora import load_source
 
 for dataset, split, options in json.loads(sys.argv[1]):
     try:
-        if options.pop("source", False):
-            source = load_source(dataset, split, **options)
-            read = [list(source.read(shard)) for shard in range(source.num_shards)]
-            found = [type(source).__name__, [[text for text, _ in rows] for rows in read]]
-            rest = [[text for text, _ in source.read(shard, start=rows[0][1])] for shard, rows in enumerate(read)]
-            assert rest == [rows[1:] for rows in found[1]]
-            found.append([file.name for file in getattr(source, "files", [])])
-        else:
-            found = list(texts_of_source(load_source(dataset, split, download=True, **options)))
+        source = load_source(dataset, split, **options)
+        read = [list(source.read(shard)) for shard in range(source.num_shards)]
+        for shard, rows in enumerate(read):
+            assert list(source.read(shard, start=rows[0][1])) == rows[1:]
+        names = [file.name for file in getattr(source, "files", [])]
+        found = [type(source).__name__, [text for rows in read for text, _ in rows], names]
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
     print("FOUND " + json.dumps(found))
@@ -151,10 +145,7 @@ def load(hub, cases, folder, **variables):
     """What `load_source` gives for each case, in a process of its own: the endpoint is read at import."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-        "HF_ENDPOINT": hub,
-        "HF_HOME": str(folder),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **{"HF_ENDPOINT": hub, "HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
         **variables,
     }
     command = [sys.executable, "-c", SCRIPT, json.dumps(cases)]
@@ -163,61 +154,45 @@ def load(hub, cases, folder, **variables):
     return [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
 
 
-def test_hub(hub, tmp_path):
-    en = {"config": "en"}
-    en_source = {**en, "source": True}
-    c4, held_out, parquet, lines, no_column, no_split, *found = load(
-        hub,
-        [
-            ("allenai/c4", "train", en_source),
-            ("allenai/c4", "validation", en_source),
-            ("openwebtext", "train", {"source": True}),
-            ("some/lines", "train", {"source": True}),
-            ("allenai/c4", "train", {**en_source, "text_column": "content"}),
-            ("allenai/c4", "dev", en_source),
-            ("allenai/c4", "train", en),
-            ("allenai/c4", "validation", en),
-            ("allenai/c4", "train", {"config": "de"}),
-            ("openwebtext", "train", {}),
-            ("some/lines", "train", {}),
-            ("allenai/c4", "train", {**en, "text_column": "content"}),
-            ("allenai/c4", "dev", en),
-            ("allenai/c4", "train", {"config": "fr"}),
-            ("nobody/nothing", "train", {}),
-        ],
-        tmp_path,
-    )
-    train, validation, german, web, some_lines, column, split, config, missing = found
-    # files that are read from anywhere on; their paths have the revision in them
-    assert c4[:2] == ["FileSource", [["one", "two"], ["three"]]]
-    assert c4[2][0] == f"hf://datasets/allenai/c4@{SHA}/en/c4-train.00000-of-00002.json.gz"
-    assert held_out[:2] == ["FileSource", [["held out"]]]
-    assert parquet[:2] == ["FileSource", [["web text"]]]
-    assert lines[:2] == ["DatasetSource", [["a line", "another"]]]  # by `datasets`, as a format of its own
-    assert "c4-train.00000-of-00002.json.gz, line 1: no column 'content', only text, url" in no_column
-    assert "Split 'dev' of dataset 'allenai/c4' (dataset_config 'en')" in no_split
-    assert train == ["one", "two", "three"]
-    assert validation == ["held out"]
-    assert german == ["eins"]
-    assert web == ["web text"]
-    assert some_lines == ["a line", "another"]
-    assert "c4-train.00000-of-00002.json.gz, line 1: no column 'content', only text, url" in column
-    assert "Split 'dev' of dataset 'allenai/c4' (dataset_config 'en')" in split
-    assert "validation" in split  # the splits there are
-    assert "dataset_config 'fr'" in config
-    assert "'de'" in config  # the configurations there are
-    assert "'nobody/nothing'" in missing
-    assert "doesn't exist on the Hub" in missing
+CASES = [
+    ("allenai/c4", "train", {"config": "en"}),
+    ("openwebtext", "train", {}),
+    ("some/lines", "train", {}),
+    ("allenai/c4", "dev", {"config": "en"}),
+    ("allenai/c4", "validation", {"config": "en"}),
+    ("allenai/c4", "train", {"config": "de"}),
+    ("allenai/c4", "train", {"config": "en", "text_column": "content"}),
+    ("allenai/c4", "train", {"config": "fr"}),
+    ("nobody/nothing", "train", {}),
+]
 
-    # what was downloaded is there without a network
-    cases = [("allenai/c4", "train", en), ("openwebtext", "train", {}), ("some/lines", "train", {})]
-    *offline, never = load(hub, [*cases, ("allenai/c4", "dev", en)], tmp_path, HF_HUB_OFFLINE="1")
-    assert offline == [train, web, some_lines]
+
+def test_hub(hub, tmp_path):
+    streamed, downloaded = (
+        [(dataset, split, {**options, "download": download}) for dataset, split, options in CASES]
+        for download in (False, True)
+    )
+    found = load(hub, streamed + downloaded, tmp_path)
+    for c4, web, lines, split, held_out, german, column, config, missing in (found[:9], found[9:]):
+        # the paths of files that can be read from anywhere have the revision in them
+        first = f"hf://datasets/allenai/c4@{SHA}/en/c4-train.00000-of-00002.json.gz"
+        assert (c4[0], c4[1], c4[2][0]) == ("FileSource", ["one", "two", "three"], first)
+        assert web[:2] == ["FileSource", ["web text"]]
+        assert lines[:2] == ["DatasetSource", ["a line", "another"]]  # `datasets` makes documents of lines
+        assert "Split 'dev' of dataset 'allenai/c4' (dataset_config 'en')" in split
+        assert held_out[:2] == ["FileSource", ["held out"]]
+        assert german[:2] == ["FileSource", ["eins"]]
+        assert "c4-train.00000-of-00002.json.gz, line 1: no column 'content', only text, url" in column
+        assert "dataset_config 'fr'" in config
+        assert "'de'" in config  # the configurations that there are
+        assert "'nobody/nothing'" in missing
+    # what was downloaded can be used without a network
+    *offline, never = load(hub, downloaded[:4], tmp_path, HF_HUB_OFFLINE="1")
+    assert [texts for _, texts, _ in offline] == [texts for _, texts, _ in found[9:12]]
     assert "Split 'dev' of dataset 'allenai/c4' (dataset_config 'en') could not be loaded" in never
 
 
-@pytest.mark.parametrize("dataset", ["allenai/c4", "openwebtext"])
-@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize(("dataset", "download"), [("allenai/c4", False), ("openwebtext", True)])
 def test_no_network(monkeypatch, dataset, download):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=f"Split 'train' of dataset '{dataset}'") as raised:

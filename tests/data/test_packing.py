@@ -23,8 +23,10 @@ def spell_all(examples, letters):
     return [spell(example, letters) for example in examples]
 
 
-def documents_of(texts):
-    return datasets.Dataset.from_dict({"text": texts})
+def documents_of(texts, num_shards=None):
+    """As a streaming dataset with so many shards, else a map-style one."""
+    documents = datasets.Dataset.from_dict({"text": texts})
+    return documents.to_iterable_dataset(num_shards=num_shards) if num_shards else documents
 
 
 def test_pack():
@@ -71,26 +73,19 @@ def test_map_style(letters):
 
 
 @pytest.mark.parametrize(("rows", "characters"), [(1, 1), (2, 3), (100, 10**6)])
-def test_batches_do_not_show(letters, monkeypatch, rows, characters):
-    monkeypatch.setattr(sources, "_READ_ROWS", rows)
-    monkeypatch.setattr(packing, "_ENCODE_CHARACTERS", characters)
-    stream = BlockStream(documents_of(TEXTS).to_iterable_dataset(), letters, 4)
-    assert spell_all(stream, letters) == BLOCKS
-
-
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
-def test_stream_equals_map_style(letters, num_shards):
-    stream = BlockStream(documents_of(TEXTS).to_iterable_dataset(num_shards=num_shards), letters, 4)
+def test_stream_equals_map_style(letters, monkeypatch, num_shards, rows, characters):
+    monkeypatch.setattr(sources, "_READ_ROWS", rows)
+    monkeypatch.setattr("hf_chts.data.stream._ENCODE_CHARACTERS", characters)
+    stream = BlockStream(documents_of(TEXTS, num_shards), letters, 4)
     for _ in range(2):  # every iteration starts anew
         assert spell_all(stream, letters) == BLOCKS
     assert next(iter(stream))["labels"].dtype == torch.long
 
 
 def test_stream_workers_share_the_files(letters):
-    """Three files of two documents, of which each of two workers has one document."""
-    documents = documents_of(["abc", "def", "ghi", "jkl", "mno", "pqr"]).to_iterable_dataset(num_shards=3)
-    loader = DataLoader(BlockStream(documents, letters, 4), batch_size=None, num_workers=2)
-    assert sorted(spell_all(loader, letters)) == ["abc.", "def.", "ghi.", "jkl.", "mno.", "pqr."]
+    """Three files of two documents; each of two workers reads one document of each file."""
+    documents = documents_of(["abc", "def", "ghi", "jkl", "mno", "pqr"], num_shards=3)
     five = BlockStream(documents, letters, 5)
     loader = DataLoader(five, batch_size=None, num_workers=2)
     assert sorted(spell_all(loader, letters)) == sorted(["abc.g", "hi.mn", "def.j", "kl.pq"])
@@ -99,7 +94,7 @@ def test_stream_workers_share_the_files(letters):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_stream_keeps_only_what_belongs_to_it(letters, num_workers):
-    documents = documents_of(["abc", "def", "ghi", "jkl", "mno", "pqr"]).to_iterable_dataset(num_shards=3)
+    documents = documents_of(["abc", "def", "ghi", "jkl", "mno", "pqr"], num_shards=3)
     stream = BlockStream(documents, letters, 4, keep=frozenset(["jkl", "mno", "pqr"]).__contains__)
     loader = DataLoader(stream, batch_size=None, num_workers=num_workers)
     assert sorted(spell_all(loader, letters)) == ["jkl.", "mno.", "pqr."]
@@ -111,23 +106,18 @@ def test_truncate_and_pad_documents(letters):
     assert spell_all(blocks, letters) == ["abcd", "fg..", "hijk", "xy.."]
     assert blocks["attention_mask"][1].tolist() == [1, 1, 1, 0]
     assert blocks["labels"][1].tolist() == [*blocks[1]["input_ids"][:3].tolist(), -100]
-    stream = BlockStream(documents_of(TEXTS).to_iterable_dataset(), letters, 4, "truncate_and_pad")
+    stream = BlockStream(documents_of(TEXTS, 1), letters, 4, "truncate_and_pad")
     for streamed, prepared in zip(stream, blocks, strict=True):
         assert streamed.keys() == prepared.keys()
         assert all(torch.equal(streamed[name], prepared[name]) for name in prepared)
 
 
-def test_finite_part_of_a_stream(letters):
-    documents = documents_of(TEXTS).to_iterable_dataset()
-    blocks = pack_blocks(documents, letters, 4, max_blocks=2)
+def test_finite_part_of_a_stream_with_another_column(letters):
+    documents = documents_of(TEXTS).rename_column("text", "content").to_iterable_dataset()
+    blocks = pack_blocks(documents, letters, 4, text_column="content", max_blocks=2)
     assert isinstance(blocks, datasets.Dataset)
     assert spell_all(blocks, letters) == BLOCKS[:2]
     assert blocks[0]["labels"].dtype == torch.long
-
-
-def test_other_column(letters):
-    documents = datasets.Dataset.from_dict({"content": TEXTS})
-    assert spell_all(pack_blocks(documents, letters, 4, text_column="content"), letters) == BLOCKS
 
 
 def test_prepared_once(letters, bpe, monkeypatch):
@@ -151,25 +141,15 @@ def test_prepared_once(letters, bpe, monkeypatch):
             other()
 
 
-@pytest.mark.parametrize(("texts", "tokens"), [(["abc", "de"], 7), (["", None], 0)])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_shorter_than_a_block(letters, texts, tokens, streaming):
-    documents = documents_of(texts)
-    documents = documents.to_iterable_dataset() if streaming else documents
-    with pytest.raises(ValueError, match=f"My corpus holds {tokens} tokens.*block_size=8"):
-        pack_blocks(documents, letters, 8, name="My corpus")
-    if tokens == 7:
-        assert len(pack_blocks(documents, letters, 7)) == 1
-
-
-def test_tokenizer_without_eos(letters, tmp_path):
-    letters.save_pretrained(tmp_path)
-    without = type(letters).from_pretrained(tmp_path, eos_token=None)
-    assert without.eos_token_id is None
-    with pytest.raises(ValueError, match="no eos_token"):
-        next(iter(BlockStream(documents_of(TEXTS).to_iterable_dataset(), without, 4)))
-
-
-def test_unknown_packing(letters):
+@pytest.mark.parametrize("num_shards", [None, 1])
+def test_what_cannot_be_packed(letters, tmp_path, num_shards):
+    for texts, tokens in ((["abc", "de"], 7), (["", None], 0)):
+        with pytest.raises(ValueError, match=f"My corpus holds {tokens} tokens.*block_size=8"):
+            pack_blocks(documents_of(texts, num_shards), letters, 8, name="My corpus")
+    assert len(pack_blocks(documents_of(["abc", "de"], num_shards), letters, 7)) == 1
     with pytest.raises(ValueError, match="packing='padded'"):
         packing.blocks(TEXTS, letters, 4, "padded")
+    letters.save_pretrained(tmp_path)
+    without = type(letters).from_pretrained(tmp_path, eos_token=None)
+    with pytest.raises(ValueError, match="no eos_token"):
+        BlockStream(documents_of(TEXTS, num_shards), without, 4)

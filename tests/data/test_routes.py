@@ -1,5 +1,5 @@
-"""Map-style, streamed and prepared data: the same documents of the same files, the same ones held out, the same ones
-refused or left out, each by the rule worked out here."""
+"""Map-style, streamed and prepared data: the same documents of the same files, and the same ones held out, refused or
+skipped, each by a rule worked out here."""
 
 import gzip
 import io
@@ -10,16 +10,15 @@ from collections import Counter
 from hashlib import blake2b
 from itertools import islice
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus_files import NAMES, write_file, zstd
 
-from hf_chts.data import BlockStream, DataArguments, Shuffle, load_data, load_source
+from hf_chts.data import BlockStream, DataArguments, Shuffle, load_data, load_source, load_tokenizer
+from hf_chts.data.loading import load_corpus
 from hf_chts.data.packing import encode
-from hf_chts.data.prepare import split_source
-from hf_chts.data.tokenize import prepare_tokens
+from hf_chts.data.token_preparation import prepare_tokens
 
 ROUTES = ["map", "stream", "prepare"]
 every_route = pytest.mark.parametrize("route", ROUTES)
@@ -34,23 +33,21 @@ def tokenizer(letters, tmp_path_factory):
 
 
 class Route:
-    """What one route makes of a corpus: documents in blocks of one each."""
+    """What one route makes of a corpus, with one document in each block."""
 
     def __init__(self, route, tokenizer, out, seed=0, **settings):
-        settings = {"tokenizer": str(tokenizer), "packing": "truncate_and_pad", "block_size": 64, **settings}
+        settings = {"tokenizer": str(tokenizer), "packing": "truncate_and_pad", "block_size": 128, **settings}
         args = DataArguments(**settings, max_eval_tokens=None, streaming=route == "stream", shuffle_buffer=7)
         if route == "prepare":
-            on_bad = args.on_bad_document or "error"
             self.index = prepare_tokens(
-                split_source(args, seed),
-                load_data(DataArguments(**SMALL, tokenizer=str(tokenizer)), vocab_size=257, seed=0).tokenizer,
+                load_corpus(args, seed),
+                load_tokenizer(str(tokenizer), 257),
                 out,
                 tokenizer_name="letters",
-                on_bad_document=on_bad,
+                on_bad_document=args.on_bad_document or "error",
                 workers=1,
             )
-            settings["dataset"] = str(out)
-            args = DataArguments(**settings, max_eval_tokens=None)
+            args = DataArguments(**settings | {"dataset": str(out)}, max_eval_tokens=None)
         data = load_data(args, vocab_size=257, seed=seed)
         self.tokenizer, self.train_blocks = data.tokenizer, data.train
         self.validation = self.texts(data.validation)
@@ -59,24 +56,12 @@ class Route:
         return [self.tokenizer.decode(block["input_ids"]).partition("<|endoftext|>")[0] for block in blocks]
 
     def train(self, readers=1):
-        """Of an epoch, by so many readers together, and how many documents they have skipped."""
+        """The documents of an epoch, read by so many readers together, and how many they have skipped."""
         if not isinstance(self.train_blocks, BlockStream):
             return self.texts(self.train_blocks), None
         read = [list(self.train_blocks.read(reader, readers, epochs=1)) for reader in range(readers)]
         skipped = sum(blocks[-1][1].skipped for blocks in read if blocks)
         return [text for blocks in read for text in self.texts(block for block, _ in blocks)], skipped
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small")
-    write_file(folder / "train.jsonl", ["a"])
-    write_file(folder / "validation.jsonl", ["b"])
-    SMALL.update(dataset=str(folder), validation_split="validation", block_size=2)
-
-
-SMALL = {}
-pytestmark = pytest.mark.usefixtures("small")
 
 
 # --- held out ---
@@ -107,18 +92,15 @@ def test_the_same_documents_are_held_out(tmp_path, tokenizer, route, seed, fract
         assert Counter(made.train(readers)[0]) == Counter(texts) - Counter(expected)
 
 
-@pytest.mark.parametrize(
-    ("texts", "fraction", "message"),
-    [
-        (["one", "two", "", "two"], 0.001, "None of the corpus's 3 documents.* seed=0: .*larger validation_fraction"),
-        (["one", "two", "", "two"], 0.999, "All of the corpus's 3 documents.* seed=0: .*smaller validation_fraction"),
-    ],
-)
+@pytest.mark.parametrize(("fraction", "chosen", "other"), [(0.001, "None", "larger"), (0.999, "All", "smaller")])
 @every_route
-def test_a_corpus_of_which_all_or_nothing_is_held_out(tmp_path, tokenizer, route, texts, fraction, message):
+def test_a_corpus_of_which_all_or_nothing_is_held_out(tmp_path, tokenizer, route, fraction, chosen, other):
+    texts = ["one", "two", "", "two"]
     assert {held_out(text, 0, fraction) for text in texts if text} == {fraction > 0.5}
     path = write_file(tmp_path / "c.jsonl", texts)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=f"{chosen} of the corpus's 3 documents.* seed=0: .*{other} validation_fraction"
+    ):
         Route(route, tokenizer, tmp_path / "out", dataset=str(path), validation_fraction=fraction)
     assert not (tmp_path / "out/hf_chts_tokens.json").exists()
 
@@ -133,24 +115,11 @@ TEXTS = [f'{i}: ä€ "quoted", and\n\ta new line' * (1 + i % 2) for i in range(
 def test_the_same_documents_of_any_format(tmp_path, tokenizer, route, name):
     write_file(tmp_path / "corpus" / "train" / name, TEXTS)
     write_file(tmp_path / "corpus" / "validation" / name, TEXTS[:1])
-    made = Route(
-        route, tokenizer, tmp_path / "out", dataset=str(tmp_path / "corpus"), validation_split="validation",
-        block_size=128,
-    )  # fmt: skip
+    settings = {"dataset": str(tmp_path / "corpus"), "validation_split": "validation"}
+    made = Route(route, tokenizer, tmp_path / "out", **settings)
     assert made.validation == TEXTS[:1]
     for readers in (1, 3) if route == "stream" else (1,):
         assert sorted(made.train(readers)[0]) == sorted(TEXTS)
-
-
-@every_route
-def test_the_same_documents_of_a_saved_dataset(tmp_path, tokenizer, route):
-    splits = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in (("train", TEXTS), ("test", ["x"]))}
-    datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict", num_shards={"train": 3, "test": 1})
-    made = Route(
-        route, tokenizer, tmp_path / "out", dataset=str(tmp_path / "dict"), validation_split="test", block_size=128
-    )
-    assert made.validation == ["x"]
-    assert sorted(made.train()[0]) == sorted(TEXTS)
 
 
 # --- bad documents ---
@@ -214,7 +183,6 @@ RAW = [text.encode() for text in (*BEFORE, "caf", *AFTER)]
 RAW[3] += b"\xe9"
 FOURTH_LINE = sum(len(json.dumps({"text": text}, ensure_ascii=False).encode()) + 1 for text in BEFORE)
 STRINGS = arrow_text(*RAW)
-LISTS = pa.table({"text": [[text] for text in BEFORE]})
 # name of the case → name of the file, its contents, the place that is named
 CASES = {
     **{f"lines, {damage}": ("c.jsonl", lines(bad), f"line at byte {FOURTH_LINE}") for damage, bad in BAD_LINES.items()},
@@ -252,11 +220,7 @@ def damaged(tmp_path, request):
     return tmp_path, f"{tmp_path}/corpus/train/{name}, .*{place}: ", good
 
 
-every_case = pytest.mark.parametrize("damaged", CASES, indirect=True)
-every_policy = pytest.mark.parametrize("policy", [None, "error", "skip"])
-
-
-@every_case
+@pytest.mark.parametrize("damaged", CASES, indirect=True)
 @every_route
 def test_bad_documents(damaged, tokenizer, route, caplog):
     folder, place, good = damaged
@@ -283,7 +247,7 @@ def test_bad_documents(damaged, tokenizer, route, caplog):
         if policy == "skip":  # once a process
             told = [message for message in caplog.messages if f"{folder}/corpus/train/" in message]
             assert len(told) == 1
-            assert told[0].endswith(": left out")
+            assert told[0].endswith(": skipped")
         if route == "map":
             assert "1 of" in " ".join(caplog.messages)
 
@@ -303,30 +267,14 @@ def test_a_bad_document_beyond_the_first_blocks(tmp_path, tokenizer, route, monk
     ("name", "empty"), [("c.jsonl", b'{"text": null}\n{"text": ""}\n\n'), ("c.csv", b"text,id\n,1\n")]
 )
 @every_route
-def test_rows_without_text_are_no_documents(tmp_path, tokenizer, route, name, empty):
+def test_rows_without_text_are_not_documents(tmp_path, tokenizer, route, name, empty):
     (tmp_path / "c/train").mkdir(parents=True)
     (tmp_path / "c/train" / name).write_bytes(write_file(tmp_path / name, TEXTS).read_bytes())
     (tmp_path / "c/train" / f"d{name}").write_bytes(empty)
     write_file(tmp_path / "c/validation" / name, ["x"])
-    made = Route(
-        route, tokenizer, tmp_path / "out", dataset=str(tmp_path / "c"), validation_split="validation", block_size=128,
-        on_bad_document="error",
-    )  # fmt: skip
+    settings = {"dataset": str(tmp_path / "c"), "validation_split": "validation", "on_bad_document": "error"}
+    made = Route(route, tokenizer, tmp_path / "out", **settings)
     assert sorted(made.train()[0]) == sorted(TEXTS)
-
-
-@every_route
-def test_columns_of_another_type(tmp_path, tokenizer, route):
-    """A whole file of lists among good ones: each of its rows is a bad document."""
-    (tmp_path / "c/train").mkdir(parents=True)
-    pq.write_table(pa.table({"text": BEFORE}), tmp_path / "c/train/a.parquet")
-    pq.write_table(LISTS, tmp_path / "c/train/b.parquet")
-    write_file(tmp_path / "c/validation/a.parquet", ["x"])
-    settings = {"dataset": str(tmp_path / "c"), "validation_split": "validation"}
-    with pytest.raises(ValueError, match=r"b.parquet, row 1: column 'text' holds list, not text"):
-        Route(route, tokenizer, tmp_path / "out", on_bad_document="error", **settings).train()
-    made = Route(route, tokenizer, tmp_path / "out", on_bad_document="skip", **settings)
-    assert sorted(made.train()[0]) == sorted(BEFORE)
 
 
 # --- in the middle of training ---
@@ -377,33 +325,8 @@ def test_bad_documents_are_skipped_until_they_are_many(tmp_path, letters, total,
         run("error")
 
 
-@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_counts_and_batches_are_the_same_on_resume(tmp_path, letters, name, workers):
-    """Whichever batch it is taken up at, in a later epoch too; by ranks and workers."""
-    corpus_with_bad_ones(tmp_path / "c" / name, 400, (17, 18, 133, 200, 399))
-    stream = stream_of(tmp_path / "c", letters, buffer=20)
-    loader = stream.loader(rank=1, ranks=2, batch_size=4, workers=workers)
-    states, seen, counts = [loader.state_dict()], [], [0]
-    for batch in islice(loader, 60):
-        seen.append(batch["input_ids"].tolist())
-        states.append(json.loads(json.dumps(loader.state_dict())))
-        counts.append(loader.skipped)
-    assert counts == sorted(counts)
-    assert counts[-1] >= 4  # more than an epoch
-    for stop in (1, 20, 21, 41, 57):
-        again = stream.loader(rank=1, ranks=2, batch_size=4, workers=workers)
-        again.load_state_dict(states[stop])
-        assert again.skipped == counts[stop]
-        for taken, batch in enumerate(islice(again, 12 if workers else 60 - stop), stop):
-            if taken == 60:
-                break
-            assert batch["input_ids"].tolist() == seen[taken]
-            assert again.state_dict() == states[taken + 1]
-
-
 def test_a_state_without_counts_is_taken_up(tmp_path, letters):
-    """As checkpoints have it that were written before there were any."""
+    """As in the first checkpoints."""
     stream = stream_of(write_file(tmp_path / "c.jsonl", TEXTS), letters, buffer=7)
     loader = stream.loader()
     blocks = [batch["input_ids"].tolist() for batch in islice(loader, 40)]

@@ -12,16 +12,10 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_byte_level(bpe, text):
+def test_byte_level(bpe):
     lengths = token_byte_lengths(bpe, 512)
-    assert lengths[bpe(text)["input_ids"]].sum() == len(text.encode())
-
-
-def test_whole_corpus(bpe):
-    lengths = token_byte_lengths(bpe, 512)
-    for document in embedded_documents("test")[:10]:
-        assert lengths[bpe(document.text, verbose=False)["input_ids"]].sum() == len(document.text.encode())
+    for text in [*TEXTS, *(document.text for document in embedded_documents("test")[:10])]:
+        assert lengths[bpe(text, verbose=False)["input_ids"]].sum() == len(text.encode())
 
 
 def test_shape_and_special_tokens(bpe):

@@ -1,8 +1,10 @@
-"""Tokens prepared ahead: the very blocks that the corpus gives, whatever is cut from them; begun, damaged, resumed."""
+"""Tokens prepared ahead: the same blocks as the corpus gives, of any size; damaged files; resumed preparation."""
 
 import json
 import pickle
+import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,19 +16,18 @@ from torch.utils.data import DataLoader
 
 from hf_chts import SparseTrainer
 from hf_chts.__main__ import main
-from hf_chts.data import DataArguments, load_data, pack_blocks
-from hf_chts.data import tokenize as tokenize_module
-from hf_chts.data.holdout import ByText
-from hf_chts.data.prepare import split_source
+from hf_chts.data import DataArguments, load_data, pack_blocks, token_preparation
+from hf_chts.data.holdout import Holdout
+from hf_chts.data.loading import load_corpus
 from hf_chts.data.token_files import TokenIndex
-from hf_chts.data.tokenize import prepare_tokens
+from hf_chts.data.token_preparation import prepare_tokens
 
 TEXTS = [text for file, count in enumerate(UNEVEN) for text in documents(file, count)]
 
 
 def prepare(corpus, tokenizer, out, workers=1, **changes):
     args = DataArguments(dataset=str(corpus), streaming=True, **changes)
-    return prepare_tokens(split_source(args, 3), tokenizer, out, tokenizer_name="letters", workers=workers)
+    return prepare_tokens(load_corpus(args, 3), tokenizer, out, tokenizer_name="letters", workers=workers)
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +35,12 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("c") / "corpus", "parquet")
 
 
-@pytest.fixture
-def prepared(tmp_path, corpus, letters):
-    prepare(corpus, letters, tmp_path / "tokens", validation_fraction=0.2)
-    letters.save_pretrained(tmp_path / "letters")
-    return tmp_path / "tokens"
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, corpus, letters):
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(corpus, letters, folder / "tokens", validation_fraction=0.2)
+    letters.save_pretrained(folder / "letters")
+    return folder / "tokens"
 
 
 def load(prepared, vocab_size=257, **changes):
@@ -53,16 +55,11 @@ def ids_of(texts, tokenizer):
 @pytest.mark.parametrize("block_size", [7, 16, 1000])
 def test_packed_blocks_of_any_size(prepared, letters, block_size):
     data = load(prepared, block_size=block_size)
-    held_out = ByText(0.2, 3)
-    for part, texts in (
-        (data.train, [text for text in TEXTS if not held_out(text)]),
-        (data.validation, [text for text in TEXTS if held_out(text)]),
-    ):
-        expected = ids_of(texts, letters)
+    for part, rest in ((data.train, True), (data.validation, False)):
+        expected = ids_of(filter(Holdout(0.2, 3, rest=rest), TEXTS), letters)
         assert len(part) == len(expected) // block_size
-        assert (
-            torch.cat([part[i]["input_ids"] for i in range(len(part))]).tolist() == expected[: len(part) * block_size]
-        )
+        found = torch.cat([part[i]["input_ids"] for i in range(len(part))]).tolist()
+        assert found == expected[: len(part) * block_size]
         assert torch.equal(part[0]["labels"], part[0]["input_ids"])
         assert part[0]["input_ids"].dtype == torch.long
         with pytest.raises(IndexError):
@@ -70,11 +67,8 @@ def test_packed_blocks_of_any_size(prepared, letters, block_size):
 
 
 def test_a_document_a_block(prepared, letters):
-    import datasets
-
     data = load(prepared, packing="truncate_and_pad", block_size=40)
-    held_out = ByText(0.2, 3)
-    texts = [text for text in TEXTS if not held_out(text)]
+    texts = list(filter(Holdout(0.2, 3, rest=True), TEXTS))
     expected = pack_blocks(datasets.Dataset.from_dict({"text": texts}), letters, 40, "truncate_and_pad")
     assert len(data.train) == len(texts) == len(expected)
     for made, block in zip((data.train[i] for i in range(len(texts))), expected, strict=True):
@@ -90,32 +84,15 @@ def test_max_eval_tokens_and_workers(prepared):
     assert [block["input_ids"].tolist() for block in loader] == alone
 
 
-def test_a_validation_split_of_its_own_and_many_files(tmp_path, letters):
-    for split, count in (("train", 20), ("validation", 2)):
-        (tmp_path / "c" / split).mkdir(parents=True)
-        for file in range(count):
-            rows = "".join(json.dumps({"text": f"{split} {file} {row}"}) + "\n" for row in range(3))
-            (tmp_path / "c" / split / f"{file:02}.jsonl").write_text(rows)
-    index = prepare(tmp_path / "c", letters, tmp_path / "tokens", validation_split="validation")
-    assert [shard.documents for shard in index.splits["train"]] == [3] * 20
-    assert sum(shard.documents for shard in index.splits["validation"]) == 6
-    letters.save_pretrained(tmp_path / "letters")
-    data = load(tmp_path / "tokens")
-    expected = ids_of([f"validation {file} {row}" for file in range(2) for row in range(3)], letters)
-    found = torch.cat([block["input_ids"] for block in data.validation]).tolist()
-    assert found == expected[: len(found)]
-    assert len(expected) - len(found) < 16
-
-
 def test_bad_documents_are_refused_or_left_out_from_the_command_line(tmp_path, letters, capsys):
-    """What was made before it was refused is kept; the number left out stays in the index."""
+    """What was made before an error is kept; the number of skipped documents is in the index."""
     letters.save_pretrained(tmp_path / "letters")
     (tmp_path / "model.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
+    (tmp_path / "c").mkdir()
     for file in range(20):
         rows = [json.dumps({"text": f"file {file} row {row}"}) for row in range(5)]
         if file in (7, 19):
             rows.insert(2, '{"text": "a\\ud83d"}')
-        (tmp_path / "c").mkdir(exist_ok=True)
         (tmp_path / f"c/{file:02}.jsonl").write_text("\n".join(rows))
     options = ["prepare", "--dataset", tmp_path / "c", "--out", tmp_path / "out", "--workers", 1]
     options += ["--tokenizer", tmp_path / "letters", "--model", tmp_path / "model.json"]
@@ -124,13 +101,13 @@ def test_bad_documents_are_refused_or_left_out_from_the_command_line(tmp_path, l
     begun = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("train-*.tokens")}
     assert len(begun) == 7
     main([str(option) for option in [*options, "--on_bad_document", "skip"]])
-    assert "1 bad documents left out" in (shown := capsys.readouterr().out)
-    held_out = sum(ByText(0.05, 42)(f"file {file} row {row}") for file in range(20) for row in range(5))
-    assert f"of {100 - held_out} documents; 2 that could not be read are left out" in shown
+    assert "1 bad documents skipped" in (shown := capsys.readouterr().out)
+    held_out = sum(Holdout(0.05, 42)(f"file {file} row {row}") for file in range(20) for row in range(5))
+    assert f"of {100 - held_out} documents; 2 that could not be read were skipped" in shown
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in begun} == begun
     index = TokenIndex.load(tmp_path / "out")
     assert [shard.skipped for shard in index.splits["train"]] == [int(file in (7, 19)) for file in range(20)]
-    # an index of before there were counts
+    # the first indices had no counts
     path = tmp_path / "out/hf_chts_tokens.json"
     path.write_text(path.read_text().replace(',\n    "skipped": 0', ""))
     assert path.read_text().count("skipped") == 2
@@ -140,13 +117,13 @@ def test_bad_documents_are_refused_or_left_out_from_the_command_line(tmp_path, l
 def test_by_several_processes_and_from_the_command_line(tmp_path, corpus, prepared, letters, capsys):
     (tmp_path / "model.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
     run = {"model": str(tmp_path / "model.json"), "dataset": "somewhere/else", "seed": 3, "learning_rate": 1e-3}
-    run |= {"tokenizer": str(tmp_path / "letters"), "validation_fraction": "2e-1", "max_eval_tokens": None}
+    run |= {"tokenizer": str(prepared.parent / "letters"), "validation_fraction": "2e-1", "max_eval_tokens": None}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     out = tmp_path / "again"
     options = ["--config", tmp_path / "run.yaml", "--dataset", corpus, "--out", out, "--workers", 2]
     main(["prepare", *map(str, options)])
     shown = capsys.readouterr().out
-    held_out = sum(map(ByText(0.2, 3), TEXTS))
+    held_out = sum(map(Holdout(0.2, 3), TEXTS))
     assert f"of {held_out} documents" in shown
     assert f"of {len(TEXTS) - held_out} documents" in shown
     one, two = (TokenIndex.load(directory) for directory in (prepared, out))
@@ -155,7 +132,7 @@ def test_by_several_processes_and_from_the_command_line(tmp_path, corpus, prepar
 
 def test_taken_up_where_it_was_left(tmp_path, corpus, letters, monkeypatch):
     out = tmp_path / "tokens"
-    make, made = tokenize_module.make_shard, []
+    make, made = token_preparation.make_shard, []
 
     def make_some(job):
         if len(made) == 5:
@@ -163,20 +140,20 @@ def test_taken_up_where_it_was_left(tmp_path, corpus, letters, monkeypatch):
         made.append(job.number)
         return make(job)
 
-    monkeypatch.setattr(tokenize_module, "make_shard", make_some)
+    monkeypatch.setattr(token_preparation, "make_shard", make_some)
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, letters, out)
     assert not (out / "hf_chts_tokens.json").exists()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tokens")}
     assert len(before) == 10
-    # what a shard that was being made left behind is never taken for one
+    # what was written of a shard is not taken for a shard
     (out / ".train-00005.tokens.123").write_bytes(b"half")
-    monkeypatch.setattr(tokenize_module, "make_shard", make)
+    monkeypatch.setattr(token_preparation, "make_shard", make)
     index = prepare(corpus, letters, out)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     whole = prepare(corpus, letters, tmp_path / "whole")
     assert index.splits == whole.splits
-    # a shard that was damaged meanwhile is found
+    # a shard that has been damaged is found
     path = next(path for path in sorted(before) if path.stat().st_size)
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(ValueError, match=f"{path} is damaged, its checksum differs"):
@@ -191,7 +168,7 @@ def test_another_directory_is_refused(tmp_path, corpus, letters, bpe):
             prepare(corpus, tokenizer, out, **changes)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not empty and holds no prepared tokens"):
+    with pytest.raises(FileExistsError, match="is not empty and does not hold prepared tokens"):
         prepare(corpus, letters, tmp_path / "other")
 
 
@@ -210,10 +187,11 @@ def first_tokens(directory):
         (lambda d: None, {"block_size": 10**6, "max_eval_tokens": None}, ValueError, r"fewer than one block"),
     ],
 )
-def test_what_does_not_fit_is_refused(prepared, damage, changes, error, message):
-    damage(prepared)
+def test_what_does_not_fit_is_refused(tmp_path, prepared, damage, changes, error, message):
+    shutil.copytree(prepared.parent, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "tokens")
     with pytest.raises(error, match=message):
-        load(prepared, **changes)
+        load(tmp_path / "tokens", **changes)
 
 
 def test_wide_tokens_for_a_large_vocabulary(tmp_path, corpus, letters, monkeypatch):
@@ -221,8 +199,7 @@ def test_wide_tokens_for_a_large_vocabulary(tmp_path, corpus, letters, monkeypat
     index = prepare(corpus, letters, tmp_path / "tokens")
     assert index.dtype == "<u4"
     tokens = np.concatenate([np.fromfile(p, "<u4") for p in sorted((tmp_path / "tokens").glob("train-*.tokens"))])
-    held_out = ByText(0.05, 3)
-    assert tokens.tolist() == ids_of([text for text in TEXTS if not held_out(text)], letters)
+    assert tokens.tolist() == ids_of(filter(Holdout(0.05, 3, rest=True), TEXTS), letters)
 
 
 def test_training_on_prepared_tokens_resumes_bit_for_bit(tmp_path, prepared):
@@ -234,18 +211,15 @@ def test_training_on_prepared_tokens_resumes_bit_for_bit(tmp_path, prepared):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def run(name, checkpoint=None):
+        settings = {"max_steps": 9, "save_steps": 4, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2}
         trainer = Recording(
             model=tiny_llama(vocab_size=257),
-            args=arguments(
-                tmp_path / name, max_steps=9, save_steps=4, gradient_accumulation_steps=2, dataloader_num_workers=2
-            ),
+            args=arguments(tmp_path / name, **settings),
             sparsity=case_config(update_interval=3),
             train_dataset=load(prepared).train,
         )
         trainer.train(resume_from_checkpoint=checkpoint)
         return weights(trainer)
 
-    unbroken = run("a")
-    resumed = run("b", str(tmp_path / "a/checkpoint-4"))
-    assert same_weights(unbroken, resumed)
+    assert same_weights(run("a"), run("b", str(tmp_path / "a/checkpoint-4")))
     assert seen[str(tmp_path / "b")] == seen[str(tmp_path / "a")][8:]

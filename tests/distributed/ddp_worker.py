@@ -20,10 +20,11 @@ from cpu_engines import leave_ranks
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, set_seed
 
-from hf_chts import SparseModel, SparseTrainer, TopologyCallback, sparsify
+from hf_chts import SparseTrainer, SparsityHandle, sparsify
+from hf_chts.evolution import update_ranks
+from hf_chts.evolution.evolver import Evolver
+from hf_chts.sharding.replicated import ReplicatedWeights
 from hf_chts.topology.bits import pack_bits
-from hf_chts.training import callback
-from hf_chts.training.sharding import ReplicatedWeights
 
 STEPS = 12
 
@@ -85,7 +86,7 @@ def one_update(case):
     """The masks after a single update of untrained weights; in any number of processes."""
     config = case_config(case)
     sparse = sparsify(tiny_llama(seed=3), config)
-    topology = TopologyCallback(sparse)
+    topology = Evolver(sparse)
     engine = ReplicatedWeights(torch.optim.AdamW(sparse.model.parameters()))
     topology.prepare(STEPS, engine)
     if config.needs_gradient:
@@ -103,7 +104,7 @@ def dense_gradient_is_that_of_an_unmasked_copy(directory):
         sparsity=case_config("rigl"), train_dataset=random_blocks(),
     )  # fmt: skip
     batches, copies, seen = [], [], {}
-    inner, make_update = trainer.training_step, callback.TopologyUpdate
+    inner, make_update = trainer.training_step, update_ranks.TopologyUpdate
 
     def training_step(model, inputs, *rest):
         if trainer.state.global_step == INTERVAL - 1:
@@ -118,11 +119,11 @@ def dense_gradient_is_that_of_an_unmasked_copy(directory):
         return make_update(**parts)
 
     trainer.training_step = training_step
-    with mock.patch.object(callback, "TopologyUpdate", topology_update):
+    with mock.patch.object(update_ranks, "TopologyUpdate", topology_update):
         trainer.train()
     dense = copies[0]
     dense.zero_grad()
-    SparseModel.of(dense).unsparsify()
+    SparsityHandle.of(dense).unsparsify()
     assert len(batches) == 2
     for inputs in batches:
         (dense(**inputs).loss / 2).backward()

@@ -16,7 +16,7 @@ from cpu_engines import leave_ranks
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import SparseTrainer
-from hf_chts.seal import seal
+from hf_chts.checkpoint.seal import seal
 
 torch.set_num_threads(1)
 SECOND = int(os.environ["RANK"])  # 0 or 1

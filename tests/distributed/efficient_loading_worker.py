@@ -19,6 +19,7 @@ from cpu_engines import allow_fsdp, leave_ranks
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import SparseTrainer
+from hf_chts.layers.links import check_zeros
 
 
 def train(directory, efficient):
@@ -27,9 +28,9 @@ def train(directory, efficient):
     allow_fsdp()
     run = SparseTrainer(model=tiny_llama(), args=args, sparsity=case_config("chtss"), train_dataset=random_blocks())
     run.train()
-    engine = run.topology.engine
+    engine = run.evolver.engine
     assert type(engine).__name__ == "Fsdp2Weights"
-    engine.check(run.sparse.layers)
+    check_zeros(run.sparse.layers, engine)
     whole = {name: engine.whole(layer).clone() for name, layer in run.sparse.layers.items()}
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry], run.sparse.masks(), whole
 

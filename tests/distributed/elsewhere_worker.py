@@ -18,8 +18,9 @@ from engine_worker import train, wrap
 from tiny import tiny_llama
 
 from hf_chts import SparsityConfig, sparsify
-from hf_chts.training.first_step import check_first_step
-from hf_chts.training.sharding import engine_of
+from hf_chts.evolution.first_step import check_first_step
+from hf_chts.layers.links import check_zeros
+from hf_chts.sharding.detect import engine_of
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -47,7 +48,7 @@ for case in sys.argv[1:]:
     try:
         check_first_step(engine, layers)
         found = None
-        engine.check(layers)
+        check_zeros(layers, engine)
     except RuntimeError as error:
         found = str(error)
     if case.startswith("fsdp2"):

@@ -20,7 +20,9 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from hf_chts import SparsityConfig, sparsify
-from hf_chts.training.sharding import engine_of, rank_and_world
+from hf_chts.layers.links import check_zeros
+from hf_chts.sharding.detect import engine_of
+from hf_chts.sharding.ranks import rank_and_world
 
 # bf16 rounds a weight to 8 bits, and its gradients with it
 TOLERANCE = {False: 1e-5, True: 5e-2}
@@ -121,10 +123,10 @@ def check_change(run, engine, layers):
         old, new = layer.mask.clone(), changed(layer.mask, seed)
         weight = layer.weight
         before = [run.whole(weight, key) for key in (None, "exp_avg", "exp_avg_sq")] + [run.working(weight)]
-        engine.set_topology(layer, new)
+        layer.storage.replace(layer.matrix(new), engine)
         after = [run.whole(weight, key) for key in (None, "exp_avg", "exp_avg_sq")] + [run.working(weight)]
         assert layer.mask.equal(new)
-        assert not any(engine.strays(layer).values()), engine.strays(layer)
+        assert not any(layer.storage.strays(engine).values()), layer.storage.strays(engine)
         stayed = old & new
         for then, now in zip(before, after, strict=True):
             assert then[old].count_nonzero() > 0
@@ -137,16 +139,16 @@ def check_stored(run, engine, layers):
         weight, first = layer.weight, layer.mask.clone()
         second = changed(first, 100 + seed)
         before, working = run.whole(weight), run.working(weight)
-        stored = engine.cut(layer, torch.zeros(layer.mask.shape))
-        engine.set_topology(layer, second, stored)
+        stored = engine.part_of(layer, torch.zeros(layer.mask.shape))
+        layer.storage.replace(layer.matrix(second), engine, stored)
         assert run.whole(weight).equal(torch.where(first & second, before, 0))
         (kept,) = engine.gather([(layer, 0)], [stored])
         if kept is not None:
             assert kept.equal(torch.where(first, before.to(kept.dtype), 0))
-        engine.set_topology(layer, first, stored)
+        layer.storage.replace(layer.matrix(first), engine, stored)
         assert run.whole(weight).equal(before)
         assert run.working(weight).equal(working), "the working weight does not follow"
-        assert not any(engine.strays(layer).values())
+        assert not any(layer.storage.strays(engine).values())
 
 
 def check_dense_gradient(run, engine, layers, step, bf16):
@@ -179,20 +181,20 @@ def run_case(case, directory=None):
     layers = sparse.layers
     run = wrap(case, model)
     engine = engine_of(run.module, layers, run.optimizer)
-    engine.check(layers)
+    check_zeros(layers, engine)
     for step in range(2):
         train(run, step)
-        engine.check(layers)
+        check_zeros(layers, engine)
     check_gather(run, engine, layers)
     check_change(run, engine, layers)
     for step in range(2, 4):
         train(run, step)
-        engine.check(layers)
+        check_zeros(layers, engine)
     check_stored(run, engine, layers)
     check_dense_gradient(run, engine, layers, 4, bf16)
     check_change(run, engine, layers)
     train(run, 5)
-    engine.check(layers)
+    check_zeros(layers, engine)
     return {name: run.whole(parameter).float() for name, parameter in model.named_parameters()}
 
 

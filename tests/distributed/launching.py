@@ -11,7 +11,8 @@ BIN = Path(sys.executable).parent
 
 
 def torchrun(ranks, worker, *arguments):
-    launch([str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks), str(HERE / worker), *arguments])
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)]
+    return launch([*command, str(HERE / worker), *arguments])
 
 
 def accelerate(config, worker, *arguments, ranks=2):
@@ -26,3 +27,4 @@ def launch(command):
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-8000:]
+    return result.stdout

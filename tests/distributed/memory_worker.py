@@ -15,8 +15,10 @@ from cpu_engines import leave_ranks
 from engines import Fsdp2, Zero
 from tiny import VOCABULARY, tiny_llama
 
-from hf_chts import SparsityConfig, TopologyCallback, sparsify
-from hf_chts.training.sharding import engine_of
+from hf_chts import SparsityConfig, sparsify
+from hf_chts.evolution.evolver import Evolver
+from hf_chts.layers.links import check_zeros
+from hf_chts.sharding.detect import engine_of
 
 
 def peak_bytes(work):
@@ -37,12 +39,12 @@ def update_memory(name):
     sparse = sparsify(model, SparsityConfig(method="chtss", update_interval=4))
     run = Zero(model, False, 1, 3) if name == "zero3" else Fsdp2(model, False, 1)
     engine = engine_of(model, sparse.layers, run.optimizer)
-    topology = TopologyCallback(sparse)
+    topology = Evolver(sparse)
     topology.prepare(16, engine)
     run.backward(torch.randint(0, VOCABULARY, (2, 12)), last=True)
     run.step()
     peak = peak_bytes(lambda: topology.update(4))
-    engine.check(sparse.layers)
+    check_zeros(sparse.layers, engine)
     sizes = [4 * layer.mask.numel() for layer in sparse.layers.values()]
     return peak, max(sizes), sum(sizes)
 

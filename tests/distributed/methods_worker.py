@@ -23,7 +23,8 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, set_seed
 
 from hf_chts import SparseTrainer, export_sparse
-from hf_chts.training import callback
+from hf_chts.evolution import update_ranks
+from hf_chts.layers.links import check_zeros
 
 STEPS = 12
 # weights whose numbers of elements are divisible by neither 2 nor 3, and some that are
@@ -43,8 +44,8 @@ class Checks(TrainerCallback):
         self.frozen = {name: trainer.sparse.masks()[name].clone() for name in frozen}
 
     def on_step_end(self, args, state, control, **kwargs):
-        topology, sparse = self.trainer.topology, self.trainer.sparse
-        topology.engine.check(sparse.layers)
+        topology, sparse = self.trainer.evolver, self.trainer.sparse
+        check_zeros(sparse.layers, topology.engine)
         plan = sparse.config.plan(STEPS)
         if not self.frozen:
             check_links(sparse, plan.sparsity(state.global_step - state.global_step % INTERVAL))
@@ -88,12 +89,12 @@ def train(case, directory, engine):
     checks = Checks(trainer, frozen)
     trainer.add_callback(checks)
     first = {}
-    inner, make_update = trainer.topology.update, callback.TopologyUpdate
+    inner, make_update = trainer.evolver.update, update_ranks.TopologyUpdate
 
     def update(step):
         if step != INTERVAL:
             return inner(step)
-        topology, layers = trainer.topology, trainer.sparse.layers
+        topology, layers = trainer.evolver, trainer.sparse.layers
         first["masks"] = {name: mask.clone() for name, mask in trainer.sparse.masks().items()}
         first["weights"] = {name: topology.engine.whole(layer).float().clone() for name, layer in layers.items()}
         first["gradients"] = {}
@@ -106,13 +107,13 @@ def train(case, directory, engine):
             first["gradients"] |= {name: gradient.clone() for name, gradient in parts["gradients"].items()}
         return make_update(**parts)
 
-    trainer.topology.update = update
-    with mock.patch.object(callback, "TopologyUpdate", topology_update):
+    trainer.evolver.update = update
+    with mock.patch.object(update_ranks, "TopologyUpdate", topology_update):
         trainer.train()
-    assert type(trainer.topology.engine).__name__ == engine
+    assert type(trainer.evolver.engine).__name__ == engine
     assert checks.updates == 2
     if frozen:
-        check_that_ranks_agree(trainer.topology)
+        check_that_ranks_agree(trainer.evolver)
     weights = trainer.whole_state_dict()
     if dist.get_rank() == 0:
         export_sparse(trainer.accelerator.unwrap_model(trainer.model), f"{directory}/export", state_dict=weights)

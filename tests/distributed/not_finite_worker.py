@@ -17,14 +17,14 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
 from hf_chts import SparseTrainer
-from hf_chts.seal import SEAL_NAME
+from hf_chts.checkpoint.seal import SEAL_NAME
 
 LAYER = "model.layers.1.mlp.up_proj"
 SPOILT = 6
 
 
 class Spoilt(SparseTrainer):
-    """Rank 1 has a gradient that is NaN, under a loss that is finite, or no labels."""
+    """Rank 1 has a NaN gradient with a finite loss, or no labels."""
 
     scenario = ""
 
@@ -45,17 +45,17 @@ class Spoils(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         layer = self.trainer.sparse.layers[LAYER]
         gradient = getattr(layer.dense_gradient, "sum", None)
-        mine = args.process_index == 1 or self.trainer.topology.engine.sharded  # which only the owner has, then
+        mine = args.process_index == 1 or self.trainer.evolver.engine.sharded  # which only the owner has, then
         if gradient is not None and mine and self.trainer.scenario == "dense gradient":
             gradient[:] = torch.nan if state.global_step == 2 * INTERVAL else gradient
         if args.process_index != 1:
             return
         if self.trainer.scenario == "weight" and state.global_step == SPOILT:
-            self.trainer.topology.engine.held(layer)["weight"].view(-1)[:] = torch.nan
+            self.trainer.evolver.engine.held(layer)["weight"].view(-1)[:] = torch.nan
         if self.trainer.scenario == "moment" and state.global_step == SPOILT:
-            self.trainer.topology.engine.held(layer)["exp_avg"].view(-1)[:] = torch.inf
+            self.trainer.evolver.engine.held(layer)["exp_avg"].view(-1)[:] = torch.inf
         if self.trainer.scenario == "update" and state.global_step == 2 * INTERVAL:
-            self.trainer.topology.engine.held(layer)["weight"].view(-1)[:] = torch.nan
+            self.trainer.evolver.engine.held(layer)["weight"].view(-1)[:] = torch.nan
 
 
 def run_of(directory, scenario):

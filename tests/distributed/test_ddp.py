@@ -51,7 +51,7 @@ def test_what_two_ranks_saved_one_process_resumes(two_ranks, tmp_path, case):
     run = trainer(tmp_path, case, model=tiny_llama(seed=5), max_steps=STEPS, save_steps=6)
     run.add_callback(AtStart(run, masks))
     run.train(resume_from_checkpoint=str(checkpoint))
-    assert [entry["step"] for entry in run.topology.history] == [4, 8]
+    assert [entry["step"] for entry in run.evolver.history] == [4, 8]
     run.sparse.check()
 
 

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import ModelCard
 from launching import BIN, ROOT, torchrun
 
-from hf_chts import SparseModel, load_sparse
-from hf_chts.seal import verify_seal
+from hf_chts import SparsityHandle, load_sparse
+from hf_chts.checkpoint.seal import verify_seal
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_two_ranks_of_train_llama(hub, options, tmp_path, monkeypatch):
     for path in (tmp_path / "run/export").rglob("*"):
         if path.is_file() and path.name != "README.md":
             assert files[path.relative_to(tmp_path / "run/export").as_posix()] == path.read_bytes()
-    sparse = SparseModel.of(load_sparse(tmp_path / "pulled"))
+    sparse = SparsityHandle.of(load_sparse(tmp_path / "pulled"))
     assert sparse.sparsity() == pytest.approx(0.9, abs=1e-3)
     verify_seal(tmp_path / "pulled/last-checkpoint")
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {

@@ -9,8 +9,9 @@ import torch
 from cases import INTERVAL, arguments, case_config
 from tiny import random_blocks, tiny_llama
 
-from hf_chts import SparseModel, SparseTrainer, TopologyCallback, load_sparse, sparsify
-from hf_chts.training.sharding import ReplicatedWeights
+from hf_chts import SparseTrainer, SparsityHandle, load_sparse, sparsify
+from hf_chts.evolution.evolver import Evolver
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 from launching import accelerate  # isort: skip - beside this file
 from methods_worker import FROZEN, MODEL, STEPS  # isort: skip
@@ -43,7 +44,7 @@ def update_in_one_process(case, first):
     for name, layer in sparse.layers.items():
         layer.weight.data = first["weights"][name].clone()
     engine = ReplicatedWeights(torch.optim.AdamW(model.parameters()))
-    topology = TopologyCallback(sparse)
+    topology = Evolver(sparse)
     topology.prepare(STEPS, engine)
     for name, gradient in first["gradients"].items():
         layer = sparse.layers[name]
@@ -56,7 +57,7 @@ def update_in_one_process(case, first):
 def check_export(directory):
     """What any engine exported is whole, and one process trains on from it."""
     model = load_sparse(directory).float()
-    sparse = SparseModel.of(model)
+    sparse = SparsityHandle.of(model)
     assert sparse.sparsity() > 0.75
     sparse.check()
     # a link that was just regrown is 0, and so is one between neurons that reach nothing

@@ -18,7 +18,8 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig
-from hf_chts.training.sharding import engine_of
+from hf_chts.layers.links import check_zeros
+from hf_chts.sharding.detect import engine_of
 
 STEPS = 6
 
@@ -27,15 +28,15 @@ class Changes(TrainerCallback):
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         sparse = self.trainer.sparse
         self.engine = engine_of(sparse.model, sparse.layers, optimizer)
-        self.engine.check(sparse.layers)
+        check_zeros(sparse.layers, self.engine)
 
     def on_step_end(self, args, state, control, **kwargs):
         layers = self.trainer.sparse.layers
-        self.engine.check(layers)
+        check_zeros(layers, self.engine)
         if state.global_step in (2, 4):
             for seed, layer in enumerate(layers.values()):
-                self.engine.set_topology(layer, changed(layer.mask, seed + state.global_step))
-        self.engine.check(layers)
+                layer.storage.replace(layer.matrix(changed(layer.mask, seed + state.global_step)), self.engine)
+        check_zeros(layers, self.engine)
 
 
 def main(directory, *options):
@@ -68,7 +69,7 @@ def main(directory, *options):
         callbacks=[changes],
     )
     changes.trainer = trainer
-    trainer.remove_callback(trainer.topology)  # its place is taken by Changes
+    trainer.remove_callback(trainer.topology_callback)  # its place is taken by Changes
     trainer.train(resume_from_checkpoint=resume)
     rank = dist.get_rank()
     layers = trainer.sparse.layers

@@ -1,5 +1,4 @@
 import math
-from pathlib import Path
 
 import evaluate
 import pytest
@@ -23,15 +22,11 @@ def test_hand_computed():
     check(language_modeling_scores(NLL, LENGTHS))
 
 
-def test_metric_class(tmp_path):
-    metric = LanguageModeling(cache_dir=str(tmp_path))
-    check(metric.compute(predictions=NLL, references=LENGTHS))
-
-
-def test_evaluate_loads_it_by_path_and_adds_batches_up(tmp_path, monkeypatch):
+def test_metric_class_also_loaded_by_path(tmp_path, monkeypatch):
+    check(LanguageModeling(cache_dir=str(tmp_path)).compute(predictions=NLL, references=LENGTHS))
     monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = Path(language_modeling.__file__).parent
-    metric = evaluate.load(str(folder), cache_dir=str(tmp_path))
+    path = language_modeling.__file__
+    metric = evaluate.load(path, cache_dir=str(tmp_path))
     metric.add_batch(predictions=NLL[:1], references=LENGTHS[:1])
     metric.add_batch(predictions=NLL[1:], references=LENGTHS[1:])
     check(metric.compute())

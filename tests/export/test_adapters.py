@@ -1,4 +1,4 @@
-"""Exports of models with PEFT adapters on them: what plain loading reads, and the live model as it was."""
+"""Exports of models with PEFT adapters: plain loading gives the right model, and the live one does not change."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from tiny import VOCABULARY, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, set_seed
 
-from hf_chts import SparseModel, SparsityConfig, export_sparse, load_sparse, sparsify
+from hf_chts import SparsityConfig, SparsityHandle, export_sparse, load_sparse, sparsify
 from hf_chts.export import pack_directory, push_directory
 
 IDS = torch.arange(30).view(2, 15) % VOCABULARY
@@ -26,7 +26,7 @@ def sparse_llama(**changes):
 
 
 def trained(model):
-    """As if the adapters had been trained: one of LoRA's two matrices starts at 0."""
+    """With adapters as after training: LoRA's second matrix starts at 0."""
     set_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -60,7 +60,7 @@ KINDS = {
 
 def logits(model):
     with torch.no_grad():
-        return getattr(model, "_orig_mod", model)(input_ids=IDS).logits  # compiling would only take its time
+        return getattr(model, "_orig_mod", model)(input_ids=IDS).logits  # without compiling, which takes long
 
 
 def loaded(directory):
@@ -76,7 +76,7 @@ def snapshot(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged(tmp_path, kind, caplog):
     base = sparse_llama()
-    sparse = SparseModel.of(base)
+    sparse = SparsityHandle.of(base)
     before = sparse.sparsity()
     masks = {name: mask.clone() for name, mask in sparse.masks().items()}
     model = KINDS[kind](base)
@@ -86,13 +86,13 @@ def test_merged(tmp_path, kind, caplog):
     plain = loaded(tmp_path / "plain")
     torch.testing.assert_close(logits(plain), live, rtol=1e-4, atol=1e-5)
     assert load_file(tmp_path / "plain/model.safetensors").keys() == tiny_llama().state_dict().keys()
-    # nothing of the live model moved
+    # the live model did not change
     assert all(value.equal(weights[name]) for name, value in model.state_dict().items())
     assert logits(model).equal(live)
-    assert SparseModel.of(model) is sparse
-    # what the export says of itself is what is in it
+    assert SparsityHandle.of(model) is sparse
+    # masks, log and model card agree with the weights
     again = load_sparse(tmp_path / "plain")
-    found = SparseModel.of(again)
+    found = SparsityHandle.of(again)
     for name, mask in found.masks().items():
         assert mask.equal(masks[name] | plain.get_parameter(f"{name}.weight").ne(0)), name
         assert mask.all() or mask.equal(masks[name])
@@ -109,20 +109,20 @@ def test_merged(tmp_path, kind, caplog):
 @pytest.mark.parametrize("kind", ["get_peft_model", "add_adapter"])
 def test_merged_on_links_alone(tmp_path, kind, caplog):
     base = sparse_llama()
-    masks = {name: mask.clone() for name, mask in SparseModel.of(base).masks().items()}
-    links = {name: layer.weight.detach().clone() for name, layer in SparseModel.of(base).layers.items()}
+    masks = {name: mask.clone() for name, mask in SparsityHandle.of(base).masks().items()}
+    links = {name: layer.weight.detach().clone() for name, layer in SparsityHandle.of(base).layers.items()}
     model = KINDS[kind](base)
     live = logits(model)
     with caplog.at_level(logging.WARNING):
         export_sparse(model, tmp_path, adapters="merge_masked")
     found = load_sparse(tmp_path)
-    assert SparseModel.of(found).masks().keys() == masks.keys()
+    assert SparsityHandle.of(found).masks().keys() == masks.keys()
     change, dropped = 0.0, 0.0
     modules = dict(model.named_modules())
     prefix = "base_model.model." if kind == "get_peft_model" else ""
     for name, mask in masks.items():
         weight = found.get_parameter(f"{name}.weight")
-        assert SparseModel.of(found).masks()[name].equal(mask)
+        assert SparsityHandle.of(found).masks()[name].equal(mask)
         if name not in ADAPTED:
             assert weight.equal(links[name])
             continue
@@ -133,7 +133,7 @@ def test_merged_on_links_alone(tmp_path, kind, caplog):
         change += float(delta.square().sum())
         dropped += float(delta[~mask].square().sum())
     assert f"{(dropped / change) ** 0.5:.1%} of what they add" in caplog.text
-    # the same as a live model whose adapters are masked
+    # the live model did not change
     assert logits(model).equal(live)
     assert not torch.allclose(logits(found.eval()), live, atol=1e-3)
 
@@ -158,7 +158,7 @@ def test_refused_unless_told_what_to_do(tmp_path, kind):
             export_sparse(model, tmp_path / "x", packed=packed)
     with pytest.raises(ValueError, match="adapters is 'dense'; choose one of"):
         export_sparse(model, tmp_path / "x", adapters="dense")
-    with pytest.raises(ValueError, match="state_dict is given for a model with PEFT adapters"):
+    with pytest.raises(ValueError, match="state_dict cannot be used for a model with PEFT"):
         export_sparse(model, tmp_path / "x", adapters="merge", state_dict={})
     assert not (tmp_path / "x").exists()
 
@@ -170,13 +170,13 @@ def test_packed(tmp_path, adapters):
     export_sparse(model, tmp_path / "packed", adapters=adapters, packed=True)
     plain, packed = load_sparse(tmp_path / "plain"), load_sparse(tmp_path / "packed")
     assert all(value.equal(packed.state_dict()[name]) for name, value in plain.state_dict().items())
-    for name, mask in SparseModel.of(plain).masks().items():
-        assert mask.equal(SparseModel.of(packed).masks()[name])
+    for name, mask in SparsityHandle.of(plain).masks().items():
+        assert mask.equal(SparsityHandle.of(packed).masks()[name])
 
 
 def test_an_adapter_that_is_not_trained_changes_nothing(tmp_path, caplog):
     base = sparse_llama()
-    sparsity = SparseModel.of(base).sparsity()
+    sparsity = SparsityHandle.of(base).sparsity()
     expected = logits(base)
     with caplog.at_level(logging.WARNING):
         export_sparse(get_peft_model(base, LoraConfig(**LORA)), tmp_path, adapters="merge")
@@ -193,12 +193,12 @@ def test_conv1d(tmp_path):
     live = logits(model)
     export_sparse(model, tmp_path, adapters="merge")
     torch.testing.assert_close(logits(loaded(tmp_path)), live, rtol=1e-4, atol=1e-5)
-    masks = SparseModel.of(load_sparse(tmp_path)).masks()
+    masks = SparsityHandle.of(load_sparse(tmp_path)).masks()
     assert masks["transformer.h.0.attn.c_attn"].all()
     assert not masks["transformer.h.0.mlp.c_fc"].all()
 
 
-def test_adapters_that_are_merged_at_the_moment(tmp_path):
+def test_merged_adapters(tmp_path):
     model = with_lora(sparse_llama())
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"adapters of .*q_proj are merged into its weight.*unmerge_adapter"):
@@ -206,7 +206,7 @@ def test_adapters_that_are_merged_at_the_moment(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_that_are_disabled_at_the_moment(tmp_path, kind):
+def test_disabled_adapters(tmp_path, kind):
     base = sparse_llama()
     expected = logits(base)
     model = KINDS[kind](base)
@@ -214,7 +214,7 @@ def test_adapters_that_are_disabled_at_the_moment(tmp_path, kind):
 
     def exports():
         for adapters in ("merge", "merge_masked"):
-            with pytest.raises(ValueError, match=rf"adapters is '{adapters}', and those of .* are disabled.*leave_out"):
+            with pytest.raises(ValueError, match=rf"adapters is '{adapters}', but those of .* are disabled.*leave_out"):
                 export_sparse(model, tmp_path / "x", adapters=adapters)
         assert not (tmp_path / "x").exists()
         export_sparse(model, tmp_path / "left out", adapters="leave_out")
@@ -242,7 +242,7 @@ def test_what_adapters_add_stays_dense(tmp_path, kind, patterns):
     assert all(p.ne(0).all() for name, p in model.named_parameters() if "lora_" in name)
     export_sparse(model.eval(), tmp_path, adapters="merge")
     torch.testing.assert_close(logits(loaded(tmp_path)), logits(model), rtol=1e-4, atol=1e-5)
-    assert list(SparseModel.of(load_sparse(tmp_path)).layers) == names
+    assert list(SparsityHandle.of(load_sparse(tmp_path)).layers) == names
 
 
 @pytest.mark.parametrize("pattern", ["lora_A.default", r".*\.lora_[AB]\..*", "default"])
@@ -250,7 +250,7 @@ def test_adapters_are_no_targets(pattern):
     model = with_lora(tiny_llama()).requires_grad_(True)
     with pytest.raises(ValueError, match=r"only what PEFT's adapters have put into the model.*lora_A\.default"):
         sparsify(model, SparsityConfig(target_modules=["up_proj", pattern]))
-    assert SparseModel.of(model) is None
+    assert SparsityHandle.of(model) is None
 
 
 def test_a_layer_whose_copy_runs_is_no_target():
@@ -273,7 +273,7 @@ def test_prompt_tuning_has_nothing_to_merge(tmp_path):
     assert logits(loaded(tmp_path)).equal(expected)
 
 
-def test_tied_weights_that_an_adapter_makes_two(tmp_path):
+def test_tied_weights_that_an_adapter_unties(tmp_path):
     model = with_lora(sparse_llama(tie_word_embeddings=True), target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(ValueError, match="lm_head.weight or model.embed_tokens.weight, which the config ties"):
         export_sparse(model, tmp_path / "x", adapters="merge")
@@ -283,7 +283,7 @@ def test_tied_weights_that_an_adapter_makes_two(tmp_path):
     torch.testing.assert_close(logits(loaded(tmp_path)), logits(tied), rtol=1e-4, atol=1e-5)
 
 
-def test_directories_that_hold_an_adapter_are_called_that(tmp_path):
+def test_directories_that_hold_an_adapter_are_refused(tmp_path):
     with_lora(sparse_llama()).save_pretrained(tmp_path)
     for use in (
         load_sparse,
@@ -296,14 +296,14 @@ def test_directories_that_hold_an_adapter_are_called_that(tmp_path):
 
 def test_copies_of_sparse_layers_are_checked_and_reverted(tmp_path):
     base = sparse_llama()
-    sparse = SparseModel.of(base)
+    sparse = SparsityHandle.of(base)
     model = with_lora(base, modules_to_save=["down_proj"])
     assert list(sparse.copies()) == [f"model.layers.{i}.mlp.down_proj.modules_to_save.default" for i in range(2)]
     sparse.check()
     copy = sparse.copies()["model.layers.1.mlp.down_proj.modules_to_save.default"]
     with torch.no_grad():
         copy.weight.add_(~copy.mask * 1.0)
-    with pytest.raises(RuntimeError, match="layers.1.mlp.down_proj.modules_to_save.default has .* not 0 off its mask"):
+    with pytest.raises(RuntimeError, match="layers.1.mlp.down_proj.modules_to_save.default is not 0 off its mask"):
         sparse.check()
     copy.set_mask(copy.topology)
     sparse.unsparsify()
@@ -311,7 +311,7 @@ def test_copies_of_sparse_layers_are_checked_and_reverted(tmp_path):
     assert all(type(m) is not nn.Linear or not hasattr(m, "mask") for m in model.modules())
 
 
-def test_config_and_history_of_an_export_are_those_of_a_plain_model(tmp_path):
+def test_an_export_has_the_config_of_a_plain_model(tmp_path):
     export_sparse(with_added_adapter(sparse_llama()), tmp_path, adapters="merge")
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "masks.safetensors", "sparsity_config.json", "README.md"} <= names

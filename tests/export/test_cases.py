@@ -5,7 +5,7 @@ import torch
 from cases import CASES, check_links, same_weights, trainer
 from transformers import AutoModelForCausalLM
 
-from hf_chts import SparseModel, export_sparse, load_sparse
+from hf_chts import SparsityHandle, export_sparse, load_sparse
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -22,7 +22,7 @@ def test_export_and_reload(tmp_path, case):
     for name, mask in run.sparse.masks().items():
         assert plain.get_parameter(f"{name}.weight")[~mask].eq(0).all()
     again = load_sparse(tmp_path / "export")
-    sparse = SparseModel.of(again)
+    sparse = SparsityHandle.of(again)
     assert sparse.config == run.sparse.config
     assert all(mask.equal(run.sparse.masks()[name]) for name, mask in sparse.masks().items())
     assert same_weights(dict(again.state_dict()), dict(run.model.state_dict()))

@@ -1,5 +1,6 @@
-"""One checksum for both kinds of export: what a disk or a copy changed in the weights is refused by the file's name."""
+"""Checksums of both kinds of export: weights that a disk or a copy has changed are refused, and the file is named."""
 
+import binascii
 import json
 import shutil
 
@@ -44,7 +45,7 @@ def flip(path, place, bit=3):
 
 
 def refused(directory, words):
-    """By whoever reads the weights, before anything is written or sent."""
+    """All that read the weights refuse them, before anything is written or sent."""
     convert = unpack_directory if "packed" in directory.name else pack_directory
     for use in (
         lambda: load_sparse(directory),
@@ -56,8 +57,8 @@ def refused(directory, words):
     assert {path.name for path in directory.parent.iterdir()} == {directory.name}
 
 
-# the last byte is one of a weight in each of them; the others are what a value's sign, exponent or mantissa is in
-@pytest.mark.parametrize("place", [-1, -2, -4, -4001])
+# both in weights, in each of the exports
+@pytest.mark.parametrize("place", [-1, -4001])
 def test_a_flipped_bit(directory, place):
     path = shards(directory)[-1]
     flip(path, place)
@@ -68,9 +69,9 @@ def test_a_flipped_bit(directory, place):
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("size", [-1, -4000, 100, 4, 0])
+@pytest.mark.parametrize("size", [-1, 100, 0])
 def test_a_truncated_file(directory, size, known):
-    """Exports of earlier versions have no checksums: there the header tells."""
+    """Without checksums, as in early versions, the header tells."""
     path = shards(directory)[0]
     path.write_bytes(path.read_bytes()[:size])
     if not known:
@@ -100,10 +101,8 @@ def test_without_checksums_all_loads_as_before(directory):
     assert all(found[name].equal(value) for name, value in expected.items())
 
 
-def test_what_the_file_holds(directory):
-    """Worked out by another: zlib's CRC-32 of the whole file is the one that gzip, zip and `cksum -o 3` have."""
-    import binascii
-
+def test_the_contents_of_the_list(directory):
+    """The CRC-32 of gzip and zip, from another module."""
     contents = json.loads((directory / NAME).read_text())
     assert contents["files"] == {
         path.name: [path.stat().st_size, binascii.crc32(path.read_bytes())] for path in shards(directory)
@@ -143,11 +142,3 @@ def test_a_trainer_that_saves_over_an_export(tmp_path):
     run.train()
     run.save_model()
     assert load_sparse(tmp_path / "run").lm_head.weight.equal(run.model.lm_head.weight)
-
-
-def test_an_export_over_another(directory):
-    model = tiny_llama(seed=7)
-    sparsify(model, SparsityConfig())
-    for packed in (True, False, True):
-        export_sparse(model, directory, packed=packed)
-        assert load_sparse(directory).lm_head.weight.equal(model.lm_head.weight)

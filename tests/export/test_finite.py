@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from test_adapters import with_lora
 from tiny import tiny_llama
 
-from hf_chts import SparseModel, SparsityConfig, export_sparse, sparsify
+from hf_chts import SparsityConfig, SparsityHandle, export_sparse, sparsify
 from hf_chts.export import pack_directory
 from hf_chts.finite import not_finite
 
@@ -22,11 +22,11 @@ def sparse_llama(dtype=torch.float32):
 
 
 def link(model):
-    return tuple(SparseModel.of(model).layers[LAYER].mask.nonzero()[3])
+    return tuple(SparsityHandle.of(model).layers[LAYER].mask.nonzero()[3])
 
 
 def off(model):
-    return tuple((~SparseModel.of(model).layers[LAYER].mask).nonzero()[3])
+    return tuple((~SparsityHandle.of(model).layers[LAYER].mask).nonzero()[3])
 
 
 # what is not finite, by where: the name that is told, and the place in it

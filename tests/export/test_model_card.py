@@ -12,8 +12,9 @@ from hf_chts import SparsityConfig, sparsify
 from hf_chts.export.checkpoint_card import last_evaluation, progress
 from hf_chts.export.model_card import model_card
 from hf_chts.export.model_facts import ModelFacts, SparseLayer
-from hf_chts.export.pushed_card import with_figures, with_repository, with_results, with_section
+from hf_chts.export.pushed_card import with_figures, with_repository, with_results
 from hf_chts.export.zero_shot_results import published, results_section
+from hf_chts.markdown import with_section
 
 
 def card_of(model=None, config=None, **given):

@@ -1,4 +1,4 @@
-"""Damaged and hostile directories: refused in words that name the file, with nothing outside of them opened or run."""
+"""Damaged and hostile directories are refused, the file is named, and nothing outside is opened or run."""
 
 import json
 import pickle
@@ -18,7 +18,8 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_chts import SparsityConfig, export_sparse, load_sparse, sparsify
-from hf_chts.checkpoint import FORMAT, mask_metadata
+from hf_chts.checkpoint import mask_metadata
+from hf_chts.checkpoint.topology_state import FORMAT
 from hf_chts.export import pack_directory, unpack_directory, weight_files
 from hf_chts.export.checksums import CHECKSUMS_NAME
 from hf_chts.topology.bits import pack_bits
@@ -30,7 +31,7 @@ HUGE = 2**62
 
 
 class Attack:
-    """What a pickle would do, if it were read."""
+    """A pickle that ends the process if it is read."""
 
     def __reduce__(self):
         return exec, ("raise SystemExit('a pickle was run')",)
@@ -44,7 +45,7 @@ def exports(tmp_path_factory):
     export_sparse(model, root / "plain")
     pack_directory(root / "plain", root / "packed", max_shard_size=40_000)
     assert len(list((root / "packed").glob("packed-*.safetensors"))) == 3
-    for name in ("plain", "packed"):  # whoever means harm writes checksums that fit, and earlier versions wrote none
+    for name in ("plain", "packed"):  # an attacker would write matching ones, and early versions wrote none
         (root / name / CHECKSUMS_NAME).unlink()
     return root
 
@@ -183,185 +184,151 @@ def pickled_shard(directory):
     (directory / SHARD).write_bytes(pickle.dumps(Attack()) * 50)
 
 
-# name → what happens to the packed directory, and what load_sparse says of it
+def add_metadata(directory):
+    """Say of a weight that it is stored transposed."""
+    change_header(
+        lambda text: text.replace('\\"transposed\\": []', f'\\"transposed\\": [\\"{KEY}\\"]'),
+        shard_of(directory, f"{KEY}_bits").name,
+    )(directory)
+
+
+def without(unwanted):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if unwanted not in name}
+
+
+def set_config(**changes):
+    return change_json("config.json", lambda config: config.update(changes))
+
+
+def shape(*sizes):
+    return put("shape", lambda _: torch.tensor(sizes))
+
+
+# what happens to the packed directory, and what load_sparse names: the file, the tensor and its sizes
 DAMAGE = {
-    "the index leads up": (redirect("../../outside.safetensors"), f"{INDEX} cannot be used: 3 shards are named"),
-    "the index leads up to a shard's name": (redirect(f"../other/{SHARD}"), f"{INDEX} cannot be used: 3 shards"),
-    "the index leads to a folder below": (redirect(f"below/{SHARD}"), f"{INDEX} cannot be used: 3 shards are named"),
+    "the index leads up": (redirect("../../outside.safetensors"), INDEX),
+    "the index leads up to a shard's name": (redirect(f"../other/{SHARD}"), INDEX),
+    "the index leads to a folder below": (redirect(f"below/{SHARD}"), INDEX),
     "the index has an absolute path": (
         lambda directory: redirect(directory.parent / "absolute.safetensors")(directory),
-        f"{INDEX} cannot be used: 3 shards are named",
+        INDEX,
     ),
-    "the index leads to another export": (redirect_all("../other"), f"{INDEX} cannot be used: 3 shards are named"),
-    "the index leads to an export below": (redirect_all("below"), f"{INDEX} cannot be used: 3 shards are named"),
-    "the index has numbers for names": (
-        change_json(INDEX, lambda index: index.update(weight_map={KEY: 7})),
-        f"{INDEX} cannot be used: it has no weight_map",
-    ),
-    "the index has no map": (change_json(INDEX, lambda index: {"metadata": {}}), f"{INDEX} cannot be used: it has no"),
-    "the index is a list": (change_json(INDEX, lambda index: [index]), f"{INDEX} cannot be used: it holds a list"),
-    "the index is no JSON": (cut(INDEX, 100), f"{INDEX} cannot be used: "),
-    "the index is nested deeply": (
-        lambda directory: (directory / INDEX).write_text("[" * 100_000),
-        f"{INDEX} cannot be used: ",
-    ),
-    "the index is missing": (lambda directory: (directory / INDEX).unlink(), "has neither packed.safetensors nor"),
+    "the index leads to another export": (redirect_all("../other"), INDEX),
+    "the index leads to an export below": (redirect_all("below"), INDEX),
+    "the index has numbers for names": (change_json(INDEX, lambda index: index.update(weight_map={KEY: 7})), INDEX),
+    "the index has no map": (change_json(INDEX, lambda index: {"metadata": {}}), INDEX),
+    "the index is a list": (change_json(INDEX, lambda index: [index]), f"{INDEX} .*list"),
+    "the index is no JSON": (cut(INDEX, 100), INDEX),
+    "the index is nested deeply": (lambda directory: (directory / INDEX).write_text("[" * 100_000), INDEX),
+    "the index is missing": (lambda directory: (directory / INDEX).unlink(), "neither packed.safetensors nor"),
     "the index lacks a tensor": (
         change_json(INDEX, lambda index: index["weight_map"].pop(f"{KEY}_values") and None),
-        f"{INDEX} cannot be used: it has {KEY}_values in no shard, and it is in packed-",
+        f"{INDEX} .*{KEY}_values",
     ),
     "the index has a tensor too many": (
         change_json(INDEX, lambda index: index["weight_map"].update(more=SHARD)),
-        f"{INDEX} cannot be used: it has more in {SHARD}, and it is in no shard",
+        f"{INDEX} .*more in {SHARD}",
     ),
-    "a shard is missing": (lambda directory: (directory / SHARD).unlink(), f"{SHARD} is missing: copy or download"),
+    "a shard is missing": (lambda directory: (directory / SHARD).unlink(), f"{SHARD} is missing"),
     "a shard is a folder": (
         lambda directory: ((directory / SHARD).unlink(), (directory / SHARD).mkdir()),
-        f"{SHARD} is missing: copy or download",
+        f"{SHARD} is missing",
     ),
     "a shard too many": (
         lambda directory: shutil.copy(directory / SHARD, directory / "packed-00001-of-00009.safetensors"),
-        "packed-00001-of-00009.safetensors cannot be used: the index does not have it",
+        "packed-00001-of-00009.safetensors",
     ),
-    "a shard is cut": (cut(SHARD, 10_000), f"{SHARD} cannot be used: .*not fully covered"),
-    "a shard is cut in its header": (cut(SHARD, 100), f"{SHARD} cannot be used: "),
-    "a shard is empty": (cut(SHARD, 0), f"{SHARD} cannot be used: "),
-    "a shard is a pickle": (pickled_shard, f"{SHARD} cannot be used: "),
-    "only a pickle": (pickled_weights, "has neither packed.safetensors nor packed.safetensors.index.json"),
-    "a tensor in two shards": (copy_of_a_tensor, "packed-00003-of-00003.safetensors cannot be used: it has .*, and so"),
+    "a shard is cut": (cut(SHARD, 10_000), SHARD),
+    "a shard is cut in its header": (cut(SHARD, 100), SHARD),
+    "a shard is empty": (cut(SHARD, 0), SHARD),
+    "a shard is a pickle": (pickled_shard, SHARD),
+    "only a pickle": (pickled_weights, "neither packed.safetensors nor packed.safetensors.index.json"),
+    "a tensor in two shards": (copy_of_a_tensor, "packed-00003-of-00003.safetensors"),
     "a header twice as long as the file": (
         lambda directory: (directory / SHARD).write_bytes(struct.pack("<Q", 2**40) + b"{}" * 100),
-        f"{SHARD} cannot be used: ",
+        SHARD,
     ),
-    "a header with sizes that overflow": (change_header(claim_shape), f"{SHARD} cannot be used: .*overflow"),
-    "a header that is no JSON": (change_header(lambda text: "[" * len(text)), f"{SHARD} cannot be used: "),
-    "a header without our metadata": (
-        change_header(lambda text: json.loads(text) | {"__metadata__": {}}),
-        f"{SHARD} cannot be used: its metadata are not those of packed weights",
-    ),
-    "a format of later": (
-        change_metadata(lambda said: said.update(version=2)),
-        f"{SHARD} cannot be used: its format is version 2 and this hf_chts reads 1: upgrade it",
-    ),
-    "metadata of another kind": (
-        change_metadata(lambda said: said.update(transposed=[7])),
-        f"{SHARD} cannot be used: its metadata have no list of transposed weights",
-    ),
-    "an unknown weight is transposed": (
-        change_metadata(lambda said: said.update(transposed=["x.weight"])),
-        "x.weight is not stored once as a packed weight",
-    ),
-    "a weight is said to lie the other way": (
-        lambda directory: change_header(
-            lambda text: text.replace('\\"transposed\\": []', f'\\"transposed\\": [\\"{KEY}\\"]'),
-            shard_of(directory, f"{KEY}_bits").name,
-        )(directory),
-        f"{KEY} lies the other way in the model",
-    ),
-    "an absurd shape": (put("shape", lambda _: torch.tensor([HUGE, HUGE])), f"{KEY} is said to be {HUGE} × {HUGE}"),
-    "a shape whose product overflows to the right one": (
-        # 2^63 + 1 times 2 · 2400 is 4800 in 64 bits; 2^61 · 8 is 0
-        put("shape", lambda _: torch.tensor([2**61, 8])),
-        f"{KEY} is said to be {2**61} × 8",
-    ),
-    "a negative shape": (put("shape", lambda _: torch.tensor([-60, -40])), f"{KEY} is said to be -60 × -40"),
-    "an empty shape": (put("shape", lambda _: torch.tensor([0, 40])), f"{KEY} is said to be 0 × 40"),
-    "a shape of three": (put("shape", lambda _: torch.tensor([60, 40, 1])), f"{KEY} has bits U8 .* shape I64 \\(3,\\)"),
-    "another shape of that size": (
-        put("shape", lambda _: torch.tensor([40, 60])),
-        f"{KEY} is \\(40, 60\\) among the weights and \\(60, 40\\) in a LlamaForCausalLM",
-    ),
-    "too few bits": (put("bits", lambda bits: bits[:-1].clone()), f"{KEY} is said to be 60 × 40, and has 299 bytes"),
-    "too many bits": (
-        put("bits", lambda bits: torch.cat([bits, bits])),
-        f"{KEY} is said to be 60 × 40, and has 600 bytes of bits",
-    ),
+    "a header with sizes that overflow": (change_header(claim_shape), SHARD),
+    "a header that is no JSON": (change_header(lambda text: "[" * len(text)), SHARD),
+    "a header without our metadata": (change_header(lambda text: json.loads(text) | {"__metadata__": {}}), SHARD),
+    "a format of later": (change_metadata(lambda said: said.update(version=2)), f"{SHARD} .*version 2.*upgrade"),
+    "metadata of another kind": (change_metadata(lambda said: said.update(transposed=[7])), f"{SHARD} .*transposed"),
+    "an unknown weight is transposed": (change_metadata(lambda said: said.update(transposed=["x.weight"])), "x.weight"),
+    "a weight is said to be transposed": (add_metadata, f"{KEY} is transposed"),
+    "an absurd shape": (shape(HUGE, HUGE), f"{KEY} .*{HUGE} × {HUGE}"),
+    "a shape whose product overflows to 0": (shape(2**61, 8), f"{KEY} .*{2**61} × 8"),
+    "a negative shape": (shape(-60, -40), f"{KEY} .*-60 × -40"),
+    "an empty shape": (shape(0, 40), f"{KEY} .*0 × 40"),
+    "a shape of three": (shape(60, 40, 1), f"{KEY} .*I64 \\(3,\\)"),
+    "another shape of that size": (shape(40, 60), f"{KEY} is \\(40, 60\\) .*\\(60, 40\\) in the LlamaForCausalLM"),
+    "too few bits": (put("bits", lambda bits: bits[:-1].clone()), f"{KEY} .*60 × 40.* 299 bytes"),
+    "too many bits": (put("bits", lambda bits: torch.cat([bits, bits])), f"{KEY} .*60 × 40.* 600 bytes"),
     "bits of another type": (put("bits", lambda bits: bits.to(torch.int16)), f"{KEY} has bits I16"),
     "a link more than values": (put("bits", flip), f"{KEY} has [0-9]+ links and 1200 values"),
     "a value too few": (put("values", lambda values: values[:-1].clone()), f"{KEY} has 1200 links and 1199 values"),
-    "more values than weights": (
-        put("values", lambda values: torch.cat([values] * 3)),
-        f"{KEY} has 3600 values for 60 × 40 weights",
-    ),
-    "values of integers": (put("values", lambda values: values.int()), f"the values of {KEY} are I32"),
-    "values in rows": (put("values", lambda values: values.view(60, 20)), f"the values of {KEY} are F32 \\(60, 20\\)"),
+    "more values than weights": (put("values", lambda values: torch.cat([values] * 3)), f"{KEY} has 3600 values"),
+    "values of integers": (put("values", lambda values: values.int()), f"{KEY} are I32"),
+    "values in rows": (put("values", lambda values: values.view(60, 20)), f"{KEY} are F32 \\(60, 20\\)"),
     "no bits": (drop("bits"), f"{KEY}_bits is missing"),
     "no values": (drop("values"), f"{KEY}_values is missing"),
     "no shape": (drop("shape"), f"{KEY}_shape is missing"),
-    "a weight packed and plain": (
-        change_tensors(lambda tensors: tensors | {KEY: torch.zeros(60, 40)}),
-        f"{KEY} is not stored once as a packed weight",
-    ),
+    "a weight packed and plain": (change_tensors(lambda tensors: tensors | {KEY: torch.zeros(60, 40)}), KEY),
     "a weight of another model": (
         change_tensors(lambda tensors: {name.replace("up_proj", "side_proj"): t for name, t in tensors.items()}),
-        f"{KEY.replace('up_proj', 'side_proj')} is \\(60, 40\\) among the weights and absent in a Llama",
+        f"{KEY.replace('up_proj', 'side_proj')} .*absent",
     ),
-    "a weight is gone": (
-        change_tensors(lambda tensors: {name: t for name, t in tensors.items() if KEY not in name}),
-        f"has no weights for \\['{KEY}'\\]",
-    ),
-    "a dense tensor is gone": (
-        change_tensors(
-            lambda tensors: {name: t for name, t in tensors.items() if name != "model.norm.weight"}, "model.norm.weight"
-        ),
-        "has no weights for \\['model.norm.weight'\\]",
-    ),
+    "a weight is gone": (change_tensors(without(KEY)), KEY),
+    "a dense tensor is gone": (change_tensors(without("model.norm.weight"), "model.norm.weight"), "model.norm.weight"),
     "a config of another version": (
         change_json("config.json", lambda config: config["quantization_config"].update(version=99)),
-        "config.json is version 99 of hf_chts's format.*upgrade hf_chts",
+        "config.json is version 99 .*upgrade",
     ),
     "a config with more": (
         change_json("config.json", lambda config: config["quantization_config"].update(path="/etc/passwd")),
-        "config.json is version 1 of hf_chts's format, with \\['path'\\]",
+        "config.json .*'path'",
     ),
     "a config that leads to another": (
-        change_json("config.json", lambda config: config.update(configuration_files=["config.4.0.0.json"])),
-        "config.json cannot be used: it has configuration_files",
+        set_config(configuration_files=["config.4.0.0.json"]),
+        "config.json .*configuration_files",
     ),
     "a config that asks for attention code": (
-        change_json("config.json", lambda config: config.update(attn_implementation="evil/kernel")),
-        "config.json cannot be used: it names the attention code 'evil/kernel'",
+        set_config(attn_implementation="evil/kernel"),
+        "config.json .*'evil/kernel'",
     ),
     "a config without a type": (
         change_json("config.json", lambda config: config.pop("dtype") and None),
-        "config.json of .* has no dtype: add it",
+        "config.json .*no dtype",
     ),
-    "a config of another size": (
-        change_json("config.json", lambda config: config.update(intermediate_size=64)),
-        "is \\(40, 60\\) among the weights and \\(40, 64\\) in a LlamaForCausalLM",
-    ),
-    "a config that is a number": (lambda directory: (directory / "config.json").write_text("7"), "it holds a int"),
+    "a config of another size": (set_config(intermediate_size=64), "\\(40, 60\\) .*\\(40, 64\\)"),
+    "a config that is a number": (lambda directory: (directory / "config.json").write_text("7"), "config.json .*int"),
     "an adapter": (
         lambda directory: (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}'),
-        "adapter_config.json cannot be used: an export has no adapter",
+        "adapter_config.json",
     ),
-    "no sparsity config": (
-        lambda directory: (directory / "sparsity_config.json").unlink(),
-        "there is no sparsity config at .*sparsity_config.json",
-    ),
+    "no sparsity config": (lambda directory: (directory / "sparsity_config.json").unlink(), "sparsity_config.json"),
 }
-# what plain from_pretrained cannot know: it has no use for masks, transformers reads configs by itself, and what is
-# missing gets new weights as with any checkpoint
+# what plain from_pretrained cannot notice: it needs no masks, transformers reads the config itself, and missing weights
+# are initialized as for any checkpoint
 LOADS_PLAIN = {
     "a config that leads to another",
     "a config that asks for attention code",
-    "a weight is said to lie the other way",
+    "a weight is said to be transposed",
     "a weight is gone",
     "a dense tensor is gone",
     "an adapter",
     "no sparsity config",
 }
-# files that fit each other, of a model that config.json is not of, or with words in it that only loading heeds
+# consistent files, of another model than config.json's, or with settings in it that only loading reads
 UNPACKS = (
     {name for name in DAMAGE if name.startswith("a config ")} - {"a config that is a number"}
-    | {"another shape of that size", "a weight of another model", "a weight is said to lie the other way"}
+    | {"another shape of that size", "a weight of another model", "a weight is said to be transposed"}
     | {"a weight is gone", "a dense tensor is gone", "an adapter", "no sparsity config"}
 )
 
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The safetensors files that are opened, wherever."""
+    """The safetensors files that are opened, anywhere."""
     paths = []
 
     def recording(path, *args, **kwargs):
@@ -393,7 +360,7 @@ def test_a_packed_directory(tmp_path, exports, opened, name):
 
 
 def test_the_table_is_of_damage(tmp_path, exports):
-    """The directory that the cases damage loads."""
+    """The undamaged directory loads."""
     load_sparse(exports / "packed")
     AutoModelForCausalLM.from_pretrained(exports / "packed")
     unpack_directory(exports / "packed", tmp_path / "unpacked")
@@ -447,7 +414,7 @@ def plain_index(name):
 
 NAME = KEY.removesuffix(".weight")
 PLAIN = {
-    "the index leads up": (plain_index("../outside.safetensors"), "index.json cannot be used: 1 shards are named"),
+    "the index leads up": (plain_index("../outside.safetensors"), "index.json cannot be used"),
     "a shard is missing": (plain_index("model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors"),
     "only a pickle": (
         lambda directory: (directory / "model.safetensors").rename(directory / "pytorch_model.bin"),
@@ -459,7 +426,7 @@ PLAIN = {
     ),
     "a mask of an absurd shape": (
         lambda directory: write_masks(directory, lambda tensors, shapes: shapes.update({NAME: (HUGE, HUGE)})),
-        f"masks.safetensors cannot be used: the mask of {NAME} has another number of bits",
+        f"masks.safetensors cannot be used: the mask of {NAME}",
     ),
     "a mask of the shape turned": (
         lambda directory: write_masks(directory, lambda tensors, shapes: shapes.update({NAME: (40, 60)})),

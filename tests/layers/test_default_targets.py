@@ -19,7 +19,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from hf_chts import SparseModel, SparsityConfig, sparsify
+from hf_chts import SparsityConfig, SparsityHandle, sparsify
 from hf_chts.layers.targets import SMALLEST_SIDE, why_dense
 from hf_chts.training.layer_lines import layer_lines
 
@@ -181,7 +181,7 @@ def test_exclusions_that_cannot_be_meant(exclude, message):
     with pytest.raises(ValueError, match=message):
         sparsify(model, config(exclude_modules=exclude))
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
-    assert SparseModel.of(model) is None
+    assert SparsityHandle.of(model) is None
 
 
 def test_the_table_of_layers():
@@ -208,7 +208,7 @@ def test_the_meta_device_is_refused(masks):
         model = tiny_llama()
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj is on the meta device, .* to_empty"):
         sparsify(model, config(), masks=given if masks else None)
-    assert SparseModel.of(model) is None
+    assert SparsityHandle.of(model) is None
     assert {type(module).__name__ for module in model.modules()} == {
         type(module).__name__ for module in tiny_llama().modules()
     }

@@ -10,9 +10,9 @@ from transformers import TrainerControl, TrainerState
 from transformers.pytorch_utils import Conv1D
 
 from hf_chts import MaskedConv1D, MaskedLinear, SparsityConfig, TopologyCallback, sparsify
+from hf_chts.sharding import ranks
 from hf_chts.topology.bits import pack_bits
 from hf_chts.topology.random_streams import random_stream
-from hf_chts.training.sharding import ranks
 
 # three outputs, two inputs; from the first input to outputs 0 and 2, from the second to output 0
 MASK = torch.tensor([[True, True], [False, False], [True, False]])
@@ -127,7 +127,7 @@ def test_sparsify_check_and_unsparsify():
     sparse.check()
     with torch.no_grad():
         sparse.layers["0"].weight[1, 2] = 1.0  # from input 1 to output 2
-    with pytest.raises(RuntimeError, match="0 has 1 weights that are not 0 off its mask"):
+    with pytest.raises(RuntimeError, match="0 is not 0 off its mask"):
         sparse.check()
     assert type(sparse.unsparsify()[0]) is Conv1D
 
@@ -156,7 +156,7 @@ class Run:
         self.layer = sparse.layers["0"]
         with torch.no_grad():
             self.layer.weight.copy_(torch.tensor(weight))
-        self.layer.mask.copy_(self.layer.weight != 0)
+        self.layer.set_mask(self.layer.matrix(self.layer.weight != 0))
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), lr=0.0)
         self.callback = TopologyCallback(sparse)
         self.state = TrainerState(max_steps=4)
@@ -167,7 +167,7 @@ class Run:
             SimpleNamespace(output_dir=None),
             self.state,
             TrainerControl(),
-            model=self.callback.sparse.model,
+            model=self.callback.evolver.sparse.model,
             optimizer=self.optimizer,
         )
 
@@ -210,5 +210,5 @@ def test_masks_travel_between_ranks_as_out_by_in(monkeypatch):
     monkeypatch.setattr(ranks.dist, "broadcast", lambda *_, **__: None)
     new = torch.tensor([[False, True], [True, True], [False, False]])
     shapes = {name: mask.shape for name, mask in network().masks().items()}
-    masks = dict(ranks.exchange({"0": (pack_bits(new), [1.0])}, shapes, {"0": 0}, new.device, n_figures=1))
+    masks = dict(ranks.exchange({"0": (pack_bits(new), [1])}, shapes, {"0": 0}, new.device, n_counts=1))
     assert masks["0"][0].equal(new)

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from transformers import FalconConfig, FalconForCausalLM
 
-from hf_chts import SparseModel, SparsityConfig, export_sparse, load_sparse, sparsify
+from hf_chts import SparsityConfig, SparsityHandle, export_sparse, load_sparse, sparsify
 from hf_chts.layers.masked_linear import masked_class
 from hf_chts.layers.own_classes import computes_a_product
 from hf_chts.topology.random_streams import random_stream
@@ -143,7 +143,7 @@ def test_falcon(tmp_path):
     for packed in (False, True):
         again = load_sparse(export_sparse(model, tmp_path / str(packed), packed=packed))
         assert again(input_ids=ids).logits.equal(expected)
-        assert SparseModel.of(again).masks().keys() == sparse.layers.keys()
+        assert SparsityHandle.of(again).masks().keys() == sparse.layers.keys()
     assert type(sparse.unsparsify().transformer.h[0].mlp.dense_h_to_4h) is type(
         falcon().transformer.h[0].mlp.dense_h_to_4h
     )

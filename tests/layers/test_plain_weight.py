@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import TrainerCallback
 
-from hf_chts import MaskedLinear, SparseModel, SparseTrainer, SparsityConfig, export_sparse, sparsify
+from hf_chts import MaskedLinear, SparseTrainer, SparsityConfig, SparsityHandle, export_sparse, sparsify
 from hf_chts.layers import conversion
 
 NAME = "model.layers.1.mlp.up_proj"
@@ -66,7 +66,7 @@ def test_before_the_model_is_made_sparse(holder):
     before, kinds = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=message):
         sparsify(model, SparsityConfig())
-    assert SparseModel.of(model) is None
+    assert SparsityHandle.of(model) is None
     assert [type(module) for module in model.modules()] == kinds
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     # what is left dense may be held by anything
@@ -186,7 +186,7 @@ def test_quantized_before_the_model_is_made_sparse(quantization):
     assert "frozen" not in str(refusal.value)
     assert everything(model) == was
     assert same_weights(model, before)
-    assert SparseModel.of(model) is None
+    assert SparsityHandle.of(model) is None
     sparsify(model, SparsityConfig(exclude_modules=[NAME]))
 
 
@@ -215,7 +215,7 @@ def test_a_layer_that_another_has_taken_the_place_of(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("step", ["mask_by_hook", "register_buffer", "zero_off_mask"])
+@pytest.mark.parametrize("step", ["mask_by_hook", "register_buffer", "held_part"])
 def test_whatever_fails_in_the_conversion_the_model_is_as_it_was(monkeypatch, step):
     calls = []
 
@@ -230,12 +230,12 @@ def test_whatever_fails_in_the_conversion_the_model_is_as_it_was(monkeypatch, st
 
     model = tiny_llama()
     was, before = everything(model), {name: p.detach().clone() for name, p in model.named_parameters()}
-    owner = {"zero_off_mask": conversion, "register_buffer": nn.Linear}.get(step, MaskedLinear)
+    owner = {"held_part": conversion, "register_buffer": nn.Linear}.get(step, MaskedLinear)
     with monkeypatch.context() as patch:
         patch.setattr(owner, step, fail_the_fifth_time(getattr(owner, step)))
         with pytest.raises(MemoryError):
             sparsify(model, SparsityConfig())
     assert everything(model) == was
     assert same_weights(model, before)
-    assert SparseModel.of(model) is None
+    assert SparsityHandle.of(model) is None
     assert sparsify(model, SparsityConfig()).sparsity() == 0.5

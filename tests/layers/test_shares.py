@@ -7,10 +7,11 @@ from tiny import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
-from hf_chts import SparsityConfig, TopologyCallback, sparsify
+from hf_chts import SparsityConfig, sparsify
+from hf_chts.evolution.evolver import Evolver
 from hf_chts.layers.heads import head_blocks
 from hf_chts.layers.shares import layer_links, overrides
-from hf_chts.training.sharding import ReplicatedWeights
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 SHAPES = {"a.up": (10, 20), "a.down": (20, 10), "b.up": (30, 10), "b.down": (10, 30)}
 
@@ -80,7 +81,7 @@ def test_per_head_is_refused_where_there_are_no_heads():
 def updated(config, model):
     """A model's (masks, weights before, gradients, masks after) at its first update."""
     sparse = sparsify(model, config)
-    callback = TopologyCallback(sparse)
+    callback = Evolver(sparse)
     engine = ReplicatedWeights(torch.optim.AdamW(model.parameters()))
     callback.prepare(8 * INTERVAL, engine)
     before = {name: mask.clone() for name, mask in sparse.masks().items()}

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from transformers.pytorch_utils import Conv1D
 
-from hf_chts import MaskedConv1D, MaskedLinear, SparseModel, SparsityConfig, sparsify
+from hf_chts import MaskedConv1D, MaskedLinear, SparsityConfig, SparsityHandle, sparsify
 from hf_chts.topology.random_streams import random_stream
 
 MASK = torch.rand(6, 9, generator=random_stream(0)) < 0.4
@@ -193,7 +193,7 @@ def test_gradients_of_each_document_of_a_model():
     model = tiny_llama(attn_implementation="eager")
     masks = sparsify(model, SparsityConfig()).masks()
     dense = copy.deepcopy(model)
-    SparseModel.of(dense).unsparsify()
+    SparsityHandle.of(dense).unsparsify()
     ids = torch.randint(0, VOCABULARY, (3, 8), generator=random_stream(4))
     causal = {"attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()}  # vmap cannot look at ids to make one
 

@@ -12,8 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import MambaConfig, MambaForCausalLM
 
-from hf_chts import SparseModel, SparseTrainer, SparsityConfig, export_sparse, load_sparse, sparsify
-from hf_chts.training.sharding import engine_of
+from hf_chts import SparseTrainer, SparsityConfig, SparsityHandle, export_sparse, load_sparse, sparsify
 
 X = torch.randn(7, 20, generator=torch.Generator().manual_seed(0))
 CONFIG = SparsityConfig(method="static", sparsity=0.7)
@@ -71,7 +70,7 @@ WAYS = {
 
 
 def check(model, found, dense, times=1):
-    layers = SparseModel.of(model).layers
+    layers = SparsityHandle.of(model).layers
     assert len(layers) == 4
     for name, layer in layers.items():
         gradient = found[f"{name}.weight"]
@@ -119,9 +118,9 @@ def test_dense_gradient_is_of_all_uses(dense):
 
 def test_a_weight_that_was_replaced_gets_its_hook_when_training_begins(dense):
     model = Model()
-    layers = sparsify(model, CONFIG).layers
+    sparse = sparsify(model, CONFIG)
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
-    engine_of(model, layers, torch.optim.AdamW(model.parameters()))
+    sparse.evolver(torch.optim.AdamW(model.parameters()), max_steps=1000)
     check(model, gradients(model), dense)
 
 

@@ -1,27 +1,41 @@
 """Figures show the numbers that they are of, in colours that can be told apart."""
 
+import importlib
+import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from cases import case_config
 from matplotlib import image as pictures
 
-from hf_chts.report.comparison_drawings import comparison_drawings
-from hf_chts.report.drawing import COLOURS, DASHES, MARKERS, step_ticks
-from hf_chts.report.layer_drawings import kinds_of, layer_drawings
-from hf_chts.report.network_drawings import network_drawings
+import hf_chts.report
+from hf_chts import plotting
+from hf_chts.evaluation import figure as evaluation_figure
+from hf_chts.evolution.update_figures import LayerUpdate
+from hf_chts.plotting import COLOURS, DASHES, MARKERS, step_ticks
+from hf_chts.records.snapshots import LayerSnapshot
+from hf_chts.report import figures, network_drawings, training_drawings
+from hf_chts.report.drawing import Series
+from hf_chts.report.drawings import comparison_of, drawings_of
+from hf_chts.report.layer_drawings import kinds_of
 from hf_chts.report.run import LayerRecords, Run
-from hf_chts.report.series import Series
-from hf_chts.report.stylesheet import PAIRS, STYLESHEET
-from hf_chts.report.training_drawings import loss_drawing, schedule_drawing
-from hf_chts.training.snapshots import LayerSnapshot
-from hf_chts.training.update_figures import LayerUpdate
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
          "mlp.down_proj")  # fmt: skip
+
+
+STYLES = Path(hf_chts.report.__file__).parent / "templates" / "styles.css"
+TEXT_ON_BACKGROUND = [("ink", "paper"), ("ink", "shade"), ("muted", "paper"), ("muted", "shade"), ("link", "paper"),
+                      ("note-ink", "note")]  # fmt: skip
+
+
+def drawn(run):
+    return {drawing.name: drawing for drawing in drawings_of(run)}
 
 
 def run_of(tmp_path, **fields):
@@ -40,21 +54,27 @@ def contrast(first, second):
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_contrast():
-    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+def test_text_and_curves_stand_out_from_their_background():
     assert contrast("#767676", "#ffffff") == pytest.approx(4.54, abs=0.01)  # WCAG's own example of what just passes
-    for ink, paper in PAIRS:
-        assert contrast(ink, paper) >= 4.5, (ink, paper)
-    for colour in COLOURS:
-        assert contrast(colour, "#ffffff") >= 4.5, colour
-    # what the style sheet draws text with, and on, is among the pairs
-    inks, papers = ({pair[side] for pair in PAIRS} for side in (0, 1))
-    assert set(re.findall(r"(?<!-)color: (#\w+)", STYLESHEET)) <= inks
-    assert set(re.findall(r"background: (#\w+)", STYLESHEET)) <= papers
+    css = STYLES.read_text()
+    colour = dict(re.findall(r"--([\w-]+): (#\w{6})", css))
+    for ink, paper in TEXT_ON_BACKGROUND:
+        assert contrast(colour[ink], colour[paper]) >= 4.5, (ink, paper)
+    inks, papers = ({f"var(--{pair[side]})" for pair in TEXT_ON_BACKGROUND} for side in (0, 1))
+    assert set(re.findall(r"(?<!-)color: ([^;]+);", css)) == inks
+    assert set(re.findall(r"background: ([^;]+);", css)) == papers
+    assert all(contrast(colour, "#ffffff") >= 4.5 for colour in COLOURS)
+    assert len(set(map(str, DASHES))) == len(set(MARKERS)) == len(set(COLOURS))  # told apart in grey too
 
 
-def test_curves_are_told_apart_without_colour():
-    assert len(set(map(str, DASHES))) == len(set(MARKERS)) == len(set(COLOURS)) == 6
+def test_importing_the_figures_leaves_the_choice_of_a_backend_to_the_user():
+    matplotlib.use("svg")
+    try:
+        for module in (plotting, figures, network_drawings, training_drawings, evaluation_figure):
+            importlib.reload(module)
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use("agg")
 
 
 def test_a_panel_for_each_kind_of_many_layers(tmp_path):
@@ -62,8 +82,8 @@ def test_a_panel_for_each_kind_of_many_layers(tmp_path):
     names = [f"model.layers.{depth}.{part}" for depth in range(32) for part in PARTS]
     rows = {name: LayerUpdate(100, 100, 100, int(name.split(".")[2]) + 8, 30, 160) for name in names}
     records = LayerRecords(dict.fromkeys(names, (20, 20)), {10: rows, 20: rows}, {})
-    drawings = {d.name: d for d in layer_drawings(run_of(tmp_path, records=records, shown=tuple(names)))}
-    assert set(drawings) == {"layer_overlap", "layer_itop", "layer_active_neurons"}
+    drawings = drawn(run_of(tmp_path, records=records, shown=tuple(names)))
+    assert {"layer_overlap", "layer_itop", "layer_active_neurons"} <= set(drawings)
     panels = drawings["layer_overlap"].figure.axes
     assert [panel.get_title(loc="left") for panel in panels] == [part.split(".")[1] for part in PARTS]
     for panel in panels:
@@ -87,7 +107,7 @@ def test_kinds_are_called_as_shortly_as_tells_them_apart():
 
 def test_schedules_by_hand(tmp_path):
     config = case_config("chts", update_interval=4, drop_schedule="linear", sparsity=0.9)
-    drawing = schedule_drawing(run_of(tmp_path, config=config))
+    drawing = drawn(run_of(tmp_path, config=config))["schedules"]
     sparsity, drop, softness = (panel.get_lines()[0] for panel in drawing.figure.axes)
     assert set(sparsity.get_ydata()) == {0.9}
     assert drop.get_xdata().tolist() == [4, 8, 12, 16]
@@ -102,7 +122,7 @@ def test_adjacency_and_degrees(tmp_path):
     end[0, :] = True
     snapshots = {step: {"a.q": LayerSnapshot.of(mask)} for step, mask in ((0, start), (16, end))}
     run = run_of(tmp_path, snapshots=snapshots, shown=("a.q",))
-    adjacency, degrees = network_drawings(run)
+    adjacency, degrees = drawn(run).values()
     shown = [panel.get_images()[0].get_array() for panel in adjacency.figure.axes if panel.get_images()]
     assert np.asarray(shown[0]).tolist() == start.float().tolist()
     assert np.asarray(shown[1]).tolist() == end.float().tolist()
@@ -119,21 +139,32 @@ def test_adjacency_and_degrees(tmp_path):
 def test_any_name_of_a_run_is_in_the_legend(tmp_path):
     names = ["_a", "$\\frac$", "b" * 90]
     log = [{"step": 1, "loss": 5.0}, {"step": 9, "loss": 3.0}]
-    (drawing,) = comparison_drawings([replace(run_of(tmp_path, log=log), label=name) for name in names])
+    (drawing,) = comparison_of([replace(run_of(tmp_path, log=log), label=name) for name in names])
     assert drawing.encoded("png").startswith(b"\x89PNG")
     shown = [text.get_text().strip() for text in drawing.figure.axes[0].get_legend().get_texts()]
     assert shown == ["_a", "$\\frac$", "…" + "b" * 43]
 
 
 def test_a_figure_as_files(tmp_path):
-    drawing = loss_drawing(run_of(tmp_path, log=[{"step": 1, "loss": 5.0}, {"step": 9, "loss": 3.0}]))
+    (drawing,) = drawings_of(run_of(tmp_path, log=[{"step": 1, "loss": 5.0}, {"step": 9, "loss": 3.0}]))
     assert drawing.alt == "Training loss falls from 5.00 at step 1 to 3.00 at step 9."
-    (tmp_path / "a.png").write_bytes(drawing.encoded("png"))
-    picture = pictures.imread(tmp_path / "a.png")
+    picture = pictures.imread(io.BytesIO(drawing.encoded("png")))
     assert picture.shape[1] == 800  # 5 inches at 160 dots
-    blue = (picture[..., 2] - picture[..., 0]) > 0.3
-    assert blue.sum() > 300
+    assert ((picture[..., 2] - picture[..., 0]) > 0.3).sum() > 300  # blue
     assert drawing.encoded("svg") == drawing.encoded("svg")  # no date in it
+
+
+def test_the_figure_of_a_model_card_has_a_panel_for_each_group_of_curves(tmp_path):
+    log = [{"step": step, "loss": 8.0 / step, "eval_loss": 5.2} for step in (1, 10, 20)]
+    topology = [
+        {"step": step, "sparsity": 0.6, "itop": 0.55, "overlap": 0.1, "active_neurons": 1.0} for step in (10, 20)
+    ]
+    path = tmp_path / "new" / "figure.png"
+    full, dense = (pictures.imread(figures.training_figure(history, path)) for history in (log + topology, log))
+    assert full.shape == dense.shape
+    coloured = [np.array_split(picture[..., :3].std(axis=2) > 0.1, 3) for picture in (full, dense)]
+    assert all(third.sum() > 100 for third in coloured[0])
+    assert [third.any() for third in coloured[1]] == [True, False, False]
 
 
 def test_series():
@@ -147,14 +178,12 @@ def test_series():
     series = Series.of(log, "x")
     assert series == Series((2, 8), (1.0, 5.0))
     assert Series.of(log, "y") is None
-    assert series.told("x", ".1f") == "x rises from 1.0 at step 2 to 5.0 at step 8"
-    assert Series((3, 4), (1.001, 1.002)).told("x", ".1f") == "x is 1.0 at step 3 and 1.0 again at step 4"
-    assert Series((3,), (2.0,)).told("x", ".1f") == "x is 2.0 at step 3"
-    long = Series(tuple(range(1000)), tuple(float(i % 10) for i in range(1000)))
-    thinned = long.thinned(100)
+    assert series.in_words("x", ".1f") == "x rises from 1.0 at step 2 to 5.0 at step 8"
+    assert Series((3, 4), (1.001, 1.002)).in_words("x", ".1f") == "x is 1.0 at step 3 and 1.0 again at step 4"
+    assert Series((3,), (2.0,)).in_words("x", ".1f") == "x is 2.0 at step 3"
+    thinned = Series(tuple(range(1000)), tuple(float(i % 10) for i in range(1000))).thinned(100)
     assert len(thinned.steps) == 100
     assert set(thinned.values) == {4.5}
-    assert long.thinned(1000) is long
 
 
 def test_ticks_are_round_steps():

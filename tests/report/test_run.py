@@ -4,15 +4,12 @@ import shutil
 
 import pytest
 from cases import trainer
-from runs import log_of, trained
+from short_runs import log_of, trained
 
 from hf_chts.report import write_report
-from hf_chts.report.layer_drawings import layer_drawings
-from hf_chts.report.network_drawings import network_drawings
+from hf_chts.report.drawings import drawings_of
 from hf_chts.report.run import labels, read_run
 from hf_chts.report.summary import summary_rows
-from hf_chts.report.topology_drawings import topology_drawings
-from hf_chts.report.training_drawings import training_drawings
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +32,7 @@ def lean(directory, source, *parts):
 def read(directory):
     """A run, its line of the summary, the titles of its figures and its notes."""
     run = read_run(directory)
-    kinds = (training_drawings, topology_drawings, layer_drawings, network_drawings)
-    titles = [drawing.title for draw in kinds for drawing in draw(run)]
+    titles = [drawing.title for drawing in drawings_of(run)]
     return run, {row.name: row.cells[0] for row in summary_rows([run])}, titles, " ".join(run.notes)
 
 
@@ -61,7 +57,7 @@ def test_a_run_that_goes_on(tmp_path, runs):
     seconds = (records / "seconds.jsonl").read_text().splitlines()
     (records / "seconds.jsonl").write_text("\n".join(seconds[:4]) + "\n")
     _, table, _, said = read(going)
-    assert "The run is at step 16 of 24: it goes on, or was stopped." in said
+    assert "The run is at step 16 of 24: it is still going on, or was stopped." in said
     assert table["Steps"] == "16 of 24"
     assert table["Updates"] == "4"
     last = [entry for entry in log_of(runs["set"]) if "itop" in entry][-1]
@@ -107,7 +103,7 @@ def test_runs_with_one_name_are_told_apart(tmp_path):
 
 def test_layers_by_a_pattern(runs):
     run = read_run(runs["set"], layers="*.1.mlp.down_proj")
-    alts = " ".join(drawing.alt for draw in (layer_drawings, network_drawings) for drawing in draw(run))
+    alts = " ".join(drawing.alt for drawing in drawings_of(run))
     assert "q_proj" not in alts
     assert "layers.1.mlp.down_proj" in alts
     assert summary_rows([run]) == summary_rows([read_run(runs["set"])])  # which are of all layers
@@ -116,7 +112,7 @@ def test_layers_by_a_pattern(runs):
 def test_records_of_an_earlier_run_in_the_directory_of_a_dense_one(tmp_path, runs):
     mixed = lean(tmp_path / "mixed", runs["dense"], "trainer_state.json")
     _, table, titles, said = read(lean(mixed, runs["set"], "topology"))
-    assert "topology/ is of an earlier, sparse run" in said
+    assert "from an earlier, sparse run" in said
     assert table["Method"] == "dense"
     assert titles == ["Loss and bits per byte"]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_chts import SparsityConfig
+from hf_chts.evolution.update import TopologyUpdate
 from hf_chts.topology.softness import LOWEST, adapted, chance_overlap, temperature
-from hf_chts.training.update import TopologyUpdate
 
 
 def test_the_rule_by_hand():

@@ -34,12 +34,14 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-import hf_chts.checkpoint
-import hf_chts.seal
-from hf_chts.training import run_record, run_start, snapshots
+from hf_chts.checkpoint import seal as checkpoint_seal
+from hf_chts.checkpoint import topology_state
+from hf_chts.checkpoint.run_folder import last_sealed
+from hf_chts.evolution import update_ranks
+from hf_chts.evolution.regrown_adam import RegrownAdam
+from hf_chts.records import run_record, snapshots
+from hf_chts.training import run_start
 from hf_chts.training import trainer as sparse_trainer
-from hf_chts.training.callback import TopologyCallback
-from hf_chts.training.regrown_adam import RegrownAdam
 
 from kill_worker import digest, load_all  # isort: skip - beside this file
 
@@ -51,18 +53,18 @@ STAGES = {
     "as training begins": (CallbackHandler, "on_train_begin", 1, 0),
     "in a forward": (Trainer, "compute_loss", 6, 4),
     "before an optimizer step": (CallbackHandler, "on_pre_optimizer_step", 7, 4),
-    "in an update, some layers changed": (RegrownAdam, "regrow", 18, 4),  # 14 layers: of the second, at step 8
-    "after an update": (TopologyCallback, "_figures", 2, 4),
+    "in an update, some layers changed": (RegrownAdam, "changed", 18, 4),  # 14 layers: of the second, at step 8
+    "after an update": (update_ranks, "overall_figures", 2, 4),
     "in a record": (run_record, "_append", 3, 4),
     "as a snapshot is written": (snapshots, "write_whole", 3, 4),
     "as a save begins": (sparse_trainer, "save_topology", 2, 4),
-    "at the masks of a save": (hf_chts.checkpoint, "save_masks", 2, 4),
+    "at the masks of a save": (topology_state, "save_masks", 2, 4),
     "at the weights of a save": (transformers.modeling_utils, "safe_save_file", 2, 4),
     "at the optimizer of a save": (Trainer, "_save_optimizer_and_scheduler", 2, 4),
     "at the random numbers of a save": (Trainer, "_save_rng_state", 2, 4),
     "at the state of a save": (TrainerState, "save_to_json", 2, 4),
     "before the seal": (sparse_trainer, "seal", 2, 4),
-    "as the seal is written": (hf_chts.seal, "write_whole", 3, 4),  # the first is of the folder
+    "as the seal is written": (checkpoint_seal, "write_json", 2, 4),
     "after the seal, before an older one goes": (sparse_trainer, "rotate_checkpoints", 2, 8),
     "after the last step": (CallbackHandler, "on_train_end", 1, 14),
 }
@@ -157,7 +159,7 @@ def train_spoilt(directory, stage):
 
 def resume(directory):
     """Go on from what is there, or begin anew, as one who starts the run again."""
-    last = hf_chts.seal.last_sealed(directory)
+    last = last_sealed(directory)
     run = run_in(directory, resume=last is not None)
     run.train(resume_from_checkpoint=last is not None)
     return digest(run)
@@ -186,7 +188,7 @@ def in_child(work, *args):
 
 
 def left_in(directory):
-    last = hf_chts.seal.last_sealed(directory)
+    last = last_sealed(directory)
     return int(last.rsplit("-", 1)[1]) if last else 0
 
 

@@ -19,7 +19,7 @@ from tiny import tiny_llama
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from hf_chts.seal import last_sealed
+from hf_chts.checkpoint.run_folder import last_sealed
 
 SAVE_EVERY = 2
 TIME_LIMIT = 120  # seconds; an attempt that hangs ends with SIGALRM
@@ -89,7 +89,7 @@ class Told(TrainerCallback):
 
 def digest(run) -> str:
     """SHA-256 of weights, masks, what else is kept of the topology, optimizer state and losses at a run's end."""
-    topology = run.topology.state(run.state.global_step)
+    topology = run.evolver.state(run.state.global_step)
     tensors = {f"weight {name}": tensor for name, tensor in run.model.state_dict().items()}
     for kind in ("masks", "explored", "stored", "born"):
         tensors |= {f"{kind} {name}": tensor for name, tensor in getattr(topology, kind).items()}

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from tiny import random_blocks, tiny_llama
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
-from hf_chts import SparseModel, SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse, load_sparse
+from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, SparsityHandle, export_sparse, load_sparse
 
 # of the schedule of "chtss" over 24 steps with updates after 4, 8, 12 and 16: 0.9 is reached at 8; of "gmp" at 16
 REACHED = {"chtss": 8, "gmp": 16}
@@ -143,7 +143,7 @@ def test_exports_say_the_sparsity_that_is_there(tmp_path, packed):
     card = ModelCard.load(tmp_path / "export/README.md").text
     assert f"{there:.2%} is what it has" in card
     assert SparsityConfig.load(tmp_path / "export") == case_config("gmp")
-    assert SparseModel.of(load_sparse(tmp_path / "export")).sparsity() == there
+    assert SparsityHandle.of(load_sparse(tmp_path / "export")).sparsity() == there
 
 
 def test_nothing_is_said_of_a_model_that_is_as_was_asked_for(tmp_path):

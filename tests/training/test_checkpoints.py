@@ -15,7 +15,8 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_chts import SparseTrainer, export_sparse, load_sparse
 from hf_chts.checkpoint import load_masks
-from hf_chts.seal import SEAL_NAME, last_sealed, seal, verify_seal
+from hf_chts.checkpoint.run_folder import last_sealed
+from hf_chts.checkpoint.seal import SEAL_NAME, seal, verify_seal
 
 FILES = [
     "masks.safetensors", "topology_history.json", "sparsity_config.json", "model.safetensors", "optimizer.pt",
@@ -75,7 +76,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, checkpoint, name, damage):
     [
         ("masks.safetensors", remove, "masks.safetensors is missing"),
         ("masks.safetensors", truncate, "masks.safetensors cannot be used"),
-        ("masks.safetensors", flip, "masks.safetensors cannot be used: its contents do not have the digest"),
+        ("masks.safetensors", flip, "masks.safetensors cannot be used: its contents do not match the digest"),
         ("masks.safetensors", empty, "masks.safetensors cannot be used"),
         ("topology_history.json", remove, "topology_history.json is missing"),
         ("topology_history.json", truncate, "topology_history.json cannot be used"),
@@ -154,7 +155,9 @@ def test_a_checkpoint_of_a_plain_trainer_is_called_one(tmp_path, case):
     for resume in (str(tmp_path / "plain/checkpoint-2"), True):
         run = trainer(tmp_path / "plain", case)
         before = weights(run)
-        with pytest.raises((FileNotFoundError, ValueError), match="checkpoint of a plain Trainer.*no seal") as error:
+        with pytest.raises(
+            (FileNotFoundError, ValueError), match="checkpoint of a plain Trainer.*without masks and seal"
+        ) as error:
             run.train(resume_from_checkpoint=resume)
         assert "checkpoint-2" in str(error.value)
         assert "not written whole" not in str(error.value)
@@ -164,7 +167,7 @@ def test_a_checkpoint_of_a_plain_trainer_is_called_one(tmp_path, case):
 def test_an_export_is_no_checkpoint(tmp_path):
     run = trainer(tmp_path / "run", save_strategy="no")
     exported = export_sparse(run.model, tmp_path / "export")
-    refused(run, exported, "is no checkpoint of a training: it has masks, .* load_sparse")
+    refused(run, exported, "is not a training checkpoint: it has masks.* load_sparse")
 
 
 def test_history_is_readable(checkpoint):
@@ -272,7 +275,7 @@ def test_a_smaller_batch_is_found_and_the_run_begins_again(tmp_path, monkeypatch
     run.train()
     assert tried[0] == 4
     assert set(tried[3:]) == {tried[-1]}
-    assert [entry["step"] for entry in run.topology.history] == [4, 8, 12, 16]
+    assert [entry["step"] for entry in run.evolver.history] == [4, 8, 12, 16]
     run.sparse.check()
 
 
@@ -344,7 +347,7 @@ def test_a_trainer_that_makes_its_model_anew_resumes_bit_for_bit(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert losses(again) == losses(whole)
     assert same_weights(weights(again), weights(whole))
-    assert [entry["step"] for entry in again.topology.history] == [4, 8, 12, 16]
+    assert [entry["step"] for entry in again.evolver.history] == [4, 8, 12, 16]
 
 
 def test_damaged_checkpoints_are_passed_over_where_that_is_asked_for(tmp_path, caplog):
@@ -424,7 +427,7 @@ def test_a_checkpoint_at_sigterm_is_whole_and_has_the_update_of_its_step(tmp_pat
     expected = losses(whole)
     assert losses(again) == (expected if event == "after a save" else expected[: step - 1] + expected[step:])
     histories = [
-        [{k: v for k, v in line.items() if "seconds" not in k} for line in run.topology.history]
+        [{k: v for k, v in line.items() if "seconds" not in k} for line in run.evolver.history]
         for run in (again, whole)
     ]
     assert histories[0] == histories[1]

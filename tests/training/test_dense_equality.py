@@ -459,7 +459,7 @@ def outcome(directory, case, kind, sparsity=None):
         }  # fmt: skip
         if kind is SparseTrainer:
             result["masks"] = {name: mask.clone() for name, mask in run.latest.sparse.masks().items()}
-            result["updates"] = plain(run.latest.topology.history) if run.latest.topology else []
+            result["updates"] = plain(run.latest.evolver.history) if run.latest.evolver else []
     files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
     result["files"] = {str(path.relative_to(directory)) for path in files}
     result["contents"] = {

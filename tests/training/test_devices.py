@@ -5,14 +5,13 @@ import torch
 from cases import CASES, INTERVAL, STEPS, case_config
 from played_device import MixedDevices, Played, PlayedDevice, move
 from tiny import random_blocks, tiny_llama
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_chts import TopologyCallback, sparsify
+from hf_chts import sparsify
 from hf_chts.checkpoint import load_topology, save_topology
+from hf_chts.evolution import update as update_module
+from hf_chts.evolution.evolver import Evolver
 from hf_chts.layers import plain_weight
 from hf_chts.topology import random_streams
-from hf_chts.training import update as update_module
-from hf_chts.training.sharding import ReplicatedWeights
 
 
 @pytest.fixture
@@ -44,34 +43,27 @@ def train(directory, case, place, *, resume=False):
     goes on from there; with weights and moments of its own, which is enough to see where things are."""
     model = tiny_llama(use_cache=False, num_hidden_layers=1, attn_implementation="eager")
     sparse = sparsify(model, case_config(case))
-    callback = TopologyCallback(sparse)
+    evolver = Evolver(sparse)
     first = 0
     if resume:
         state = load_topology(directory)
-        callback.restore(state)
+        evolver.restore(state)
         first = state.step
         for name, layer in sparse.layers.items():
             layer.set_mask(state.masks[name])
     place(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
-    callback.prepare(STEPS, ReplicatedWeights(optimizer))
-    args, control, at = TrainingArguments("unused", use_cpu=True), TrainerControl(), TrainerState(max_steps=STEPS)
+    evolver.begin(STEPS, optimizer, first)
     ids = torch.tensor(random_blocks(4)["input_ids"]).to(model.lm_head.weight.device)
     for step in range(first, 12):
-        at.global_step = step
-        callback.on_step_begin(args, at, control)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        callback.losses.add(loss)
+        model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-        callback.on_optimizer_step(args, at, control, optimizer=optimizer)
         optimizer.zero_grad()
-        at.global_step = step + 1
-        callback.on_step_end(args, at, control)
-        callback.engine.check(sparse.layers)
+        evolver.step()
+        evolver.check()
         if step + 1 == 8 and not resume:
-            save_topology(directory, callback.state(8))
-    state = callback.state(12)
+            save_topology(directory, evolver.state())
+    state = evolver.state()
     figures = [{k: v for k, v in entry.items() if k != "topology_seconds"} for entry in state.history]
     return {name: mask.cpu() for name, mask in state.masks.items()}, figures
 

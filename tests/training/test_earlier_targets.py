@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from tiny import random_blocks
 from transformers import MambaConfig, MambaForCausalLM
 
-from hf_chts import SparseModel, SparseTrainer, export_sparse, load_sparse, sparsify
+from hf_chts import SparseTrainer, SparsityHandle, export_sparse, load_sparse, sparsify
 from hf_chts.layers import targets
 
 ALL = ["in_proj", "x_proj", "dt_proj", "out_proj"]
@@ -57,7 +57,7 @@ def test_resumed_with_the_layers_that_it_has(tmp_path, earlier):
     assert losses(run) == losses(whole)
     assert same_weights(weights(run), weights(whole))
     assert not differences(run.sparse.masks(), whole.sparse.masks())
-    assert not differences(run.topology.explored, whole.topology.explored)
+    assert not differences(run.evolver.explored, whole.evolver.explored)
     last = [load_file(place / "checkpoint-16/masks.safetensors") for place in (tmp_path, directory)]
     assert not differences(*last)
     # and from what that wrote
@@ -70,14 +70,14 @@ def test_resumed_with_the_layers_that_it_has(tmp_path, earlier):
 def test_exports(tmp_path, earlier, kind):
     whole, directory = earlier
     model = load_sparse(directory / kind)
-    sparse = SparseModel.of(model)
+    sparse = SparsityHandle.of(model)
     assert kinds(sparse) == ALL * 2
     assert not differences(sparse.masks(), whole.sparse.masks())
     ids = torch.arange(16).view(2, 8)
     with torch.no_grad():
         assert model.eval()(input_ids=ids).logits.equal(whole.model.eval()(input_ids=ids).logits)
     export_sparse(model, tmp_path / "again", packed=kind == "packed")
-    assert kinds(SparseModel.of(load_sparse(tmp_path / "again"))) == ALL * 2
+    assert kinds(SparsityHandle.of(load_sparse(tmp_path / "again"))) == ALL * 2
     run = trainer(tmp_path / "run", model=model)
     run.train()
     assert kinds(run.sparse) == ALL * 2

@@ -1,4 +1,4 @@
-"""Every way to end a run at every stage of it: nothing is lost, nothing wrong is taken, and what is said helps."""
+"""Every way to end a run at every stage: nothing is lost, nothing incomplete is resumed, and the messages help."""
 
 import json
 import re
@@ -11,7 +11,11 @@ import pytest
 from endings import FULL_AT_STAGE, NAN, SIGNALS, STAGES
 
 HERE = Path(__file__).parent
-MOUNTS = ["unshare", "--map-root-user", "--mount"]  # a namespace in which anyone may mount a tmpfs, where it is allowed
+MOUNTS = [
+    "unshare",
+    "--map-root-user",
+    "--mount",
+]  # a namespace in which, if allowed, anyone may mount a tmpfs
 
 
 def mounts():
@@ -38,7 +42,7 @@ def one(endings, way, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", SIGNALS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_is_ended_by_a_signal_goes_on_bit_for_bit(endings, stage, way):
+def test_a_run_ended_by_a_signal_resumes_bit_for_bit(endings, stage, way):
     ending = one(endings, way, stage)
     expected = {"error": "KeyboardInterrupt"} if way == "SIGINT" else {"signal": way}
     assert expected.items() <= ending["ended"].items(), ending["ended"]
@@ -48,7 +52,7 @@ def test_a_run_that_is_ended_by_a_signal_goes_on_bit_for_bit(endings, stage, way
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", NAN)
-def test_nothing_of_a_nan_is_kept_and_the_run_goes_on_from_before_it_bit_for_bit(endings, stage):
+def test_nothing_of_a_nan_is_kept_and_the_run_resumes_from_before_bit_for_bit(endings, stage):
     ending = one(endings, "NaN", stage)
     step, left = NAN[stage]
     assert ending["ended"]["error"] == "FloatingPointError", ending["ended"]
@@ -57,7 +61,7 @@ def test_nothing_of_a_nan_is_kept_and_the_run_goes_on_from_before_it_bit_for_bit
     assert ending["again"] == {"result": ending["whole"]}
 
 
-def says_where_and_what_next(ending):
+def names_the_checkpoint_to_resume_from(ending):
     ended = ending["ended"]
     assert ended["error"] == "OSError", ended
     last = re.search(r"The last whole checkpoint is \S+/checkpoint-(\d+)\. Make room, and resume", ended["said"])
@@ -67,19 +71,19 @@ def says_where_and_what_next(ending):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", FULL_AT_STAGE)
-def test_a_write_that_fails_is_told_with_its_place_and_the_run_goes_on_bit_for_bit(endings, stage):
+def test_a_failed_write_is_explained_and_the_run_resumes_bit_for_bit(endings, stage):
     ending = one(endings, "played full disk", stage)
     folder = "" if stage == "as the folder is taken" else "/checkpoint-8"
     assert re.search(rf"\d+{folder} could not be written: .+", ending["ended"]["said"])
     assert ending["left"] == STAGES[stage][-1]
-    says_where_and_what_next(ending)
+    names_the_checkpoint_to_resume_from(ending)
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_at_any_file_is_told_and_the_run_goes_on_bit_for_bit(endings):
+def test_a_disk_that_is_full_at_any_file_is_explained_and_the_run_resumes_bit_for_bit(endings):
     full = [ending for ending in endings if ending["way"] == "a full disk"]
     if not full:
-        pytest.skip("this machine lets nobody mount a tmpfs in a namespace of its own")
+        pytest.skip("this machine does not allow mounting a tmpfs in a namespace of its own")
     files = set()
     for ending in full:
         said = ending["ended"]["said"]
@@ -89,9 +93,9 @@ def test_a_disk_that_is_full_at_any_file_is_told_and_the_run_goes_on_bit_for_bit
         assert directory.endswith("checkpoint-4" if ending["left"] == 0 else "checkpoint-8")
         assert free.split()[1] in ("bytes", "kB")
         files.add(name)
-        says_where_and_what_next(ending)
+        names_the_checkpoint_to_resume_from(ending)
     assert {ending["left"] for ending in full} == {0, 4}
-    assert {"sparsity_config.json", "optimizer.pt"} <= files  # where masks and moments did not fit
-    # the second checkpoint is as large as the first, which was seen
+    assert {"sparsity_config.json", "optimizer.pt"} <= files  # the disk was too small for masks, and for moments
+    # the size of the second checkpoint is known from the first
     needed = [ending["ended"]["said"] for ending in full if ending["left"] == 4]
     assert all(re.search(r"about \d+ kB more are needed: the whole takes about \d+ kB", said) for said in needed)

@@ -47,7 +47,7 @@ def test_frozen_after_the_trainer_is_made(tmp_path, case, caplog):
     with caplog.at_level(logging.WARNING):
         run.train()
     assert unchanged(run.sparse, before)
-    run.topology.engine.check(run.sparse.layers)
+    run.evolver.check()
     # the others evolve as they would beside layers that train
     config = run.sparse.config
     assert all(not run.sparse.layers[name].mask.equal(mask) for name, (mask, _) in others.items())
@@ -61,7 +61,7 @@ def test_frozen_after_the_trainer_is_made(tmp_path, case, caplog):
     assert "layers.1" not in warning
     # what is told of each update counts the links that there are
     possible = sum(mask.numel() for mask in run.sparse.masks().values())
-    assert run.topology.history[-1]["sparsity"] == pytest.approx(1 - run.sparse.links() / possible)
+    assert run.evolver.history[-1]["sparsity"] == pytest.approx(1 - run.sparse.links() / possible)
     lines = [json.loads(line) for line in (tmp_path / "topology/layers.jsonl").read_text().splitlines()]
     for line in lines[1:]:
         for index, name in enumerate(lines[0]["layers"]):
@@ -115,7 +115,7 @@ def test_frozen_for_a_while_in_the_middle(tmp_path, case):
     shapes = {name: tuple(mask.shape) for name, mask in run.sparse.masks().items()}
     for name, links in layer_links(shapes, 0.9, run.sparse.config, {}).items():
         assert run.sparse.layers[name].links == links
-    run.topology.engine.check(run.sparse.layers)
+    run.evolver.check()
 
 
 def test_nothing_evolves_where_no_layer_trains(tmp_path, caplog):
@@ -124,7 +124,7 @@ def test_nothing_evolves_where_no_layer_trains(tmp_path, caplog):
     before = snapshot(run.sparse, run.sparse.layers)
     run.train()
     assert unchanged(run.sparse, before)
-    assert run.topology.history == []
+    assert run.evolver.history == []
     assert len(said(caplog)) == 1
     assert not [entry for entry in run.state.log_history if "itop" in entry]
     assert all(layer.dense_gradient is None for layer in run.sparse.layers.values())
@@ -154,7 +154,7 @@ def test_global_allocation_does_not_share_out_what_frozen_layers_keep(tmp_path):
 
     class Look(TrainerCallback):
         def on_optimizer_step(self, args, state, control, **kwargs):
-            if state.global_step + 1 == run.topology.plan.last_update:
+            if state.global_step + 1 == run.evolver.plan.last_update:
                 weights.update({name: layer.weight.detach().clone() for name, layer in run.sparse.layers.items()})
 
     run.add_callback(Look())
@@ -174,7 +174,7 @@ def test_a_frozen_layer_of_a_junction_keeps_its_links_and_tells_the_others(tmp_p
         percolated.append(percolate(masks, *args))
         return percolated[-1]
 
-    monkeypatch.setattr("hf_chts.training.update.percolate", spy)
+    monkeypatch.setattr("hf_chts.evolution.update.percolate", spy)
     run = SparseTrainer(
         model=tiny_llama(),
         args=arguments(tmp_path, save_strategy="no", max_steps=8),
@@ -358,7 +358,7 @@ def sparsities(run):
     masks = run.sparse.masks()
     kept, possible = sum(run.sparse.layers[name].links for name in BLOCK), sum(mask.numel() for mask in masks.values())
     trained = sum(mask.numel() for name, mask in masks.items() if name not in BLOCK)
-    return [1 - (possible * (1 - line["sparsity"]) - kept) / trained for line in run.topology.history]
+    return [1 - (possible * (1 - line["sparsity"]) - kept) / trained for line in run.evolver.history]
 
 
 def scheduled(step, end):
@@ -388,7 +388,7 @@ def test_no_links_come_back_in_a_longer_run_or_another(tmp_path, method, allocat
     for checkpoint in (16, 32):
         again = with_a_frozen_block(tmp_path / "again", config, tiny_llama(seed=7), max_steps=48, save_strategy="no")
         again.train(resume_from_checkpoint=str(tmp_path / f"longer/checkpoint-{checkpoint}"))
-        assert again.topology.plan.floor == (longer.topology.plan.floor if checkpoint == 16 else 0)
+        assert again.evolver.plan.floor == (longer.evolver.plan.floor if checkpoint == 16 else 0)
         assert all(mask.equal(longer.sparse.masks()[name]) for name, mask in again.sparse.masks().items())
     links = {name: layer.links for name, layer in first.sparse.layers.items()}
     first.train()

@@ -7,7 +7,8 @@ from tiny import random_blocks, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from hf_chts import TopologyCallback, sparsify
-from hf_chts.training.sharding import ReplicatedWeights
+from hf_chts.evolution.evolver import Evolver
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 
 @pytest.mark.parametrize("case", ["static", "chtss", "gmp, global allocation", "chtss, per-weight Adam steps"])
@@ -52,6 +53,6 @@ def test_half_precision_that_only_follows_fp32_master_weights_is_not(tmp_path):
             return {"weight": layer.weight.detach().float(), "working": layer.weight.detach()}
 
     model = tiny_llama(num_hidden_layers=1).half()
-    callback = TopologyCallback(sparsify(model, case_config("set")))
+    callback = Evolver(sparsify(model, case_config("set")))
     callback.prepare(24, Masters(torch.optim.AdamW(model.parameters())))
     assert callback.plan.last_update == 16

@@ -9,10 +9,10 @@ from cases import same_weights, trainer, weights
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
-from hf_chts import SparseModel, load_sparse
+from hf_chts import SparsityHandle, load_sparse
 from hf_chts.checkpoint import load_masks
+from hf_chts.checkpoint.seal import SEAL_NAME, verify_seal
 from hf_chts.export import PushFailed, push_directory
-from hf_chts.seal import SEAL_NAME, verify_seal
 
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "masks.safetensors", "sparsity_config.json"}
 MODEL |= {"README.md"}
@@ -55,7 +55,7 @@ def test_every_save(hub, waits, tmp_path):
             assert files[name] == (checkpoint / name).read_bytes(), name
         model = load_sparse(pulled(files, tmp_path / f"pulled-{step}"))
         masks = load_masks(checkpoint).masks
-        assert all(mask.equal(masks[name]) for name, mask in SparseModel.of(model).masks().items())
+        assert all(mask.equal(masks[name]) for name, mask in SparsityHandle.of(model).masks().items())
         card = ModelCard(files["README.md"].decode())
         assert f"| optimizer steps | {'8 of 16' if step == 8 else '16'} |" in card.text
         assert "| learning rate | 0.01 |" in card.text
@@ -145,7 +145,7 @@ def test_a_checkpoint_by_hand(hub, waits, tmp_path):
     card = ModelCard(files["README.md"].decode())
     assert "| optimizer steps | 8 of 16 |" in card.text
     assert [result.metric_type for result in card.data.eval_results] == ["loss"]
-    assert SparseModel.of(load_sparse(pulled(files, tmp_path / "pulled"))).config == trained.sparse.config
+    assert SparsityHandle.of(load_sparse(pulled(files, tmp_path / "pulled"))).config == trained.sparse.config
     optimizer = checkpoint / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     with pytest.raises(ValueError, match="optimizer.pt has .* bytes, and had"):

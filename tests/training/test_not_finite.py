@@ -1,4 +1,4 @@
-"""NaN and infinity at each stage of a run: it stops and says where, and nothing of it is saved, evolved or pushed."""
+"""NaN and infinity at each stage of a run: it stops, says where, and saves, evolves and pushes nothing of it."""
 
 import math
 
@@ -9,15 +9,16 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
 from hf_chts import SparseTrainer
-from hf_chts.seal import SEAL_NAME, verify_seal
+from hf_chts.checkpoint.seal import SEAL_NAME, verify_seal
+from hf_chts.evolution.held_tensors import weights_and_moments
+from hf_chts.finite import not_finite
 from hf_chts.training.divergence import StopsOnDivergence
-from hf_chts.training.not_finite import not_finite, weights_and_moments
 
 POISONED = "model.layers.1.mlp.up_proj.weight"
 
 
 class Poisoned(SparseTrainer):
-    """A gradient that becomes NaN in the backward pass of a step, under a loss that is finite."""
+    """A gradient becomes NaN in the backward pass of one step, with a finite loss."""
 
     step = 0
 
@@ -43,7 +44,7 @@ def poisoned(directory, case, step, model=None, **changes):
 
 
 def as_on_a_device(monkeypatch):
-    """The host does not look at each gradient's norm, since a device would have to be waited for."""
+    """As on a GPU: the host does not check the norm of each gradient, for it would wait for the device."""
     look = StopsOnDivergence._refuse_divergence
     monkeypatch.setattr(
         StopsOnDivergence, "_refuse_divergence", lambda run, together: look(run, together=True) if together else None
@@ -51,7 +52,7 @@ def as_on_a_device(monkeypatch):
 
 
 class After(TrainerCallback):
-    """Does something to a run as a step ends, before the topology is updated and anything is saved."""
+    """Calls `do` as a step ends, before the topology is updated and anything is saved."""
 
     def __init__(self, step, do):
         self.step, self.do = step, do
@@ -89,7 +90,7 @@ def test_a_gradient_that_is_nan_costs_no_checkpoint(tmp_path, monkeypatch, case,
     verify_seal(tmp_path / "checkpoint-3")
     if not on_a_device:  # the optimizer has not stepped
         assert all(weight.isfinite().all() for weight in weights(run).values())
-    # what is left can be gone on from, to where a run comes that nothing has happened to
+    # a resumed run ends with the weights of an undisturbed one
     again = poisoned(tmp_path, case, 0, model=tiny_llama(seed=5), **settings)
     again.train(resume_from_checkpoint=True)
     whole = poisoned(tmp_path / "whole", case, 0, **settings)
@@ -110,7 +111,7 @@ def test_a_gradient_that_is_nan_in_the_last_step_fails_the_run(tmp_path, monkeyp
 @pytest.mark.parametrize("case", ["chtss", "dense"])
 @pytest.mark.parametrize(("do", "named"), [(spoil_weight, ""), (spoil_moment, "optimizer state of ")])
 @pytest.mark.parametrize("save", ["steps", "no"])
-def test_weights_and_moments_are_read_before_they_are_saved_and_at_the_end(tmp_path, case, do, named, save):
+def test_weights_and_moments_are_checked_before_a_save_and_at_the_end(tmp_path, case, do, named, save):
     step = 10 if save == "steps" else STEPS
     run = trainer(
         tmp_path, case, callbacks=[After(step, do)], save_steps=5, save_total_limit=1, save_strategy=save,
@@ -123,15 +124,15 @@ def test_weights_and_moments_are_read_before_they_are_saved_and_at_the_end(tmp_p
     assert not (tmp_path / f"checkpoint-{step}").exists()
 
 
-def test_a_finite_run_is_never_refused_by_what_it_holds(tmp_path):
+def test_a_finite_run_is_never_refused(tmp_path):
     run = trainer(tmp_path, save_strategy="no", optim="adafactor")
     run.train()
     device = torch.device("cpu")
     held = weights_and_moments(run.model, run.optimizer)
     assert set(dict(run.model.named_parameters())) < held.keys()
-    assert not_finite(held, device) == []
-    assert not_finite({}, device) == []
-    assert not_finite({"none": [], "empty": [torch.zeros(0)], "steps": [torch.tensor(3)]}, device) == []
+    assert not_finite(held, device=device) == []
+    assert not_finite({}, device=device) == []
+    assert not_finite({"none": [], "empty": [torch.zeros(0)], "steps": [torch.tensor(3)]}, device=device) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -142,12 +143,12 @@ def test_one_value_in_a_thousand_is_found(dtype, value, place):
     spoilt = large.clone()
     spoilt[place] = value
     found = {"a": [large], "b": [torch.zeros(3), spoilt], "c": [large, large]}
-    assert not_finite(found, torch.device("cpu")) == ["b"]
+    assert not_finite(found, device=torch.device("cpu")) == ["b"]
 
 
 def spoil_stored(run):
     def do(model, optimizer):
-        run.topology.stored[POISONED.removesuffix(".weight")].view(-1)[3] = math.nan
+        run.evolver.stored[POISONED.removesuffix(".weight")].view(-1)[3] = math.nan
 
     return do
 
@@ -168,7 +169,7 @@ def spoil_dense_gradient(run):
         ("rigl", "dense gradient", spoil_dense_gradient),
     ],
 )
-def test_an_update_reads_nothing_that_is_not_finite(tmp_path, case, what, spoil):
+def test_an_update_refuses_what_is_not_finite(tmp_path, case, what, spoil):
     run = trainer(tmp_path, case, save_steps=6)
     saved, masks = After(6, lambda model, optimizer: None), {}
     spoiler = After(2 * INTERVAL, spoil(run))
@@ -179,21 +180,21 @@ def test_an_update_reads_nothing_that_is_not_finite(tmp_path, case, what, spoil)
     with pytest.raises(FloatingPointError, match=rf"step {2 * INTERVAL}\b.*: {what} of {layer}\. .*checkpoint-6"):
         run.train()
     assert all(mask.equal(masks[name]) for name, mask in run.sparse.masks().items())
-    assert [line["step"] for line in run.topology.history] == [INTERVAL]
+    assert [line["step"] for line in run.evolver.history] == [INTERVAL]
 
 
 def test_a_scaled_loss_may_overflow_in_an_update(tmp_path):
-    """As with fp16, whose scaler leaves out the step: its dense gradient is infinite, and nothing has diverged."""
+    """With fp16 the scaler skips the step: its dense gradient is infinite, but nothing has diverged."""
     run = trainer(tmp_path, "rigl", save_strategy="no")
     run.callback_handler.callbacks.insert(0, After(2 * INTERVAL, spoil_dense_gradient(run)))
 
     class Scaled(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            run.topology.engine.loss_scale = lambda: 2.0**16
+            run.evolver.engine.loss_scale = lambda: 2.0**16
 
     run.add_callback(Scaled())
     run.train()
-    assert [line["step"] for line in run.topology.history] == [4, 8, 12, 16]
+    assert [line["step"] for line in run.evolver.history] == [4, 8, 12, 16]
     run.sparse.check()
 
 
@@ -234,7 +235,7 @@ def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path, value):
     assert (run.state.best_metric, run.state.best_global_step) == (3.0, 12)
 
 
-def test_the_loss_and_the_gradient_are_told_apart(tmp_path):
+def test_a_nan_loss_is_distinguished_from_a_nan_gradient(tmp_path):
     class Spoilt(SparseTrainer):
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
@@ -250,7 +251,7 @@ def test_the_loss_and_the_gradient_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["chtss", "dense"])
-def test_frozen_weights_are_read_before_anything_is_trained(tmp_path, case):
+def test_frozen_weights_are_checked_before_training(tmp_path, case):
     model = tiny_llama()
     model.model.embed_tokens.weight.requires_grad_(False)[7, 3] = math.nan
     run = trainer(tmp_path, case, model=model)

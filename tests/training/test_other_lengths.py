@@ -10,10 +10,11 @@ from cases import INTERVAL, all_of, arguments, case_config, differences, trainer
 from tiny import random_blocks, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_chts import SparseTrainer, TopologyCallback, sparsify
+from hf_chts import SparseTrainer, sparsify
+from hf_chts.evolution.evolver import Evolver
 from hf_chts.layers.shares import sparsity_ahead
+from hf_chts.sharding.replicated import ReplicatedWeights
 from hf_chts.topology.allocation import links_at
-from hf_chts.training.sharding import ReplicatedWeights
 
 
 def cubic(step, end):
@@ -42,7 +43,7 @@ class Updates:
     def __init__(self, config, masks=None):
         self.model = tiny_llama(num_hidden_layers=1)
         self.sparse = sparsify(self.model, config, masks=masks)
-        self.callback = TopologyCallback(self.sparse)
+        self.evolver = Evolver(self.sparse)
         self.engine = ReplicatedWeights(torch.optim.AdamW(self.model.parameters()))
 
     def links(self):
@@ -56,7 +57,7 @@ class Updates:
             if self.sparse.config.needs_gradient:
                 layer.dense_gradient = self.engine.dense_gradient(layer, 0)
                 layer.dense_gradient.add_(torch.randn(layer.weight.shape, generator=generator))
-        self.callback.update(step)
+        self.evolver.update(step)
         return self.links()
 
 
@@ -65,17 +66,17 @@ class Updates:
 def test_a_longer_run_holds_its_sparsity_until_its_schedule_has_caught_up(method, shared):
     config = case_config(method, **shared)
     first = Updates(config)
-    first.callback.prepare(24, first.engine)
+    first.evolver.prepare(24, first.engine)
     for step in (4, 8):
         held = first.update(step)
     longer = Updates(config)
-    longer.callback.restore(first.callback.state(10), max_steps=24)
-    longer.callback.prepare(48, longer.engine, 10)
+    longer.evolver.restore(first.evolver.state(10))
+    longer.evolver.prepare(48, longer.engine, 10)
     schedule, earlier_end, end = RISING[method]
     weights = {name: mask.numel() for name, mask in longer.sparse.masks().items()}
     before = held
     for step in range(12, 37, INTERVAL):
-        if not longer.callback.plan.is_update(step):
+        if not longer.evolver.plan.is_update(step):
             continue
         links = longer.update(step)
         sparsity = max(schedule(8, earlier_end), schedule(step, end))
@@ -97,11 +98,11 @@ def test_a_run_that_goes_on_as_it_was_has_no_floor(method, shared):
     config = case_config(method, **shared)
     for step in range(0, 49, INTERVAL):
         run = Updates(config)
-        run.callback.prepare(48, run.engine)
-        for update in filter(run.callback.plan.is_update, range(INTERVAL, step + 1, INTERVAL)):
+        run.evolver.prepare(48, run.engine)
+        for update in filter(run.evolver.plan.is_update, range(INTERVAL, step + 1, INTERVAL)):
             run.update(update)
-        assert run.callback.plan_from(step, 48) == run.callback.plan
-        assert run.callback.plan.floor == 0
+        assert run.evolver.plan_from(step, 48) == run.evolver.plan
+        assert run.evolver.plan.floor == 0
         if shared or step > 20:
             break  # the rest takes time and tells nothing new
 
@@ -151,7 +152,7 @@ def test_a_longer_run_says_what_is_otherwise_and_goes_on_bit_for_bit(tmp_path, c
     # cubic, after step 8: 0.9 − 0.4·(1/2)³ is 85%, and of 36 steps it is 71.2%; 85% are passed between 16 and 20
     for said in ("stays at 85.00%", f"{cubic(8, 36):.2%}", "at step 20"):
         assert said in stays
-    assert [line["sparsity"] for line in longer.topology.history[2:4]] == pytest.approx([0.85, 0.85], abs=1e-3)
+    assert [line["sparsity"] for line in longer.evolver.history[2:4]] == pytest.approx([0.85, 0.85], abs=1e-3)
     plans = [json.loads(line) for line in (tmp_path / "long/topology/plans.jsonl").read_text().splitlines()]
     assert [(plan["step"], plan["max_steps"], plan["last_update"]) for plan in plans] == [(10, 48, 36)]
     assert plans[0]["sparsity_floor"] == pytest.approx(0.85, abs=1e-3)
@@ -170,7 +171,7 @@ def test_a_shorter_run_catches_up_with_its_schedule_and_says_so(tmp_path, caplog
     _, ahead = lines(caplog)
     for said in (f"{cubic(8, 36):.2%}", f"{cubic(12, 16):.2%}", "step 12"):
         assert said in ahead
-    assert [line["sparsity"] for line in shorter.topology.history] == pytest.approx(
+    assert [line["sparsity"] for line in shorter.evolver.history] == pytest.approx(
         [cubic(4, 36), cubic(8, 36), cubic(12, 16), 0.9], abs=1e-3
     )
 
@@ -213,7 +214,7 @@ def test_training_a_second_time_begins_anew_with_the_model_as_it_is(tmp_path, ca
     class Look(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 0:
-                begun.append((list(run.topology.history), all_of(run)))
+                begun.append((list(run.evolver.history), all_of(run)))
 
     run.add_callback(Look())
     with caplog.at_level(logging.WARNING, logger="hf_chts"):
@@ -222,13 +223,13 @@ def test_training_a_second_time_begins_anew_with_the_model_as_it_is(tmp_path, ca
     assert history == []
     assert all(state[f"masks {name}"].equal(mask) for name, mask in masks.items())
     assert not any(tensor.any() for name, tensor in state.items() if name.startswith(("stored", "born")))
-    assert [line["step"] for line in run.topology.history] == [4, 8, 12, 16]
-    assert all(line["sparsity"] == pytest.approx(0.9, abs=1e-3) for line in run.topology.history)
+    assert [line["step"] for line in run.evolver.history] == [4, 8, 12, 16]
+    assert all(line["sparsity"] == pytest.approx(0.9, abs=1e-3) for line in run.evolver.history)
     assert "stays at 90" in caplog.text
     # and so does another trainer that is given the model
     other = trainer(tmp_path / "other", case, model=run.model, save_strategy="no")
     other.train()
-    assert all(line["sparsity"] == pytest.approx(0.9, abs=1e-3) for line in other.topology.history)
+    assert all(line["sparsity"] == pytest.approx(0.9, abs=1e-3) for line in other.evolver.history)
 
 
 def test_a_run_that_could_not_begin_leaves_nothing_to_the_next(tmp_path, monkeypatch):
@@ -239,7 +240,7 @@ def test_a_run_that_could_not_begin_leaves_nothing_to_the_next(tmp_path, monkeyp
         with pytest.raises(ZeroDivisionError):
             run.train(resume_from_checkpoint=checkpoint)
     run.train()
-    assert [line["step"] for line in run.topology.history] == [4, 8, 12, 16]
+    assert [line["step"] for line in run.evolver.history] == [4, 8, 12, 16]
 
 
 def test_a_smaller_batch_that_is_tried_on_resume_goes_on_from_the_checkpoint(tmp_path, monkeypatch):
@@ -263,7 +264,7 @@ def test_a_smaller_batch_that_is_tried_on_resume_goes_on_from_the_checkpoint(tmp
     assert (sizes[0], sizes[-2]) == (4, 3)
     at_first, again = found
     assert differences(again, at_first) == []
-    assert [line["step"] for line in run.topology.history] == [4, 8, 12, 16]
+    assert [line["step"] for line in run.evolver.history] == [4, 8, 12, 16]
 
 
 def rates(run):

@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_chts import SparseModel, SparseTrainerMixin, SparsityConfig, export_sparse, load_sparse, sparsify
+from hf_chts import SparseTrainerMixin, SparsityConfig, SparsityHandle, export_sparse, load_sparse, sparsify
 from hf_chts.training.other_trainers import start_reference
 
 trl = pytest.importorskip("trl")
@@ -205,7 +205,7 @@ def test_train_resume_and_export(tmp_path, dense, name):
     written = load_file(tmp_path / "export/model.safetensors")
     assert all(value.equal(trained[key]) for key, value in written.items())
     assert same(state(type(run.model).from_pretrained(tmp_path / "export")), trained)
-    assert same(SparseModel.of(load_sparse(tmp_path / "export")).masks(), masks)
+    assert same(SparsityHandle.of(load_sparse(tmp_path / "export")).masks(), masks)
 
 
 def losses(run):
@@ -262,7 +262,7 @@ def test_a_reference_in_parts_has_to_come_from_a_sparse_model(tmp_path, dense, h
     start_reference(trainer(handle.model), handle, given=True)
     export_sparse(handle.model, tmp_path / "export")
     loaded = load_sparse(tmp_path / "export")
-    start_reference(trainer(loaded), SparseModel.of(loaded), given=False)
+    start_reference(trainer(loaded), SparsityHandle.of(loaded), given=False)
 
 
 @pytest.mark.parametrize("name", ["SFT", "Reward", "DPO, precomputed", "GRPO"])
@@ -377,4 +377,4 @@ def test_arguments_arrive_where_each_class_has_them(tmp_path, dense):
         arguments = (settings,) if kind is Weighted else (None, dpo)
         with pytest.raises(ValueError, match="update_interval is 100"):
             sparse_of(kind)(*given, model, *arguments, sparsity=late)
-        assert SparseModel.of(model) is None
+        assert SparsityHandle.of(model) is None

@@ -1,7 +1,6 @@
 """Adam's bias correction of regrown links, against Adam written out for each link alone."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ from cases import arguments, case_config, losses, same_weights, weights
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import MaskedLinear, SparseTrainer
-from hf_chts.training.regrown_adam import RegrownAdam
-from hf_chts.training.sharding import ReplicatedWeights
+from hf_chts.evolution.regrown_adam import RegrownAdam
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 INTERVAL = 5
 
@@ -27,12 +26,19 @@ def adam_of_one_link(gradients, rates, betas, eps, decay, start):
 
 
 def one_layer(weight, interval, kind=torch.optim.AdamW, **options):
-    """(weight, corrections, optimizer) of a layer; its mask takes no part."""
+    """(weight, corrections, optimizer) of a layer with links where the weights are not 0."""
     linear = torch.nn.Linear(len(weight[0]), len(weight), bias=False)
     layer = MaskedLinear.convert(linear, torch.ones(linear.weight.shape, dtype=torch.bool))
     layer.weight.data = torch.tensor(weight)
+    layer.set_mask(layer.weight != 0)
     optimizer = kind([layer.weight], **options)
     return layer.weight, RegrownAdam({"layer": layer}, ReplicatedWeights(optimizer), interval), optimizer
+
+
+def change(regrown, mask, update):
+    layer = regrown.layers["layer"]
+    layer.storage.replace(mask, regrown.engine, stamp=(regrown.born["layer"], update))
+    regrown.changed("layer")
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
@@ -56,7 +62,7 @@ def test_each_regrown_link_steps_as_if_training_began_with_it(kind, beta2):
             for link, update in births.items():
                 if update == step // INTERVAL:
                     after[link] = True
-            regrown.regrow("layer", mask, after, step // INTERVAL)
+            change(regrown, after, step // INTERVAL)
             mask = after
     for row in range(2):
         for column in range(3):
@@ -72,8 +78,9 @@ def test_a_link_that_left_and_came_back_begins_again():
     _, regrown, _ = one_layer([[1.0, 1.0, 1.0]], INTERVAL)
     masks = [torch.tensor([bits], dtype=torch.bool) for bits in ([1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 0])]
     births = []
-    for update, (before, after) in enumerate(pairwise(masks), start=1):
-        regrown.regrow("layer", before, after, update)
+    regrown.layers["layer"].set_mask(masks[0])
+    for update, mask in enumerate(masks[1:], start=1):
+        change(regrown, mask, update)
         births.append(regrown.born["layer"].tolist()[0])
     assert births == [[0, 0, 1], [0, 2, 1], [0, 2, 0]]
 
@@ -84,7 +91,7 @@ def test_the_first_steps_of_a_regrown_link_are_no_larger_than_the_rate():
         weight.grad = torch.zeros(1, 1)
         for _ in range(1000):
             optimizer.step()
-        regrown.regrow("layer", torch.zeros(1, 1, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool), 1)
+        change(regrown, torch.ones(1, 1, dtype=torch.bool), 1)
         steps = []
         for step in range(1001, 1031):
             before = weight.item()
@@ -115,8 +122,8 @@ def test_births_are_kept_for_links_alone_and_resumed(tmp_path):
     again = per_weight(tmp_path, "set", model=tiny_llama(seed=5))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert losses(again) == losses(whole)
-    for name, born in whole.topology.adam.born.items():
-        assert again.topology.adam.born[name].equal(born)
+    for name, born in whole.evolver.adam.born.items():
+        assert again.evolver.adam.born[name].equal(born)
         assert born.max() >= 3
         assert not born[~whole.sparse.layers[name].mask].any()
 

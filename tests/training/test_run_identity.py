@@ -1,4 +1,4 @@
-"""Which run a folder is of: none goes on from another's checkpoints, mixes records with it, or writes beside it."""
+"""Runs and their folders: none resumes from another's checkpoints, mixes records with it, or writes there at once."""
 
 import errno
 import json
@@ -14,12 +14,12 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, integrations
 
 from hf_chts import SparseTrainer
+from hf_chts.checkpoint.run_folder import OutputLock, last_sealed
+from hf_chts.checkpoint.seal import SEAL_NAME, seal, sealed_run, verify_seal
+from hf_chts.records.run_record import read_lines
 from hf_chts.report.run import read_run
-from hf_chts.seal import SEAL_NAME, last_sealed, seal, sealed_run, verify_seal
-from hf_chts.training import same_on_ranks
-from hf_chts.training.output_lock import OutputLock
-from hf_chts.training.run_record import read_lines
-from hf_chts.training.same_on_ranks import together
+from hf_chts.sharding import ranks as ranks_module
+from hf_chts.sharding.ranks import together
 
 
 class Stop(TrainerCallback):
@@ -32,7 +32,7 @@ class Stop(TrainerCallback):
 
 
 class At(TrainerCallback):
-    """Does something before a step."""
+    """Calls `do` before a step."""
 
     def __init__(self, step, do):
         self.step, self.do = step, do
@@ -43,7 +43,7 @@ class At(TrainerCallback):
 
 
 def first_step(run):
-    """The step after which a run went on: that of the log in memory which this session did not write."""
+    """A list that gets the step from which each training of `run` starts."""
     begun = []
     run.add_callback(Begun(begun))
     return begun
@@ -66,7 +66,7 @@ def checkpoints(directory):
 
 
 def ids(directory):
-    """The id in all places that have one: seals, states of the topology, records, the folder."""
+    """The ids in all places that have one: seals, topology states, records, the folder."""
     found = {json.loads((directory / "run_identity.json").read_text())["run"]["id"]}
     found.add(read_lines(directory / "topology/layers.jsonl")[0]["run"])
     for checkpoint in directory.glob("checkpoint-*"):
@@ -83,7 +83,7 @@ def trained(tmp_path_factory):
     return directory
 
 
-def test_an_identity_is_kept_on_resume_and_is_of_one_run_alone(tmp_path):
+def test_an_identity_is_unique_and_kept_on_resume(tmp_path):
     for name in "ab":
         trainer(tmp_path / name, callbacks=[Stop(12)]).train()
     again = trainer(tmp_path / "a", model=tiny_llama(seed=5))
@@ -98,7 +98,7 @@ def test_an_identity_is_kept_on_resume_and_is_of_one_run_alone(tmp_path):
 
 @pytest.mark.parametrize("case", ["chtss", "dense"])
 @pytest.mark.parametrize("save", ["steps", "no"])
-def test_a_run_that_begins_beside_another_is_refused_and_leaves_it_as_it_was(tmp_path, case, save):
+def test_a_new_run_in_the_folder_of_another_is_refused_and_changes_nothing(tmp_path, case, save):
     first = trainer(tmp_path, case)
     first.train()
     before = files(tmp_path)
@@ -119,7 +119,7 @@ def test_a_run_that_begins_beside_another_is_refused_and_leaves_it_as_it_was(tmp
     assert files(tmp_path) == before
 
 
-def test_a_run_that_overwrites_another_never_goes_on_from_it(tmp_path, trained):
+def test_a_run_that_overwrites_another_never_resumes_from_it(tmp_path, trained):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
     def again(step=99):
@@ -173,7 +173,7 @@ def test_a_run_that_went_back_is_resumed_from_where_it_went_back_to(tmp_path, ca
     assert begun == [24]
 
 
-def test_a_run_resumes_with_what_it_is_made_of(tmp_path):
+def test_a_run_resumes_only_with_the_same_made_of(tmp_path):
     def run(made_of=None, **changes):
         made = trainer(tmp_path, **changes)
         if made_of is not None:
@@ -193,7 +193,7 @@ def test_a_run_resumes_with_what_it_is_made_of(tmp_path):
     run(seed=3, ignore_data_skip=True).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 
-def test_checkpoints_of_earlier_versions_resume_and_a_new_run_is_kept_away_from_them(tmp_path):
+def test_checkpoints_without_identities_resume_and_are_protected_from_new_runs(tmp_path):
     whole = trainer(tmp_path)
     whole.train()
     for checkpoint in tmp_path.glob("checkpoint-*"):
@@ -236,17 +236,17 @@ def test_files_of_two_runs_in_one_checkpoint_are_refused(tmp_path):
         trainer(tmp_path / "a").train(resume_from_checkpoint=str(mixed))
 
 
-def test_a_damaged_seal_is_found_out_at_every_byte(tmp_path):
+def test_damage_is_found_at_every_byte_of_a_seal(tmp_path):
     (tmp_path / "file").write_bytes(b"contents")
     seal(tmp_path, 3, {"id": "x", "seed": 42})
     path = tmp_path / SEAL_NAME
     whole = path.read_bytes()
     verify_seal(tmp_path)
     begin = whole.index(b'"checksum"')
-    for position in range(begin):  # without its checksum a seal is one of an earlier version
+    for position in range(begin):  # a seal without its checksum would be one of an early version
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
         if json.loads(whole) == _read(path):
-            continue  # another space
+            continue  # a space has changed
         with pytest.raises((ValueError, FileNotFoundError)):
             verify_seal(tmp_path)
 
@@ -268,7 +268,7 @@ def test_a_finished_run_says_that_nothing_is_left(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("case", ["static", "dense"])
-def test_a_run_without_updates_says_that_its_length_is_another_one(tmp_path, case, caplog):
+def test_a_run_without_updates_says_that_its_length_has_changed(tmp_path, case, caplog):
     trainer(tmp_path, case, max_steps=10).train()
     trainer(tmp_path, case, model=tiny_llama(seed=5)).train(resume_from_checkpoint=True)
     assert "The run goes on to step 24, that of the checkpoint would have gone to 10" in caplog.text
@@ -306,7 +306,7 @@ def test_the_lock_is_free_after_an_error_and_an_interrupt(tmp_path):
         OutputLock().take(tmp_path)
 
 
-def test_the_lock_goes_with_its_process_though_a_child_of_it_lives_on(tmp_path):
+def test_the_lock_ends_with_its_process_even_if_a_child_lives_on(tmp_path):
     reading, writing = os.pipe()
     holder = os.fork()
     if not holder:
@@ -329,7 +329,7 @@ def test_the_lock_goes_with_its_process_though_a_child_of_it_lives_on(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_where_nothing_can_be_locked_that_is_said_and_the_run_trains(tmp_path, monkeypatch, caplog):
+def test_a_folder_that_cannot_be_locked_gives_a_warning_and_the_run_trains(tmp_path, monkeypatch, caplog):
     def none(self, *args, **kwargs):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -360,17 +360,17 @@ def test_trials_of_a_search_have_a_folder_and_an_identity_each(tmp_path, monkeyp
 
 
 class Trial(dict):
-    """What is tried, and its number."""
+    """The hyperparameters of a trial, and its number."""
 
 
 def ranks(monkeypatch, *others):
-    """As if this were rank 0, and others told this."""
+    """Play rank 0, with these answers of the other ranks."""
 
     def gather(everyone, mine):
         everyone[:] = [mine, *others]
 
-    monkeypatch.setattr(same_on_ranks, "rank_and_world", lambda: (0, 1 + len(others)))
-    monkeypatch.setattr(same_on_ranks.dist, "all_gather_object", gather)
+    monkeypatch.setattr(ranks_module, "rank_and_world", lambda: (0, 1 + len(others)))
+    monkeypatch.setattr(ranks_module.dist, "all_gather_object", gather)
 
 
 def test_ranks_that_differ_are_named_with_what_differs(monkeypatch):
@@ -384,7 +384,7 @@ def test_ranks_that_differ_are_named_with_what_differs(monkeypatch):
     assert together(mine, word="run") == "run"
 
 
-def test_what_one_rank_is_refused_all_raise(monkeypatch):
+def test_an_error_of_one_rank_is_raised_on_all(monkeypatch):
     ranks(monkeypatch, ({}, "there is no checkpoint", None))
     with pytest.raises(ValueError, match="rank 1 of 2 cannot train, so rank 0 does not: there is no checkpoint"):
         together({"max_steps": "24"})

@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from hf_chts import MaskedLinear
-from hf_chts.training.sharding import ReplicatedWeights, share_out
-from hf_chts.training.update import update_cost
+from hf_chts import MaskedLinear, SparsityConfig
+from hf_chts.evolution.update import update_cost
+from hf_chts.sharding.ranks import share_out
+from hf_chts.sharding.replicated import ReplicatedWeights
 
 
 def test_dearest_first_to_the_least_loaded():
@@ -21,7 +22,9 @@ def test_llama_60m_is_balanced():
         shapes |= {f"{block}.{p}": (512, 512) for p in "qkvo"}
         shapes |= {f"{block}.gate": (1376, 512), f"{block}.up": (1376, 512), f"{block}.down": (512, 1376)}
     for choice in ("soft", "hard"):
-        costs = {name: update_cost(shape, "ch2_l3n", choice) for name, shape in shapes.items()}
+        costs = {
+            name: update_cost(shape, SparsityConfig("chts", regrowth_choice=choice)) for name, shape in shapes.items()
+        }
         for ranks in (2, 3, 8):
             owner = share_out(costs, ranks)
             loads = [sum(costs[n] for n in costs if owner[n] == rank) for rank in range(ranks)]
@@ -41,7 +44,7 @@ def test_weight_gradient_and_moments_of_links_that_go_become_0():
     state = optimizer.state[layer.weight]
     before = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
     weight = layer.weight.detach().clone()
-    ReplicatedWeights(optimizer).set_topology(layer, new)
+    layer.storage.replace(layer.matrix(new), ReplicatedWeights(optimizer))
     stayed = mask & new
     assert layer.mask.equal(new)
     for key, tensor in [("weight", layer.weight), ("grad", layer.weight.grad), *((k, state[k]) for k in before)]:

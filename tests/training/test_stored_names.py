@@ -1,4 +1,4 @@
-"""Resuming models whose weights are stored under other names, and in other pieces, than those that they have."""
+"""Resuming models whose weights are stored under other names, and in other pieces, than in the model."""
 
 import pytest
 from architecture_trainer import trainer
@@ -22,7 +22,7 @@ def test_a_checkpoint_is_loaded_whole(tmp_path, name, method):
     stored = load_file(checkpoint / "model.safetensors")
     assert any(STORED[name] in key for key in stored)
     assert stored.keys() - run.model.state_dict().keys()
-    # in several files as in one
+    # in one file and in several
     run.model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
     for directory in (checkpoint, tmp_path / "sharded"):

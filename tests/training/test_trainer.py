@@ -22,7 +22,7 @@ from cases import (
 from tiny import random_blocks, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_chts import SparseModel, SparseTrainer, SparsityConfig, sparsify
+from hf_chts import SparseTrainer, SparsityConfig, SparsityHandle, sparsify
 from hf_chts.layers.coupling import couplings
 from hf_chts.topology.allocation import allocate_links
 from hf_chts.topology.percolation import anp_rate
@@ -50,7 +50,7 @@ def test_percolation_keeps_the_links_exact_and_more_neurons_whole(tmp_path):
         Invariants.watch(run)
         run.train()
         active[percolation] = anp_rate(run.sparse.masks(), couplings(run.model, list(run.sparse.layers)))
-        assert ("active_neurons_percolated" in run.topology.history[0]) == percolation
+        assert ("active_neurons_percolated" in run.evolver.history[0]) == percolation
     assert active[True] != active[False]
 
 
@@ -102,7 +102,7 @@ def test_the_dense_gradient_is_that_of_an_unmasked_copy(tmp_path, accumulation):
     run.train()
     dense = seen.pop("model")
     dense.zero_grad()
-    SparseModel.of(dense).unsparsify()
+    SparsityHandle.of(dense).unsparsify()
     for inputs in batches[(INTERVAL - 1) * accumulation : INTERVAL * accumulation]:
         (dense(**inputs).loss / accumulation).backward()
     assert len(seen) == 14
@@ -250,7 +250,7 @@ def test_itop_counts_every_link_that_was_ever_active(tmp_path):
     run.train()
     explored = sum(int(mask.sum()) for mask in Union.seen.values())
     possible = sum(mask.numel() for mask in Union.seen.values())
-    assert run.topology.history[-1]["itop"] == pytest.approx(explored / possible)
+    assert run.evolver.history[-1]["itop"] == pytest.approx(explored / possible)
 
 
 def test_learning_rate_climbs_after_each_update(tmp_path):
@@ -300,7 +300,7 @@ def test_model_init(tmp_path):
     run.train()
     assert losses(run) == first
     assert all(masks[name].equal(mask) for name, mask in run.sparse.masks().items())
-    assert [entry["step"] for entry in run.topology.history] == [4, 8, 12, 16]
+    assert [entry["step"] for entry in run.evolver.history] == [4, 8, 12, 16]
 
 
 def test_a_handle_is_taken_as_it_is(tmp_path):
@@ -328,7 +328,7 @@ def test_training_again_with_masks_that_the_optimizer_has_not_stepped_on(tmp_pat
         invariants = Invariants.watch(run, floor)
         run.train()
         run.remove_callback(invariants)
-        run.topology.engine.check(run.sparse.layers)
+        run.evolver.check()
 
     first = trainer(
         tmp_path / "first", case, max_steps=16, save_steps=4, eval_strategy="steps", eval_steps=4,

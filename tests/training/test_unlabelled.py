@@ -102,7 +102,7 @@ def test_updates_go_on_without_labels(tmp_path, case):
 
     Zero.watch(run)
     run.train()
-    assert [line["step"] for line in run.topology.history] == [4, 8, 12, 16]
+    assert [line["step"] for line in run.evolver.history] == [4, 8, 12, 16]
     assert [step for step, loss in enumerate(losses(run), 1) if loss == 0] == [4, 5, 12]
     # around the updates after steps 4 and 12 there is no loss to compare
     told = [entry["step"] for entry in run.state.log_history if "loss_after_update" in entry]

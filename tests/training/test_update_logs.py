@@ -60,8 +60,8 @@ def test_every_log_of_training_has_the_loss(tmp_path, each_step, changes, steps)
     for first, last, loss in zip([0, *steps], steps, (loss for _, loss, *_ in read), strict=False):
         assert loss == pytest.approx(sum(each[first:last]) / (last - first), abs=2e-6)
     # every update is there once, at its step, with all its figures
-    for name in run.topology.history[0].keys() - {"step"}:
-        assert board[name] == [(line["step"], line[name]) for line in run.topology.history], name
+    for name in run.evolver.history[0].keys() - {"step"}:
+        assert board[name] == [(line["step"], line[name]) for line in run.evolver.history], name
     assert [step for step, _ in board["sparsity"]] == UPDATES
     entries = [entry for entry in run.state.log_history if "sparsity" in entry]
     assert [entry["step"] for entry in entries] == UPDATES
@@ -83,7 +83,7 @@ def test_an_update_after_every_step(tmp_path):
 def test_a_checkpoint_between_two_logs_has_what_was_to_be_logged(tmp_path, save):
     settings = {"logging_steps": 100, "save_strategy": "steps"} | save
     whole, _, board = logged(tmp_path, **settings)
-    assert len(board["loss_after_update"]) == len(board["sparsity"]) == len(whole.topology.history)
+    assert len(board["loss_after_update"]) == len(board["sparsity"]) == len(whole.evolver.history)
     first = min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     again = trainer(tmp_path, **settings)
     again.train(resume_from_checkpoint=str(first))

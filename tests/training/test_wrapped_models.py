@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
-from hf_chts import SparseModel, SparseTrainer, SparsityConfig, export_sparse, sparsify
+from hf_chts import SparseTrainer, SparsityConfig, SparsityHandle, export_sparse, sparsify
 from hf_chts.checkpoint import TopologyState, load_topology, save_topology, with_original_names
-from hf_chts.seal import SEAL_NAME, seal
+from hf_chts.checkpoint.seal import SEAL_NAME, seal
 
 IDS = torch.arange(30).view(2, 15) % VOCABULARY
 
@@ -78,7 +78,7 @@ def test_names_and_exports(tmp_path, wrap, first):
         wrapped = wrap(model)
         sparse = sparsify(wrapped, SparsityConfig())
     assert list(sparse.layers) == list(plain.layers)
-    assert SparseModel.of(wrapped) is SparseModel.of(model) is sparse
+    assert SparsityHandle.of(wrapped) is SparsityHandle.of(model) is sparse
     for name, mask in plain.masks().items():
         assert sparse.masks()[name].equal(mask)
     export_sparse(wrapped, tmp_path)
@@ -88,7 +88,7 @@ def test_names_and_exports(tmp_path, wrap, first):
         logits = wrapped.eval()(input_ids=IDS, labels=IDS).logits
         assert AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=IDS).logits.equal(logits)
     sparse.unsparsify()
-    assert SparseModel.of(wrapped) is None
+    assert SparsityHandle.of(wrapped) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,218 @@
+"""Masks and counters on disk: saved with every checkpoint, and verified before anything is loaded.
+
+`masks.safetensors` holds `<layer>.mask`, and in training checkpoints `<layer>.explored`, both bit-packed
+(topology/bits.py). Where a method keeps them, it also holds `<layer>.stored`, the weights of removed links, and
+`<layer>.born`, the update that regrew each link. Its metadata has the shapes, the step and a digest of the contents.
+`topology_history.json` holds the figures of each update.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from hf_chts.files.atomic import write_json, write_whole
+from hf_chts.files.reading import LazyMapping, read_json, reading
+from hf_chts.layers.wrappers import original_name
+from hf_chts.topology.bits import pack_bits, unpack_bits
+
+MASKS_NAME = "masks.safetensors"
+HISTORY_NAME = "topology_history.json"
+FORMAT = "hf_chts masks, 1"
+
+_OPTIONAL = ("explored", "stored", "born")  # the kinds of tensors beside "mask"
+_REMEDY = "Restore it from a backup, or use an earlier checkpoint"
+
+
+@dataclass
+class TopologyState:
+    """What a run knows about its topology beyond the weights.
+
+    Attributes:
+        masks: bool (out, in) by layer name.
+        explored: the links that were ever active, bit-packed uint8 by layer name; empty where nothing evolves.
+        stored: the weights of removed links, (out, in) by layer name; empty where they are not kept.
+        step: finished optimizer steps.
+        history: one dict of figures for each update so far.
+        born: the number of the update that regrew each link, int16 by layer name; empty where it is not kept.
+        softness: δ of each layer's next removal, by name; empty where it does not adapt.
+        loss_before_update: the loss of the step just finished, if an update followed it.
+        sparsity: the scheduled sparsity, or the run's floor, at the last update; None if it is not known.
+        run: the id of the run (run_identity.py); None if it is not known.
+    """
+
+    masks: dict[str, Tensor]
+    explored: dict[str, Tensor] = field(default_factory=dict)
+    stored: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    born: dict[str, Tensor] = field(default_factory=dict)
+    softness: dict[str, float] = field(default_factory=dict)
+    loss_before_update: float | None = None
+    sparsity: float | None = None
+    run: str | None = None
+
+
+def save_masks(directory: str | Path, state: TopologyState) -> None:
+    """Write masks.safetensors into `directory`: all tensors of the state, without the history."""
+    tensors = {f"{name}.mask": pack_bits(mask).cpu() for name, mask in state.masks.items()}
+    for kind in _OPTIONAL:
+        values: dict[str, Tensor] = getattr(state, kind)
+        tensors |= {f"{name}.{kind}": tensor.cpu().contiguous() for name, tensor in values.items()}
+    metadata = mask_metadata(tensors, {name: tuple(mask.shape) for name, mask in state.masks.items()}, state.step)
+    write_whole(Path(directory) / MASKS_NAME, save(tensors, metadata))
+
+
+def mask_metadata(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], step: int = 0
+) -> dict[str, str]:
+    """The metadata of a masks.safetensors with these tensors. Each tensor is read once, one at a time.
+
+    Args:
+        tensors: by `<layer>.<kind>`.
+        shapes: (out, in) by layer name.
+    """
+    metadata = {
+        "format": FORMAT,
+        "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
+        "step": str(step),
+    }
+    return metadata | {"digest": _digest(tensors, metadata)}
+
+
+def save_topology(directory: str | Path, state: TopologyState) -> None:
+    """Write the state into a checkpoint directory: masks.safetensors and the history."""
+    save_masks(directory, state)
+    names = ("step", "history", "softness", "loss_before_update", "sparsity", "run")
+    write_json(Path(directory) / HISTORY_NAME, {name: getattr(state, name) for name in names})
+
+
+class MaskFile:
+    """The verified masks.safetensors of an export or a checkpoint. A tensor is read when it is asked for.
+
+    Attributes:
+        shapes: (out, in) by layer name.
+        step: finished optimizer steps.
+        kinds: which of mask, explored, stored and born it holds; each of them for every layer.
+        tensors: by `<layer>.<kind>`, as they are stored.
+
+    Raises:
+        FileNotFoundError: `directory` has no such file.
+        ValueError: the file is truncated, damaged or in another format; the message names it.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.path = Path(directory) / MASKS_NAME
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{self.path} is missing: {directory} is not a checkpoint or export of a sparse model, or it was not "
+                "copied completely"
+            )
+        with reading(self.path, _REMEDY):
+            try:
+                self._read()
+            except (SafetensorError, OSError) as error:
+                raise ValueError(error) from error
+
+    def mask(self, name: str) -> Tensor:
+        """The mask of a layer, bool (out, in)."""
+        with reading(self.path, _REMEDY):
+            return unpack_bits(self.tensors[f"{name}.mask"], self.shapes[name])
+
+    def _read(self) -> None:
+        file = safe_open(str(self.path), framework="pt")
+        metadata = dict(file.metadata() or {})
+        self.tensors: Mapping[str, Tensor] = LazyMapping(file.get_tensor, file.keys())
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r}, and this version of hf_chts reads {FORMAT!r}")
+        if metadata.pop("digest", None) != _digest(self.tensors, metadata):
+            raise ValueError("its contents do not match the digest that was saved with them")
+        self.shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        self.step = int(metadata["step"])
+        self.kinds = {"mask"} | {key.rsplit(".", 1)[-1] for key in self.tensors}
+        expected = {f"{name}.{kind}" for name in self.shapes for kind in self.kinds}
+        if not self.kinds <= {"mask", *_OPTIONAL} or set(self.tensors) != expected:
+            raise ValueError("its tensors are not those of the layers that its metadata lists")
+        for name, shape in self.shapes.items():
+            # as Python integers, which do not overflow
+            if min(shape) < 1 or self.tensors[f"{name}.mask"].shape != ((math.prod(shape) + 7) // 8,):
+                raise ValueError(f"the mask of {name} does not have the bits of its shape {shape}")
+
+
+def load_masks(directory: str | Path) -> TopologyState:
+    """Read and verify masks.safetensors of an export or a checkpoint; the history stays empty.
+
+    Raises:
+        FileNotFoundError, ValueError: see `MaskFile`.
+    """
+    file = MaskFile(directory)
+    explored, stored, born = (
+        {name: file.tensors[f"{name}.{kind}"] for name in file.shapes if kind in file.kinds} for kind in _OPTIONAL
+    )
+    masks = {name: file.mask(name) for name in file.shapes}
+    return TopologyState(masks, explored, stored, file.step, born=born)
+
+
+def load_topology(directory: str | Path) -> TopologyState:
+    """Read and verify what `save_topology` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_masks`, and likewise for the history.
+    """
+    state = load_masks(directory)
+    path = Path(directory) / HISTORY_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: {directory} is not a training checkpoint, or it was not copied completely"
+        )
+    with reading(path, _REMEDY):
+        saved = read_json(path)
+        if saved["step"] != state.step:
+            raise ValueError(f"it is of step {saved['step']}, and the masks beside it are of step {state.step}")
+        state.history = list(saved["history"])
+        state.softness = {name: float(value) for name, value in saved["softness"].items()}
+        # checkpoints of early versions lack these
+        loss, sparsity, state.run = saved.get("loss_before_update"), saved.get("sparsity"), saved.get("run")
+        state.loss_before_update = None if loss is None else float(loss)
+        state.sparsity = None if sparsity is None else float(sparsity)
+    return state
+
+
+def with_original_names(state: TopologyState, layers: Iterable[str]) -> TopologyState:
+    """The state under the names of `layers`. Early versions saved the names that layers have in a wrapped model."""
+    first, saved = next(iter(layers), ""), original_name(next(iter(state.masks), ""))
+    prefix = saved.removesuffix(first) if saved.endswith(f".{first}") else ""
+
+    def renamed(values: dict[str, Any]) -> dict[str, Any]:
+        return {original_name(name).removeprefix(prefix): value for name, value in values.items()}
+
+    changes: dict[str, Any] = {kind: renamed(getattr(state, kind)) for kind in ("masks", *_OPTIONAL, "softness")}
+    return replace(state, **changes)
+
+
+def verify_fits(state: TopologyState, layers: Mapping[str, Any], directory: str | Path) -> None:
+    """Raises ValueError if the state is not that of a model with these masked layers."""
+    shapes = {name: tuple(layer.topology.shape) for name, layer in layers.items()}
+    saved = {name: tuple(mask.shape) for name, mask in state.masks.items()}
+    if shapes != saved:
+        name = sorted(set(shapes.items()) ^ set(saved.items()))[0][0]
+        raise ValueError(
+            f"the masks in {directory} are of another model or config: {name} is {saved.get(name, 'absent')} there and "
+            f"{shapes.get(name, 'absent')} here. Resume with the model and sparsity config that wrote the checkpoint"
+        )
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,168 @@
+"""The command `hf-chts`, also `python -m hf_chts`.
+
+Each command imports what it needs when it runs, so that --help need not wait for torch.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from hf_chts.commands import one_line_errors
+from hf_chts.commands.evaluate import EPILOG, evaluate
+from hf_chts.plain_text import print_anything
+
+# pretty exceptions would hide the traceback of a bug among the locals of transformers
+_SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
+# for commands whose options are fields of dataclasses, --help too
+_PASSED_ON: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+}
+
+app = typer.Typer(name="hf-chts", help="Pretrain sparse language models, and what comes before and after.", **_SETTINGS)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `hf-chts` with these arguments, by default those of the process.
+
+    Raises:
+        SystemExit: unless all went well: status 2 for a wrong option, else a message of one line.
+    """
+    print_anything()
+    _run(app, sys.argv[1:] if argv is None else argv, "hf-chts")
+
+
+def run_alone(command: Callable[..., None], program: str, **settings: Any) -> None:
+    """Run one command as the script `program`, with the arguments of the process."""
+    print_anything()
+    alone = typer.Typer(**_SETTINGS)
+    alone.command(**settings)(one_line_errors(program)(command))
+    _run(alone, sys.argv[1:], program)
+
+
+def _run(commands: typer.Typer, argv: Sequence[str], program: str) -> None:
+    try:
+        commands(list(argv), prog_name=program)
+    except SystemExit as end:
+        if end.code:  # typer ends the process also where all went well
+            raise
+
+
+@app.command(**_PASSED_ON)
+def train(context: typer.Context) -> None:
+    """Train a sparse model; on several devices: accelerate launch -m hf_chts train …"""
+    from hf_chts.commands.train import train
+
+    sys.path.append("")  # the working directory, for --parts my_module, which an installed script does not look in
+    train(context.args, program="hf-chts train")
+
+
+app.command(epilog=EPILOG)(one_line_errors("hf-chts evaluate")(evaluate))
+
+
+@app.command(**_PASSED_ON)
+@one_line_errors("hf-chts prepare")
+def prepare(context: typer.Context) -> None:
+    """Tokenize a corpus once, into memory-mapped shards to train on."""
+    from hf_chts.commands.prepare import prepare
+
+    prepare(context.args, program="hf-chts prepare")
+
+
+@app.command()
+@one_line_errors("hf-chts push")
+def push(
+    directory: Annotated[
+        str, Argument(metavar="DIR", help="An export, plain or packed, or a checkpoint. It is not changed.")
+    ],
+    repo_id: Annotated[str, Argument(metavar="REPO", help="NAMESPACE/NAME on the Hub, created if missing.")],
+    further_figures: Annotated[list[str] | None, Argument(metavar="[FIGURE]...", hidden=True)] = None,
+    private: Annotated[bool, Option("--private", help="Make the repository private if it is created here.")] = False,
+    revision: Annotated[
+        str | None, Option(metavar="BRANCH", help="Branch, created if missing.", show_default="main")
+    ] = None,
+    commit_message: Annotated[
+        str | None,
+        Option(
+            "--commit_message",
+            metavar="TEXT",
+            help="Message of the commit.",
+            show_default="Upload sparse model with hf_chts",
+        ),
+    ] = None,
+    results: Annotated[
+        str | None,
+        Option(
+            metavar="FILE",
+            help="Zero-shot results for the model card, as written by hf-chts evaluate --output.",
+            show_default="DIR/zero_shot.json if it exists",
+        ),
+    ] = None,
+    figures: Annotated[
+        list[str] | None,
+        Option(
+            metavar="FILE...", help="Pictures for the model card, such as training.png.", show_default="DIR/figures"
+        ),
+    ] = None,
+) -> None:
+    """Push an export to the Hub, with the token of `hf auth login` or of HF_TOKEN."""
+    from hf_chts.export.hub import push_directory
+
+    commit = push_directory(
+        directory,
+        repo_id,
+        private=private or None,
+        revision=revision,
+        commit_message=commit_message,
+        results=results,
+        figures=[*(figures or []), *(further_figures or [])],  # --figures A B: B is left to the arguments
+    )
+    print(f"pushed  {commit.repo_url}\ncommit  {commit.commit_url}")
+
+
+Source = Annotated[str, Argument(metavar="DIR", help="Directory to read.")]
+Target = Annotated[str, Argument(metavar="OUT", help="Directory to write, new or empty.")]
+ShardSize = Annotated[
+    str, Option("--max_shard_size", metavar="SIZE", help="Largest size of a weights file, as in save_pretrained.")
+]
+
+
+@app.command()
+@one_line_errors("hf-chts pack")
+def pack(source: Source, target: Target, max_shard_size: ShardSize = "50GB") -> None:
+    """Store the weights of a plain export as mask bits and link values."""
+    from hf_chts.export.convert import pack_directory
+
+    print(f"packed  {pack_directory(source, target, max_shard_size=max_shard_size)}")
+
+
+@app.command()
+@one_line_errors("hf-chts unpack")
+def unpack(source: Source, target: Target, max_shard_size: ShardSize = "50GB") -> None:
+    """Turn a packed export into a plain one, bit for bit."""
+    from hf_chts.export.convert import unpack_directory
+
+    print(f"plain  {unpack_directory(source, target, max_shard_size=max_shard_size)}")
+
+
+@app.command()
+@one_line_errors("hf-chts report")
+def report(
+    runs: Annotated[list[str], Argument(metavar="RUN_DIR...", help="output_dir of a run. Several are compared.")],
+    output: Annotated[
+        str | None,
+        Option(
+            metavar="FILE",
+            help="HTML file to write, with a directory of its figures beside it.",
+            show_default="RUN_DIR/report.html, or report.html here for several runs",
+        ),
+    ] = None,
+    layers: Annotated[str, Option(metavar="PATTERN", help="Layers to show one by one, such as '*.down_proj'.")] = "*",
+) -> None:
+    """Write an HTML report of one or more runs."""
+    from hf_chts.report import write_report
+
+    print(f"report  {write_report(runs, output, layers)}")

@@ -1,0 +1,1 @@
+"""Evolving the topology of a sparse model while any training loop trains it."""

@@ -1,0 +1,526 @@
+"""Evolver: evolves the topology of a sparse model inside any training loop."""
+
+import hashlib
+import logging
+import weakref
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from hf_chts.checkpoint import TopologyState, verify_fits
+from hf_chts.config import SparsityConfig
+from hf_chts.evolution.first_step import check_first_step
+from hf_chts.evolution.half_precision import refuse_half_precision
+from hf_chts.evolution.regrown_adam import RegrownAdam
+from hf_chts.evolution.update_figures import LayerUpdate
+from hf_chts.evolution.update_ranks import UpdateOverRanks
+from hf_chts.evolution.update_warmup import add_update_warmup, warmup_steps
+from hf_chts.layers.coupling import couplings
+from hf_chts.layers.links import check_zeros
+from hf_chts.layers.plain_weight import check_places, check_plain
+from hf_chts.layers.shares import layer_links, some, sparsity_ahead
+from hf_chts.layers.sparse_layers import SparseLayers
+from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.sharding.detect import engine_of
+from hf_chts.sharding.interface import Engine
+from hf_chts.sharding.ranks import rank_and_world, together
+from hf_chts.topology.bits import pack_bits, unpack_bits
+from hf_chts.topology.percolation import Junction
+
+_log = logging.getLogger(__name__)
+_FORMAT = "hf_chts evolver, 1"
+# for each model, the evolver that is at work on it
+_AT_WORK: "weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Evolver]]" = weakref.WeakKeyDictionary()
+
+
+class Evolver:
+    """Evolves a sparse model after the optimizer steps that the config's schedules name.
+
+    `SparsityHandle.evolver(optimizer, max_steps)` makes one for a loop of your own:
+
+        evolver = sparse.evolver(optimizer, max_steps=10_000)
+        for batch in loader:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            figures = evolver.step()
+
+    It hangs on to the optimizer, so that missing links stay 0 with any optimizer, and counts the steps that the
+    optimizer takes: `step` does nothing on micro-batches and on steps that a GradScaler skips. Under DDP, FSDP2 and
+    DeepSpeed all ranks call it alike.
+
+    Attributes:
+        sparse: the handle of the model.
+        plan: when the topology is updated, and how.
+        engine: what holds weights and optimizer moments.
+        finished: finished optimizer steps.
+        trained: the layers that trained, by name, as the run began.
+        reached: the sparsity that the schedule, or its floor, had at the last update; None: not known.
+        history: the figures of each update so far, in order.
+        explored: the links of each layer that were ever active, bit-packed uint8 by layer name.
+        stored: this rank's part of the weights of removed links, by layer name, where they are kept.
+        softness: δ of each layer's next removal, by layer name; used where it adapts.
+        last_update: what the last update did to each layer; empty before it.
+    """
+
+    def __init__(self, sparse: SparseLayers) -> None:
+        self.sparse = sparse
+        self.plan: SchedulePlan | None = None
+        self.engine: Engine | None = None
+        self.finished = 0
+        self.last_update: dict[str, LayerUpdate] = {}
+        self.trained: list[str] = []
+        self.reached: float | None = None
+        self.adam: RegrownAdam | None = None
+        self._ranks: UpdateOverRanks | None = None
+        self._restored: TopologyState | None = None
+        self._first_step = False  # whether none has been taken since training began
+        self._optimizer: Any = None
+        self._hooks: list[Any] = []
+        self._hooked = False  # whether the optimizer tells when it steps
+        self._stepped: set[int] = set()  # what the optimizer has stepped on since the last call of `step`
+        self._reset()
+
+    @property
+    def config(self) -> SparsityConfig:
+        return self.sparse.config
+
+    @property
+    def owner(self) -> dict[str, int]:
+        """The rank that evolves each layer, by layer name; from `begin` on."""
+        return self._ranks.owner if self._ranks else {}
+
+    def begin(self, max_steps: int, optimizer: Any, step: int = 0) -> None:
+        """Attach to an optimizer, for a run of `max_steps` optimizer steps of which `step` are finished. Collective.
+
+        Args:
+            optimizer: torch's, Accelerate's or DeepSpeed's, as prepared for the run.
+
+        Raises:
+            ValueError: the engine, the optimizer or a layer's weight is one with which topologies cannot evolve, the
+                schedules do not fit into the run, ranks differ, or another evolver is at work on the model.
+            RuntimeError: a weight or a moment is not 0 where there is no link.
+        """
+        layers = self.sparse.layers
+        other = _AT_WORK.get(self.sparse.model, lambda: None)()
+        if other is not None and other is not self:
+            raise ValueError("another evolver is at work on this model: call its close() first")
+        self._compare_ranks(max_steps)
+        check_places(self.sparse.model, layers)
+        for name, layer in layers.items():
+            check_plain(name, layer)
+            layer.mask_by_hook()  # load_state_dict(assign=True) puts another tensor in the weight's place
+        engine = engine_of(self.sparse.model, layers, optimizer)
+        self._refuse_copies()
+        if self.config.ages_links:
+            RegrownAdam.check(optimizer)
+        self.prepare(max_steps, engine, step)
+        if self._restored is None:  # the optimizer may have stepped on other masks: those of an earlier run
+            self.forget_missing()
+        check_zeros(layers, engine)
+        self._attach(optimizer)
+        self.finished, self._first_step = step, True
+        self._ask_gradients()
+
+    def prepare(self, max_steps: int, engine: Engine, step: int = 0) -> None:
+        """The part of `begin` that makes the plan, on an engine, without hooks on the optimizer.
+
+        Raises:
+            ValueError: the schedules do not fit into the run, percolation is not known for the model, or the optimizer
+                steps on float16 weights.
+        """
+        layers = self.sparse.layers
+        refuse_half_precision(
+            {name: engine.held(layer)["weight"] for name, layer in layers.items() if engine.optimizes(layer)}
+        )
+        self._reset()
+        self.engine, self.finished = engine, step
+        self.trained = engine.trained(layers)
+        self.plan = self.plan_from(step, max_steps, self.trained)
+        if self._restored is None:
+            self.reached = self.plan.sparsity(step)
+        names = list(layers)
+        junctions: list[Junction] = []
+        if self.config.percolation:
+            junctions = couplings(cast(PreTrainedModel, self.sparse.model), names)
+        self._ranks = UpdateOverRanks(self.sparse, engine, junctions)
+        self.take_parts()
+
+    def step(self, finished: int | None = None) -> dict[str, Any]:
+        """Call after each optimizer step, before the next forward: evolves when an update is due. Collective.
+
+        Args:
+            finished: finished optimizer steps, for a loop that counts them itself, skipped ones included; None: this
+                evolver counts the steps that its optimizer takes.
+
+        Returns:
+            The figures of the update, all layers together (`sparsity`, `itop`, `links_removed`, …); empty if none was
+            due.
+
+        Raises:
+            NotFinite: the update would read NaN or infinity; nothing was changed.
+            RuntimeError: a weight is not 0 where there is no link after the first step.
+        """
+        if self.plan is None:
+            raise RuntimeError("this evolver is attached to no optimizer: make it with sparse.evolver(optimizer, …)")
+        if finished is None:
+            if self._hooked and not self._stepped:
+                return {}
+            finished = self.finished + 1
+        self._stepped.clear()
+        if self._first_step or not self._hooked:
+            self._after_optimizer_step()
+        self.finished = finished
+        figures = self.update(finished) if self.plan.is_update(finished) else {}
+        self._ask_gradients()
+        return figures
+
+    def update(self, step: int) -> dict[str, Any]:
+        """Evolve every layer that trains once, as of `step`, whether one is due or not. Collective.
+
+        Returns:
+            The figures of all layers together; empty where no layer trains.
+        """
+        assert self.plan is not None
+        assert self._ranks is not None
+        names = self._trained()
+        if not names:
+            return {}
+        figures, self.last_update = self._ranks.update(
+            self.plan,
+            step,
+            names,
+            stored=self.stored,
+            softness=self.softness,
+            explored=self.explored,
+            adam=self.adam,
+        )
+        self.reached = self.plan.sparsity(step)
+        self.history.append({"step": step, **figures})
+        return figures
+
+    def warm_up(self, scheduler: Any, steps: int | None = None) -> int:
+        """Have the learning rate climb back after each update, in a torch scheduler that is a function of the step.
+
+        Args:
+            scheduler: a `LambdaLR`, as all of transformers' `get_scheduler` are; changed in place.
+            steps: over how many steps; None: the paper's 20, or a fifth of update_interval where that is less.
+
+        Returns:
+            The number of steps.
+
+        Raises:
+            ValueError: the scheduler is another, or `steps` does not fit between two updates.
+        """
+        assert self.plan is not None
+        scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"a warm-up after updates needs a LambdaLR scheduler, got {type(scheduler).__name__}: make one with "
+                "transformers.get_scheduler, or leave the warm-up out"
+            )
+        steps = warmup_steps(steps, self.config.update_interval) if self.config.evolves else 0
+        if steps:
+            add_update_warmup(scheduler, self.plan, steps)
+        return steps
+
+    def check(self) -> None:
+        """Raises RuntimeError, naming layer and tensor, if anything on this rank is not 0 where there is no link."""
+        check_zeros(self.sparse.layers, self.engine)
+
+    def close(self) -> None:
+        """Let go of the optimizer; another evolver may then take the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._optimizer, self._hooked = [], None, False
+        self._stepped.clear()
+        for layer in self.sparse.layers.values():
+            layer.dense_gradient = None
+        if _AT_WORK.get(self.sparse.model, lambda: None)() is self:
+            del _AT_WORK[self.sparse.model]
+
+    # What a run keeps
+
+    def state(self, step: int | None = None) -> TopologyState:
+        """What a checkpoint keeps beyond weights and optimizer. Collective.
+
+        `stored` and `born` are on rank 0 alone where the engine splits weights.
+        """
+        return TopologyState(
+            masks=self.sparse.masks(),
+            explored=self.explored,
+            stored=self._gathered(self.stored),
+            step=self.finished if step is None else step,
+            history=self.history,
+            born=self._gathered(self.adam.born if self.adam else {}),
+            softness=self.softness if self.config.adapts_softness else {},
+            sparsity=self.reached,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of `state` as plain values and CPU tensors, for `torch.save`; to be saved on rank 0. Collective."""
+        state = self.state()
+        return {
+            "format": _FORMAT,
+            "config": self.config.to_dict(),
+            "max_steps": self.plan.max_steps if self.plan else 0,
+            "step": state.step,
+            "masks": {name: (pack_bits(mask).cpu(), list(mask.shape)) for name, mask in state.masks.items()},
+            "explored": {name: bits.cpu().clone() for name, bits in state.explored.items()},
+            "stored": {name: values.cpu().clone() for name, values in state.stored.items()},
+            "born": {name: values.cpu().clone() for name, values in state.born.items()},
+            "softness": dict(state.softness),
+            "history": list(state.history),
+            "sparsity": state.sparsity,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave. Weights and optimizer are loaded by you, before or after. Collective.
+
+        Raises:
+            ValueError: it is of another sparsity config or model; nothing was changed.
+        """
+        if state.get("format") != _FORMAT:
+            raise ValueError(f"this is no state of an evolver (format {state.get('format')!r}, not {_FORMAT!r})")
+        check_same_config(SparsityConfig.from_dict(dict(state["config"])), self.config, "the evolver's state")
+        restored = TopologyState(
+            masks={name: unpack_bits(bits, tuple(shape)) for name, (bits, shape) in state["masks"].items()},
+            **{key: state[key] for key in ("explored", "stored", "step", "history", "born", "softness", "sparsity")},
+        )
+        verify_fits(restored, self.sparse.layers, "the evolver's state")
+        self.restore(restored)
+        if self.engine is not None:
+            assert self.plan is not None
+            self.prepare(self.plan.max_steps, self.engine, restored.step)
+            self._restored, self._first_step = None, True
+            self._stepped.clear()
+            self._ask_gradients()
+
+    def restore(self, state: TopologyState | None) -> None:
+        """Have the next `begin` go on with the state of a checkpoint, whose masks are set at once.
+
+        None takes back an earlier call.
+        """
+        self._restored = state
+        if state is not None:
+            self._reset()
+
+    def take_parts(self) -> None:
+        """This rank's parts of what a checkpoint had, or new ones; also for one restored in the midst of training.
+
+        Raises:
+            ValueError: the run has more updates than can be told apart.
+        """
+        assert self.engine is not None
+        assert self.plan is not None
+        state, layers = self._restored, self.sparse.layers
+        if self.config.ages_links:
+            self.adam = RegrownAdam(layers, self.engine, self.config.update_interval)
+            self.adam.check_updates(self.plan.number_of_updates(self.plan.max_steps))
+        for name, layer in layers.items():
+            if self.config.stores_weights and self.engine.optimizes(layer):
+                saved = state.stored.get(name) if state else None
+                if saved is None:
+                    self.stored[name] = self.engine.zeros(layer)
+                else:
+                    self.stored[name] = self.engine.part_of(layer, layer.storage.values(saved))
+            if self.adam and state and name in state.born:
+                self.adam.restore(name, layer.storage.values(state.born[name]))
+
+    def forget_missing(self) -> None:
+        """Set to 0, where there is no link, what the optimizer keeps: it may have stepped on other masks.
+
+        The weights of the forward stay as they are.
+        """
+        assert self.engine is not None
+        for layer in self.sparse.layers.values():
+            names = {*self.engine.held(layer), *self.engine.copies(layer)}
+            layer.storage.clear(self.engine, skip=["working" if "working" in names else "weight"])
+
+    def plan_from(self, step: int, max_steps: int, trained: Collection[str] | None = None) -> SchedulePlan:
+        """The plan of a run of `max_steps` optimizer steps that begins, or goes on, after `step` of them.
+
+        Where the model is sparser than its schedule says, because it comes from a run with another one, sparsity stays
+        until the schedule has caught up.
+
+        Args:
+            trained: the layers that train; None: those that are not frozen.
+        """
+        config, layers = self.config, self.sparse.layers
+        shapes = {name: layer.storage.shape for name, layer in layers.items()}
+
+        def largest_block(sparsity: float) -> list[int]:
+            # global allocation, which would read the weights, does not ask
+            links = layer_links(shapes, sparsity, config, {})
+            return [-(-number // self.sparse.blocks.get(name, 1)) for name, number in links.items()]
+
+        plan = config.plan(max_steps, links=largest_block)
+        if not plan.decay_end or config.initial_sparsity > config.sparsity:
+            return plan
+        update = plan.number_of_updates(step) * config.update_interval
+        scheduled, ahead = plan.sparsity(update), self.reached
+        if self._restored is None or ahead is None:
+            if trained is None:
+                trained = [name for name, layer in layers.items() if layer.weight.requires_grad]
+            links = {name: layer.links for name, layer in layers.items()}
+            ahead = sparsity_ahead(links, shapes, config, scheduled, trained)
+        if ahead is None or ahead <= scheduled + 1e-12:
+            return plan
+        return config.plan(max_steps, floor=min(ahead, config.sparsity), links=largest_block)
+
+    def _reset(self) -> None:
+        """All that a run keeps, as the restored checkpoint has it, or anew."""
+        state, layers = self._restored, self.sparse.layers
+        for name, layer in layers.items():
+            layer.dense_gradient = None
+            if state:
+                layer.storage.copy(state.masks[name])
+        self.history: list[dict[str, Any]] = list(state.history) if state else []
+        self.softness = dict.fromkeys(layers, self.config.softness_start) | (state.softness if state else {})
+        # bits: a bool would cost as much memory again as the masks
+        self.explored = {
+            name: state.explored[name].to(layer.storage.device) if state else pack_bits(layer.topology)
+            for name, layer in layers.items()
+        }
+        self.stored: dict[str, Tensor] = {}
+        self.adam = None
+        self.reached = state.sparsity if state else None
+        self._ranks = None
+        self._said: set[str] = set()  # the layers of which it was said that they do not train
+
+    def _gathered(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors (out, in) of this rank's parts; on rank 0, and on the CPU where they are split."""
+        whole = {}
+        for name, part in parts.items():
+            assert self.engine is not None, "there are parts from `begin` on"
+            layer = self.sparse.layers[name]
+            (tensor,) = self.engine.gather([(layer, 0)], [part])
+            if tensor is not None:
+                whole[name] = layer.storage.matrix(tensor.cpu() if self.engine.sharded else tensor)
+        like = next(iter(whole.values()), None)
+        if like is not None:  # the file has them of all layers, and those that the optimizer lacks have no parts
+            whole |= {n: like.new_zeros(m.shape) for n, m in self.sparse.masks().items() if n not in parts}
+        return whole
+
+    # The optimizer
+
+    def _attach(self, optimizer: Any) -> None:
+        self.close()
+        _AT_WORK[self.sparse.model] = weakref.ref(self)
+        self._optimizer = optimizer
+        inner = optimizer
+        while type(inner).__module__.startswith(("accelerate.", "deepspeed.runtime.")) and hasattr(inner, "optimizer"):
+            inner = inner.optimizer
+        if not isinstance(inner, torch.optim.Optimizer):
+            return
+        self._hooked = True
+        # weakly: an optimizer that is kept must not keep the evolver, and with it the model, alive
+        me = weakref.ref(self)
+        split = type(optimizer).__module__.startswith("deepspeed.")
+
+        def before(optimizer: Any, *_: Any) -> None:
+            if (evolver := me()) is not None:
+                evolver._before_optimizer_step(_stepped_on(optimizer))
+
+        def after(optimizer: Any, *_: Any) -> None:
+            if (evolver := me()) is not None:
+                evolver._stepped.add(_stepped_on(optimizer))
+                if not split:  # DeepSpeed steps on one group after the other, on its own copies of the weights
+                    evolver._after_optimizer_step()
+
+        self._hooks = [inner.register_step_pre_hook(before), inner.register_step_post_hook(after)]
+
+    def _before_optimizer_step(self, stepped_on: int) -> None:
+        if stepped_on in self._stepped:
+            raise RuntimeError(
+                f"evolver.step() was not called after optimizer step {self.finished + 1}: call it after each "
+                "optimizer.step(), or evolver.close() if the topology is not to evolve any more"
+            )
+
+    @torch.no_grad()
+    def _after_optimizer_step(self) -> None:
+        assert self.engine is not None
+        layers = self.sparse.layers
+        if self.engine.moves_missing_links:
+            for layer in layers.values():
+                layer.storage.clear(self.engine, skip=["gradient"])
+        if self.adam and self._hooked:
+            self.adam.correct(self._optimizer, self.finished + 1)
+        if self._first_step:
+            self._first_step = False
+            check_first_step(self.engine, layers)
+
+    def _ask_gradients(self) -> None:
+        """Have the next step keep dense gradients, if an update follows it that needs them."""
+        assert self.plan is not None
+        assert self.engine is not None
+        assert self._ranks is not None
+        if self.config.needs_gradient and self.plan.is_update(self.finished + 1):
+            for name, layer in self.sparse.layers.items():
+                layer.dense_gradient = self.engine.dense_gradient(layer, self._ranks.owner[name])
+
+    # What is refused
+
+    def _trained(self) -> list[str]:
+        """The layers that train at this moment, the same on all ranks. Collective.
+
+        The others do not evolve, since new links would stay 0. Each of them is told once.
+        """
+        assert self.engine is not None
+        layers = self.sparse.layers
+        for name, layer in layers.items():
+            check_plain(name, layer)
+        names = self.engine.trained(layers)
+        still = [name for name in layers if name not in names]
+        for name in still:
+            layers[name].dense_gradient = None
+        if not self._said.issuperset(still) and rank_and_world()[0] == 0:
+            new = [name for name in still if name not in self._said]
+            follows = (
+                "so their topology does not evolve: their sparsity stays as it is, and that of all layers together may "
+                "differ from the schedule's"
+                if names
+                else "so nothing evolves until one of them trains"
+            )
+            _log.warning("These sparse layers are frozen or not in the optimizer, %s: %s", follows, some(new))
+        self._said.update(still)
+        return names
+
+    def _refuse_copies(self) -> None:
+        """Raises ValueError, naming them, for copies of sparse layers that would train and not evolve."""
+        copies = [name for name, layer in self.sparse.copies().items() if layer.weight.requires_grad]
+        if copies and self.config.evolves:
+            raise ValueError(
+                f"copies of sparse layers would train instead of the layers themselves, and their topology would not "
+                f"evolve: {some(copies)}. Leave them out of PEFT's modules_to_save and train the layers without "
+                "adapters, or use method static"
+            )
+
+    def _compare_ranks(self, max_steps: int) -> None:
+        """Raises ValueError where ranks differ in the length of the run or in their masks. Collective."""
+        if rank_and_world()[1] == 1:
+            return
+        digest = hashlib.sha256()
+        for name, mask in sorted(self.sparse.masks().items()):
+            digest.update(name.encode() + pack_bits(mask).cpu().numpy().tobytes())
+        together({"the number of steps": str(max_steps), "the topology at the begin": digest.hexdigest()[:16]})
+
+
+def check_same_config(saved: SparsityConfig, current: SparsityConfig, where: str) -> None:
+    """Raises ValueError that names the fields where `saved`, of `where`, differs from this run's config."""
+    if saved != current:
+        before, now = saved.to_dict(), current.to_dict()
+        changed = "; ".join(f"{k}: {before[k]!r} there, {now[k]!r} here" for k in now if before[k] != now[k])
+        raise ValueError(
+            f"{where} was written with another sparsity config ({changed}): resume with that config, or start a new "
+            "run from its weights"
+        )
+
+
+def _stepped_on(optimizer: torch.optim.Optimizer) -> int:
+    """What tells one of DeepSpeed's steps from another: it has its optimizer step on each group of weights alone."""
+    return next((id(weight) for group in optimizer.param_groups for weight in group["params"]), 0)

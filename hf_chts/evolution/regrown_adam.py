@@ -1,0 +1,122 @@
+"""Adam's bias correction, anew for each regrown link.
+
+A regrown link starts with moments of 0, late in a run whose bias correction is long over. Its second moment then lags
+behind its first: with β = (0.9, 0.999) the steps of its first hundred updates are up to some 6 times the learning rate
+(SMET, arXiv 2606.00888, traces loss spikes to this). With the correction counted from the step at which the link was
+regrown, they are as large as the first steps of the run.
+
+torch's optimizer counts one step for a whole tensor, so it is left to take its step, and the difference is added to
+the regrown links right after:
+
+    w += lr · (m̂_t / (√v̂_t + ε) − m̂_a / (√v̂_a + ε)),   m̂_n = m / (1 − β1^n),   v̂_n = v / (1 − β2^n)
+
+with t the steps of the tensor and a those since the link was regrown.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.sharding.interface import Engine
+from hf_chts.topology.bits import link_positions
+
+# Where β2^a is below this, the correction is lost in the rounding of fp32
+_NEGLIGIBLE = 2.0**-24
+
+
+class RegrownAdam:
+    """Corrects the steps that torch's Adam or AdamW takes on regrown links.
+
+    Args:
+        layers: the sparse layers by name.
+        engine: what holds their weights and moments.
+        update_interval: optimizer steps between topology updates.
+
+    Attributes:
+        born: int16 by name, for this rank's extent of the weight (`Engine.zeros`): the number of the update, from 1,
+            that regrew a link; 0 for links that were there from the start, and off the mask.
+    """
+
+    def __init__(self, layers: Mapping[str, MaskedLayer], engine: Engine, update_interval: int) -> None:
+        self.layers = layers
+        self.engine = engine
+        self.update_interval = update_interval
+        self.born = {name: torch.zeros_like(engine.zeros(x), dtype=torch.int16) for name, x in layers.items()}
+        # (interval, positions, births) of the links that are young enough to correct, in the interval between updates
+        self._young: dict[str, tuple[int, Tensor, Tensor]] = {}
+
+    @staticmethod
+    def check(optimizer: Any) -> None:
+        """Raises ValueError, naming it, for an optimizer whose steps cannot be corrected from outside."""
+        inner = getattr(optimizer, "optimizer", optimizer)
+        kind = f"{type(inner).__module__}.{type(inner).__qualname__}"
+        if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):
+            raise ValueError(
+                f"regrown_adam is 'per_weight_steps', which knows torch.optim.Adam and AdamW, and the optimizer is "
+                f"{kind}: set regrown_adam to global_steps, or optim to adamw_torch"
+            )
+        if any(group["amsgrad"] or group["maximize"] for group in inner.param_groups):
+            raise ValueError(
+                "regrown_adam is 'per_weight_steps', which does not know amsgrad or maximize: turn those off, or set "
+                "regrown_adam to global_steps"
+            )
+
+    def check_updates(self, number: int) -> None:
+        """Raises ValueError if a run has more updates than can be told apart."""
+        most = torch.iinfo(torch.int16).max
+        if number > most:
+            raise ValueError(
+                f"regrown_adam is 'per_weight_steps', which counts to {most} topology updates, and the run has "
+                f"{number}: raise update_interval, or set regrown_adam to global_steps"
+            )
+
+    def changed(self, name: str) -> None:
+        """The layer's links, and `born` with them, have changed."""
+        self._young.pop(name, None)
+
+    def restore(self, name: str, born: Tensor) -> None:
+        """Take over what a checkpoint has of a layer, whole and as the weight lies."""
+        start, stop = self.engine.extent(self.layers[name])
+        self.born[name].copy_(born.reshape(-1)[start:stop].view_as(self.born[name]))
+        self._young.pop(name, None)
+
+    @torch.no_grad()
+    def correct(self, optimizer: Any, step: int) -> None:
+        """Correct the step that `optimizer` has just taken, the one that makes it `step` finished steps."""
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for name, layer in self.layers.items():
+            state, group = optimizer.state.get(layer.weight, {}), groups.get(id(layer.weight))
+            if not state or group is None or layer.weight.grad is None:  # the optimizer took no step on it
+                continue
+            positions, updates = self._young_links(name, step, group["betas"][1])
+            if not len(positions):
+                continue
+            ages = step - updates.to(torch.float64) * self.update_interval
+            held = self.engine.held(layer)
+            # in float64: the difference of two nearly equal steps is added to a weight that has taken one of them
+            first, second = (held[key].view(-1)[positions].double() for key in ("exp_avg", "exp_avg_sq"))
+            steps = torch.as_tensor(float(state["step"]), dtype=torch.float64)
+            change = _step(first, second, group, steps) - _step(first, second, group, ages)
+            held["weight"].view(-1).index_add_(0, positions, change.to(held["weight"].dtype))
+
+    def _young_links(self, name: str, step: int, beta2: float) -> tuple[Tensor, Tensor]:
+        # told by the interval, not by the step: a resumed run must leave out the same links
+        interval = (step - 1) // self.update_interval
+        if name not in self._young or self._young[name][0] != interval:
+            born = self.born[name].view(-1)
+            positions = link_positions(self.born[name] > 0)
+            ages = (interval - born[positions].to(torch.float64)) * self.update_interval
+            positions = positions[beta2**ages > _NEGLIGIBLE]
+            self._young[name] = (interval, positions, born[positions])
+        _, positions, updates = self._young[name]
+        return positions, updates
+
+
+def _step(first: Tensor, second: Tensor, group: Mapping[str, Any], steps: Tensor) -> Tensor:
+    """Adam's step, without weight decay, of moments (n,) after `steps` of them, (n,) or one number."""
+    beta1, beta2 = group["betas"]
+    denominator = (second / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+    return float(group["lr"]) * first / ((1 - beta1**steps) * denominator)

@@ -1,0 +1,176 @@
+"""What a topology update does with the layers that one rank evolves: the config's parts put together."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_chts.config import SparsityConfig
+from hf_chts.layers.initial_masks import block_links
+from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.topology.evolution import Choice, LayerEvolution, joined, regrow, remove, selected
+from hf_chts.topology.parts import REGROWTH, REMOVAL, Part
+from hf_chts.topology.percolation import Junction, percolate
+from hf_chts.topology.random_streams import random_stream
+from hf_chts.topology.softness import temperature
+
+# Layers that are evolved at a time in one process: each holds several copies of itself meanwhile
+_WORKERS = 4
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class TopologyUpdate:
+    """An update at one step, of any of the layers.
+
+    Attributes:
+        plan: the run's schedules.
+        step: finished optimizer steps.
+        masks: bool (out, in) of all layers, by name in the model's order; read only.
+        links: how many links each layer has afterwards, by name.
+        gradients: the dense gradients of the step, (out, in) by layer name, where the config needs them.
+        stored: the weights of what is no link, (out, in) by layer name, where they are kept.
+        junctions: how layers are coupled, for percolation; none without it.
+        blocks: into how many blocks of rows, with as many links each, a layer is cut; by name, 1 where there is none.
+        softness: the softness δ of each layer's removal by name, where it adapts; else the plan's holds for all.
+    """
+
+    plan: SchedulePlan
+    step: int
+    masks: Mapping[str, Tensor]
+    links: Mapping[str, int]
+    gradients: Mapping[str, Tensor]
+    stored: Mapping[str, Tensor]
+    junctions: Sequence[Junction] = ()
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    softness: Mapping[str, float] = field(default_factory=dict)
+
+    def evolve(self, group: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, LayerEvolution]:
+        """Evolve layers that are coupled, or one that is not; `weights` are theirs, (out, in), read only."""
+        pieces = {name: self._pieces(name) for name in group}
+        if self._part("regrowth").kind == "selection":
+            return {name: joined([self._select(p, weights[name]) for p in pieces[name]]) for name in group}
+        stay, kept = {}, {}
+        for name in group:
+            halves = [self._remove(piece, weights[name]) for piece in pieces[name]]
+            stay[name], kept[name] = (_cat(parts) for parts in zip(*halves, strict=True))
+        junctions = [junction for junction in self.junctions if set(junction.layers) & set(group)]
+        if junctions:
+            # layers that do not train keep their links, useless or not; the others are looked at beside them
+            met = [name for junction in junctions for name in junction.layers if name in self.masks]
+            fixed = {name: self.masks[name] for name in met if name not in kept}
+            kept = percolate(kept | fixed, junctions, fixed)
+        return {
+            name: joined([self._regrow(piece, weights[name], stay[name], kept[name]) for piece in pieces[name]])
+            for name in group
+        }
+
+    def _pieces(self, name: str) -> "list[_Piece]":
+        rows, n = self.masks[name].shape[0], self.blocks.get(name, 1)
+        return [
+            _Piece(name, slice(rows * i // n, rows * (i + 1) // n), block_links(self.links[name], i, n), i)
+            for i in range(n)
+        ]
+
+    def _select(self, piece: "_Piece", weight: Tensor) -> LayerEvolution:
+        mask = self.masks[piece.layer][piece.rows]
+        given = {"links": piece.links, "generator": self._stream(piece, "pruning")}
+        chosen = self._part("regrowth")(self.plan.config, **self._given(piece, weight, mask), **given)
+        return selected(mask, chosen)
+
+    def _remove(self, piece: "_Piece", weight: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.plan.config
+        softness = self.softness.get(piece.layer)
+        return remove(
+            weight[piece.rows],
+            self.masks[piece.layer][piece.rows],
+            links=piece.links,
+            drop_fraction=self.plan.drop_fraction(self.step),
+            removal=Choice(
+                self._score("removal", piece),
+                config.removal_choice == "soft",
+                self.plan.temperature(self.step) if softness is None else temperature(softness),
+            ),
+            pruning=Choice(self._score("pruning", piece)),
+            streams=partial(self._stream, piece),
+        )
+
+    def _regrow(self, piece: "_Piece", weight: Tensor, stay: Tensor, kept: Tensor) -> LayerEvolution:
+        config, part = self.plan.config, self._part("regrowth")
+
+        def score(mask: Tensor) -> Tensor:
+            left = {"weight": weight.where(kept, 0)} if "weight" in part.needs else {}
+            return part(config, **self._given(piece, weight, mask) | {n: w[piece.rows] for n, w in left.items()})
+
+        return regrow(
+            self.masks[piece.layer][piece.rows],
+            stay[piece.rows],
+            kept[piece.rows],
+            links=piece.links,
+            regrowth=Choice(score, config.regrowth_choice == "soft", sampler=part.sampler),
+            streams=partial(self._stream, piece),
+        )
+
+    def _part(self, field: str) -> Part:
+        parts = REGROWTH if field == "regrowth" else REMOVAL
+        return parts[getattr(self.plan.config, field)]
+
+    def _score(self, field: str, piece: "_Piece") -> Callable[[Tensor, Tensor], Tensor]:
+        part = self._part(field)
+        return lambda weight, mask: part(self.plan.config, **self._given(piece, None, mask) | {"weight": weight})
+
+    def _given(self, piece: "_Piece", weight: Tensor | None, mask: Tensor) -> dict[str, Any]:
+        """What a part may need of the rows of a piece; `weight` is of the whole layer."""
+        found = {"weight": weight, "grad": self.gradients.get(piece.layer), "stored": self.stored.get(piece.layer)}
+        return {"mask": mask} | {name: whole[piece.rows] for name, whole in found.items() if whole is not None}
+
+    def _stream(self, piece: "_Piece", purpose: str) -> torch.Generator:
+        layer = list(self.masks).index(piece.layer)
+        number = self.plan.number_of_updates(self.step)
+        if piece.block:
+            purpose = f"{purpose} {piece.block}"
+        device = self.masks[piece.layer].device
+        return random_stream(self.plan.config.topology_seed, number, layer, purpose, device=device)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The rows of a layer that evolve on their own: all of them, or those of one attention head."""
+
+    layer: str
+    rows: slice
+    links: int
+    block: int
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def in_threads(evolve: Callable[[list[str]], _T], groups: Sequence[list[str]], device: torch.device) -> Iterator[_T]:
+    """`evolve` of every group, in order; some groups at a time where the work is done by CPU threads.
+
+    An update is many small operations, which gain little from several threads each. Results do not depend on it: every
+    layer has its own random streams.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, _WORKERS, len(groups))
+    if workers <= 1 or device.type != "cpu":
+        yield from map(evolve, groups)
+        return
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+            yield from pool.map(evolve, groups)
+    finally:
+        torch.set_num_threads(threads)  # MKL's number is not a thread's own
+
+
+def update_cost(shape: tuple[int, int], config: SparsityConfig) -> float:
+    """Roughly how many operations an update of a layer of `shape` (out, in) takes, to share layers out over ranks."""
+    part = REGROWTH[config.regrowth]
+    drawn = config.regrowth_choice == "soft" and part.sampler is not None
+    return (part.sampler_cost if drawn else part.cost)(*shape)

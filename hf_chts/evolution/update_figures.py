@@ -1,0 +1,75 @@
+"""What a topology update did, counted by layer and summed up."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hf_chts.topology.bits import count_bits
+from hf_chts.topology.metrics import active_neurons
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """Counts of one layer at one update. They are integers, so that their sums are exact.
+
+    None means unknown: the version that wrote the record did not count it.
+
+    Attributes:
+        links: links after the update.
+        removed: links that were removed, pruned ones included.
+        regrown: links that were added.
+        returned: regrown links that the same update had removed; pruned links do not count.
+        active: input and output nodes that have a link after the update.
+        explored: links that were ever active.
+    """
+
+    links: int | None = None
+    removed: int | None = None
+    regrown: int | None = None
+    returned: int | None = None
+    active: int | None = None
+    explored: int | None = None
+
+    @classmethod
+    def of(
+        cls, mask: Tensor, explored: Tensor, *, pruned: int, removed: int, regrown: int, returned: int
+    ) -> "LayerUpdate":
+        """Count what is left to count.
+
+        Args:
+            mask: bool (out, in), after the update.
+            explored: the links that were ever active, bit-packed uint8.
+            pruned, removed, regrown, returned: as the update counted them; `removed` does not include `pruned`.
+        """
+        return cls(
+            links=int(mask.count_nonzero()),
+            removed=pruned + removed,
+            regrown=regrown,
+            returned=returned,
+            active=active_neurons(mask),
+            explored=count_bits(explored),
+        )
+
+
+def overall_figures(layers: Mapping[str, LayerUpdate], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The figures of all layers together, as the Trainer logs them; a figure whose counts are unknown is left out.
+
+    Args:
+        layers: by name.
+        shapes: (out, in) by name, of these layers at least.
+    """
+    possible = sum(shapes[name][0] * shapes[name][1] for name in layers)
+    counts = {count: [getattr(layer, count) for layer in layers.values()] for count in LayerUpdate.__dataclass_fields__}
+    sums = {count: sum(found) for count, found in counts.items() if None not in found}
+    figures: dict[str, Any] = {}
+    if "links" in sums:
+        figures["sparsity"] = 1 - sums["links"] / possible
+    if "explored" in sums:
+        figures["itop"] = sums["explored"] / possible
+    if "returned" in sums and "regrown" in sums:
+        figures["overlap"] = sums["returned"] / sums["regrown"] if sums["regrown"] else 0.0
+    if "active" in sums:
+        figures["active_neurons"] = sums["active"] / sum(sum(shapes[name]) for name in layers)
+    return figures | {f"links_{count}": sums[count] for count in ("removed", "regrown") if count in sums}

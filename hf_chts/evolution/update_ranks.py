@@ -1,0 +1,230 @@
+"""One topology update of a whole model: each rank evolves its share of the layers, and all take over the new masks."""
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_chts.evolution.held_tensors import read_by_update
+from hf_chts.evolution.regrown_adam import RegrownAdam
+from hf_chts.evolution.update import TopologyUpdate, in_threads, update_cost
+from hf_chts.evolution.update_figures import LayerUpdate, overall_figures
+from hf_chts.finite import not_finite
+from hf_chts.layers.shares import Lazy, layer_links, some, without_return
+from hf_chts.layers.sparse_layers import SparseLayers
+from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.sharding.gradients import DenseGradient
+from hf_chts.sharding.interface import Engine
+from hf_chts.sharding.ranks import exchange, rank_and_world, share_out
+from hf_chts.topology.bits import pack_bits
+from hf_chts.topology.percolation import Junction, anp_rate, coupled_groups
+from hf_chts.topology.softness import adapted, chance_overlap
+
+
+class NotFinite(FloatingPointError):
+    """An update would read NaN or infinity.
+
+    Attributes:
+        names: of what holds it.
+    """
+
+    def __init__(self, step: int, names: list[str]) -> None:
+        super().__init__(
+            f"after step {step} these hold NaN or infinity, so the topology is not updated by them: {some(names)}. Go "
+            "on from an earlier checkpoint, and lower the learning rate, lengthen the warm-up or clip gradients"
+        )
+        self.names = names
+
+
+class UpdateOverRanks:
+    """Updates the topology of a model over all ranks.
+
+    Args:
+        sparse: the handle of the model.
+        engine: what holds its weights and optimizer moments.
+        junctions: how layers are coupled, for percolation; none without it.
+
+    Attributes:
+        owner: the rank that evolves a layer, by its name.
+    """
+
+    def __init__(self, sparse: SparseLayers, engine: Engine, junctions: Sequence[Junction]) -> None:
+        self.sparse = sparse
+        self.engine = engine
+        self.junctions = junctions
+        names = list(sparse.layers)
+        self.groups = coupled_groups(junctions, names)
+        costs = {
+            group[0]: sum(update_cost(sparse.layers[name].storage.shape, sparse.config) for name in group)
+            for group in self.groups
+        }
+        dealt = share_out(costs, rank_and_world()[1])
+        self.owner = {name: dealt[group[0]] for group in self.groups for name in group}
+
+    @torch.no_grad()
+    def update(
+        self,
+        plan: SchedulePlan,
+        step: int,
+        names: Collection[str],
+        *,
+        stored: Mapping[str, Tensor],
+        softness: dict[str, float],
+        explored: Mapping[str, Tensor],
+        adam: RegrownAdam | None,
+    ) -> tuple[dict[str, Any], dict[str, LayerUpdate]]:
+        """Evolve the layers `names` as of `step`. Collective.
+
+        Args:
+            stored: this rank's part of the weights of removed links, where they are kept; written.
+            softness: δ by layer name; adapted.
+            explored: bits of the links that were ever active; new ones are added.
+            adam: what corrects the steps of regrown links; None: nothing does.
+
+        Returns:
+            (the figures of all layers together, what was done to each layer).
+
+        Raises:
+            NotFinite: something that the update reads is NaN or infinite, on any rank; nothing was changed.
+        """
+        start = time.perf_counter()
+        layers, config = self.sparse.layers, self.sparse.config
+        device = next(iter(layers.values())).storage.device
+        if bad := not_finite(read_by_update(layers, self.engine, stored), device=device):
+            raise NotFinite(step, bad)
+        number = plan.number_of_updates(step)
+        links = self._links(plan, step, names, stored)
+        counted = {name: [0] * 4 for name in layers}
+        for groups in self._rounds(names):
+            for name, (mask, counts) in self._evolve(plan, step, groups, links, stored, softness):
+                stamp = (adam.born[name], number) if adam else None
+                layers[name].storage.replace(mask, self.engine, stored.get(name), stamp)
+                if adam:
+                    adam.changed(name)
+                explored[name].bitwise_or_(pack_bits(mask))
+                _, removed, regrown, returned = counted[name] = counts
+                if config.adapts_softness and regrown:
+                    chance = chance_overlap(removed, regrown, mask.numel() - links[name])
+                    softness[name] = adapted(softness[name], returned / regrown, chance, config.softness_end)
+        masks = self.sparse.masks()
+        done = {
+            name: LayerUpdate.of(
+                masks[name], explored[name], pruned=pruned, removed=removed, regrown=regrown, returned=returned
+            )
+            for name, (pruned, removed, regrown, returned) in counted.items()
+        }
+        figures: dict[str, Any] = overall_figures(done, {name: mask.shape for name, mask in masks.items()})
+        if config.percolation:
+            figures["active_neurons_percolated"] = anp_rate(masks, self.junctions)
+        if config.adapts_softness:
+            figures["softness"] = fmean(softness[name] for name in names)
+        figures["topology_seconds"] = round(time.perf_counter() - start, 4)
+        return figures, done
+
+    def _rounds(self, names: Collection[str]) -> list[list[list[str]]]:
+        """The groups of coupled layers, of those of `names`, that are evolved at a time.
+
+        Where weights have to be gathered, each rank takes one group in a round, so that none holds more.
+        """
+        groups = [[name for name in group if name in names] for group in self.groups]
+        groups = [group for group in groups if group]
+        if not self.engine.sharded:
+            return [groups]
+        by_rank: dict[int, list[list[str]]] = {}
+        for group in groups:
+            by_rank.setdefault(self.owner[group[0]], []).append(group)
+        rounds = zip_longest(*(by_rank[rank] for rank in sorted(by_rank)))
+        return [[group for group in together if group is not None] for together in rounds]
+
+    def _evolve(
+        self,
+        plan: SchedulePlan,
+        step: int,
+        groups: Sequence[list[str]],
+        links: Mapping[str, int],
+        stored: Mapping[str, Tensor],
+        softness: Mapping[str, float],
+    ) -> Iterator[tuple[str, tuple[Tensor, list[int]]]]:
+        """The new masks, (out, in), and (pruned, removed, regrown, returned) links of the layers of `groups`."""
+        engine, layers, masks, config = self.engine, self.sparse.layers, self.sparse.masks(), self.sparse.config
+        rank, _ = rank_and_world()
+        names = [name for group in groups for name in group]
+        destinations = [(layers[name], self.owner[name]) for name in names]
+        weights = self._matrices(names, engine.gather(destinations))
+        kept, gradients = {}, {}
+        if stored:
+            kept = self._matrices(names, engine.gather(destinations, [stored[name] for name in names]))
+        if config.needs_gradient:
+            means = {name: self._take_gradient(name) for name in names}
+            gradients = {name: layers[name].matrix(mean) for name, mean in means.items() if mean is not None}
+        update = TopologyUpdate(
+            plan=plan,
+            step=step,
+            masks=masks,
+            links=links,
+            gradients=gradients,
+            stored=kept,
+            junctions=self.junctions,
+            blocks=self.sparse.blocks,
+            softness=softness if config.adapts_softness else {},
+        )
+
+        def evolve(group: list[str]) -> dict[str, tuple[Tensor, list[int]]]:
+            done = update.evolve(group, {name: weights[name] for name in group})
+            # as bits until they are needed: bools of all layers would be as much again as the masks
+            return {
+                name: (pack_bits(one.mask), [one.pruned, one.removed, one.regrown, one.returned])
+                for name, one in done.items()
+            }
+
+        device = next(iter(masks.values())).device
+        mine: dict[str, tuple[Tensor, list[int]]] = {}
+        for results in in_threads(evolve, [group for group in groups if self.owner[group[0]] == rank], device):
+            mine |= results
+        return exchange(mine, {name: masks[name].shape for name in names}, self.owner, device)
+
+    def _matrices(self, names: Sequence[str], tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        layers = self.sparse.layers
+        pairs = zip(names, tensors, strict=True)
+        return {name: layers[name].storage.matrix(tensor.detach()) for name, tensor in pairs if tensor is not None}
+
+    def _take_gradient(self, name: str) -> Tensor | None:
+        layer = self.sparse.layers[name]
+        gradient, layer.dense_gradient = layer.dense_gradient, None
+        if not isinstance(gradient, DenseGradient):
+            raise RuntimeError(
+                f"no dense gradient of {name} was kept for this update: call evolver.step() after every optimizer "
+                "step, and leave it to that to update"
+            )
+        return gradient.mean()
+
+    def _links(
+        self, plan: SchedulePlan, step: int, trained: Collection[str], stored: Mapping[str, Tensor]
+    ) -> dict[str, int]:
+        """The number of links of each layer after an update at `step`, if all of them evolved.
+
+        So a layer has as many whichever others are frozen, and what those keep is not shared out. But while sparsity
+        rises, or stays until its schedule has caught up, no link comes back to the layers that train.
+        """
+        config, layers = plan.config, self.sparse.layers
+        shapes = {name: layer.storage.shape for name, layer in layers.items()}
+
+        def whole(name: str) -> Tensor:
+            layer = layers[name]
+            weight = layer.storage.matrix(self.engine.whole(layer))
+            if name in stored and config.selects:
+                kept = layer.storage.matrix(self.engine.whole(layer, stored[name]))
+                weight = torch.where(layer.topology, weight, kept)
+            return weight
+
+        weights = Lazy(whole, layers)
+        links = layer_links(shapes, plan.sparsity(step), config, weights)
+        rises = step <= plan.decay_end and config.initial_sparsity <= config.sparsity
+        if config.allocation == "global" and rises and len(trained) < len(layers):
+            held = {name: layer.links for name, layer in layers.items()}
+            links = without_return(links, held, shapes, config, weights, trained)
+        return links

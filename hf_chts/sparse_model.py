@@ -1,0 +1,166 @@
+"""sparsify(): makes the linear projections of a model sparse, and gives a handle on it."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_chts.config import SparsityConfig
+from hf_chts.evolution.evolver import Evolver
+from hf_chts.layers.conversion import convert_layers
+from hf_chts.layers.coupling import couplings
+from hf_chts.layers.heads import head_blocks
+from hf_chts.layers.initial_masks import check_links, initial_masks
+from hf_chts.layers.masked_linear import masked_class
+from hf_chts.layers.shares import Lazy, overrides
+from hf_chts.layers.sparse_layers import HANDLE, SparseLayers
+from hf_chts.layers.targets import check_targets, earlier_targets, find_targets, matrix_shape
+from hf_chts.layers.wrappers import unwrap
+from hf_chts.sharding.partitions import whole_weight
+
+
+class SparsityHandle(SparseLayers):
+    """A handle on a model that `sparsify` has made sparse; see `SparseLayers`."""
+
+    @staticmethod
+    def of(model: nn.Module) -> "SparsityHandle | None":
+        """The handle of a sparse model, wrapped or not, or None."""
+        return getattr(unwrap(model), HANDLE, None)
+
+    def evolver(self, optimizer: Any, max_steps: int, *, step: int = 0) -> Evolver:
+        """Evolve the topology in a training loop of your own; see `Evolver`. Collective.
+
+        Args:
+            optimizer: torch's, Accelerate's or DeepSpeed's, as prepared for the run.
+            max_steps: optimizer steps of the run, for the schedules.
+            step: how many of them are finished.
+
+        Raises:
+            ValueError: the optimizer has none of the sparse layers' weights, or see `Evolver.begin`.
+        """
+        evolver = Evolver(self)
+        evolver.begin(max_steps, optimizer, step)
+        assert evolver.engine is not None
+        trains = [layer for layer in self.layers.values() if layer.weight.requires_grad]
+        if trains and not evolver.engine.trained(self.layers):
+            evolver.close()
+            raise ValueError(
+                "the optimizer has none of the sparse layers' weights: make it from model.parameters() of this model, "
+                "and pass the one that steps"
+            )
+        return evolver
+
+
+def sparsify(
+    model: nn.Module,
+    config: SparsityConfig,
+    *,
+    masks: dict[str, Tensor] | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
+) -> SparsityHandle:
+    """Make the target layers of `model` sparse, in place.
+
+    Args:
+        model: any model, wrapped or not; by default the linear projections of its decoder blocks are the target.
+        config: what to patch and with which initial topology; with method "dense" nothing is.
+        masks: topologies to take over instead of drawing initial ones, bool (out, in) by layer name, for exactly the
+            target layers, or those that were the targets by default in earlier versions.
+        calibration: for the initial topology "correlated", the inputs of every target layer over some samples,
+            (samples, in_features) by layer name.
+
+    Returns:
+        The handle; also found again with `SparsityHandle.of(model)`.
+
+    Raises:
+        ValueError: nothing matches, a weight is shared, frozen, too small, without data or held by something else, the
+            blocks have projections that are no layers, the model is sparse already, or `masks` do not fit. Everything
+            is checked before the model is touched.
+    """
+    model = unwrap(model)
+    if SparsityHandle.of(model) is not None:
+        raise ValueError("the model is sparse already: call unsparsify() on its handle, SparsityHandle.of(model)")
+    targets = {} if config.is_dense else _targets(model, config, masks)
+    _refuse_meta(targets)
+    if config.percolation and targets:
+        couplings(cast(PreTrainedModel, model), list(targets))  # refuses architectures whose coupling is not known
+    shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
+    weights = Lazy(lambda name: _matrix(targets[name]), targets)
+    blocks = head_blocks(model, shapes) if config.per_head and targets else {}
+    if targets:
+        overrides(targets, config)
+        check_links(shapes, weights, config, blocks)
+    if masks is None:
+        masks = initial_masks(shapes, weights, config, calibration, blocks)
+    else:
+        _check_masks(masks, shapes)
+    layers = convert_layers(targets, masks)
+    sparse = SparsityHandle(model, config, layers, blocks)
+    # not a submodule: plain attribute, so it is in no state dict
+    object.__setattr__(model, HANDLE, sparse)
+    sparse.ignore_masks_in_ddp(model)
+    return sparse
+
+
+def follow_masks(sparse: SparsityHandle, masks: Mapping[str, Tensor]) -> None:
+    """Make the layers sparse that have masks in a checkpoint which an earlier version wrote with default targets.
+
+    Nothing is done where the masks are of any other layers.
+    """
+    earlier = _earlier(sparse.model, sparse.config, masks)
+    if earlier is None or set(earlier) == set(sparse.layers):
+        return
+    check_targets(sparse.model, {name: layer for name, layer in earlier.items() if name not in sparse.layers})
+    shapes = {name: matrix_shape(layer) for name, layer in earlier.items()}
+    _check_masks(dict(masks), shapes)
+    blocks = head_blocks(sparse.model, shapes) if sparse.config.per_head else {}
+    new = convert_layers({name: layer for name, layer in earlier.items() if name not in sparse.layers}, masks)
+    sparse.layers = {name: new.get(name) or sparse.layers[name] for name in earlier}
+    sparse.blocks = blocks
+    sparse.ignore_masks_in_ddp(sparse.model)
+
+
+def _targets(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tensor] | None) -> dict[str, nn.Module]:
+    """The target layers; where masks are given that an earlier version made by its default, those that it took."""
+    earlier = None if masks is None else _earlier(model, config, masks)
+    if earlier is None:
+        return find_targets(model, config)
+    check_targets(model, earlier)
+    return earlier
+
+
+def _earlier(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tensor]) -> dict[str, nn.Module] | None:
+    """The layers that were sparse by default in earlier versions, if these are their masks."""
+    if config.target_modules is not None or config.exclude_modules:
+        return None
+    earlier = earlier_targets(model)
+    return earlier if set(earlier) == set(masks) else None
+
+
+def _refuse_meta(targets: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError for weights without data: what fills them later knows nothing of masks."""
+    for name, layer in targets.items():
+        if layer.get_parameter("weight").is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, where weights have no values and masks would be lost: give the model "
+                "its weights first (from_pretrained, or to_empty and init_weights on a real device; where FSDP leaves "
+                "ranks without them, fsdp_cpu_ram_efficient_loading: false)"
+            )
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """The whole weight of a plain layer, (out, in)."""
+    return masked_class(layer).matrix(whole_weight(layer.get_parameter("weight")))
+
+
+def _check_masks(masks: dict[str, Tensor], shapes: dict[str, tuple[int, int]]) -> None:
+    if set(masks) != set(shapes):
+        missing, extra = sorted(set(shapes) - set(masks)), sorted(set(masks) - set(shapes))
+        raise ValueError(
+            f"the masks are not those of this model and config: missing {missing[:3]}, unknown {extra[:3]}"
+        )
+    for name, mask in masks.items():
+        shape = shapes[name]
+        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            raise ValueError(f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; the layer takes bool {shape}")
