@@ -6,28 +6,10 @@ in epochs (RigL: 100 steps, as here).
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from hf_chts.topology import gmp, initial, link_prediction, link_sampling, schedules, scores  # noqa: F401 - they register
 from hf_chts.topology.allocation import ALLOCATIONS
 from hf_chts.topology.parts import INITIAL_TOPOLOGIES, METHODS, REGROWTH, REMOVAL, SPARSITY_SCHEDULES, register
-
-# What a field is where neither the run nor its method says anything
-DEFAULTS: dict[str, Any] = {
-    "sparsity": 0.9,
-    "allocation": "uniform",
-    "initial_topology": "erdos_renyi",
-    "removal": "magnitude",
-    "removal_choice": "hard",
-    "regrowth": "random",
-    "regrowth_choice": "hard",
-    "pruning": "magnitude",
-    "update_until": 0.75,
-    "drop_fraction": 0.1,
-    "drop_schedule": "cosine",
-    "sparsity_schedule": "constant",
-    "regrown_weights": "zero",
-}
 
 register.method("dense", original={}, sparsity=0.0, update_until=0.0)
 register.method("static", original={}, update_until=0.0)

@@ -54,7 +54,7 @@ class SchedulePlan:
         interval = config.update_interval
         window_end = _whole_intervals(config.update_until * max_steps, interval)
         decay_end = 0
-        if window_end and config.sparsity_schedule != "constant":
+        if window_end and config.changes_sparsity:
             # A decay ends *at* an update, since between updates nothing can reach its target
             decay_end = _whole_intervals(config.sparsity_schedule_until * max_steps, interval)
             if not decay_end:

@@ -107,14 +107,14 @@ def test_a_sparsity_may_stay_where_the_method_is_changed_to_dense():
         ({"softness_end": 1.0}, "softness_end is 1.0"),
         ({"sigmoid_k": 0}, "sigmoid_k is 0.0"),
         ({"removal": "ch2"}, "unknown removal 'ch2'.*magnitude"),
-        ({"target_modules": ["*proj"]}, "which is no regular expression"),
+        ({"target_modules": ["*proj"]}, "which is not a regular expression"),
         ({"target_modules": []}, "must be a list of module names"),
         ({"brf_r": 2}, "brf_r is 2.0"),
-        ({"method": "mest", "initial_sparsity": 0.5}, "elastic schedule starts 0.05 below a sparsity of 0.9"),
+        ({"method": "mest", "initial_sparsity": 0.5}, "initial_sparsity is 0.5 and sparsity 0.9, .* 'elastic' starts 0.05 below"),
         ({"recipe": "orginal"}, "unknown recipe 'orginal'; did you mean 'original'?"),
         ({"allocation": "even"}, "unknown allocation 'even'"),
         ({"percolation": "yes"}, "percolation is 'yes'; it must be true or false"),
-        ({"method": "gmp", "percolation": True}, "percolation is true, but with regrowth 'stored'"),
+        ({"method": "gmp", "percolation": True}, "percolation is true, but regrowth 'stored'"),
         ({"regrowth": "stored"}, "Set regrown_weights: historical"),
     ],
 )
@@ -128,7 +128,7 @@ def test_bad_values(values, message):
     [
         ('{"sparsty": 0.9}', "unknown field 'sparsty'; did you mean 'sparsity'?"),
         ('{"version": 2}', "version 2, this hf_chts reads 1 to 1: upgrade"),
-        ("[1]", "is a mapping of fields, got list"),
+        ("[1]", "is a mapping of fields, got a list"),
         ("{", "sparsity_config.json"),
     ],
 )

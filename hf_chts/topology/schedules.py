@@ -56,7 +56,7 @@ def elastic(step: float, end: float, final: float) -> float:
     return final - (0.05 if t < 0.6 else 0.025)
 
 
-@register.sparsity_schedule("constant")
+@register.sparsity_schedule("constant", starts_below=0.0)
 def _constant(final: float) -> float:
     return final
 

@@ -77,7 +77,7 @@ def test_every_kind_of_part(own, tmp_path):
 def test_what_a_part_cannot_have(own):
     with pytest.raises(ValueError, match="asks for .'colour'., but a regrowth can have"):
         register.regrowth("odd")(lambda mask, colour: mask)
-    with pytest.raises(ValueError, match="there is a regrowth 'gradient' already, of hf_chts"):
+    with pytest.raises(ValueError, match="there is a regrowth 'gradient' already, from hf_chts"):
         register.regrowth("gradient")(lambda mask: mask)
 
 
