@@ -38,8 +38,8 @@ def initial_masks(
             purpose = f"initial topology {block}" if block else "initial topology"
             generator = random_stream(config.topology_seed, 0, index, purpose)
             shape = (rows * (block + 1) // n - rows * block // n, columns)
-            sparsity = 1 - block_links(links[name], block, n) / (shape[0] * columns)
-            given = {"out_features": shape[0], "in_features": shape[1], "sparsity": sparsity, "generator": generator}
+            number = block_links(links[name], block, n)
+            given = {"out_features": shape[0], "in_features": shape[1], "links": number, "generator": generator}
             if "inputs" in part.needs:
                 given["inputs"] = _calibration_inputs(name, shape, config, calibration)
             parts.append(part(config, **given))

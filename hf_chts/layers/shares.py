@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_chts.config import SparsityConfig
 from hf_chts.files.reading import LazyMapping as Lazy
-from hf_chts.topology.allocation import allocate, allocate_links, links_at
+from hf_chts.topology.allocation import allocate_links, links_at
 
 
 def layer_links(
@@ -35,8 +35,7 @@ def layer_links(
         links |= {name: links_at(shape[0] * shape[1], sparsity) for name, shape in rest.items()}
     elif rest:
         scores = Lazy(lambda name: weights[name].detach().abs(), rest) if config.allocation == "global" else None
-        shared = allocate(rest, sparsity, config.allocation, scores)
-        links |= {name: links_at(shape[0] * shape[1], shared[name]) for name, shape in rest.items()}
+        links |= allocate_links(rest, sparsity, config.allocation, scores)
     return {name: links[name] for name in shapes}
 
 

@@ -13,31 +13,19 @@ def links_at(numel: int, sparsity: float) -> int:
     return round(numel * (1 - sparsity))
 
 
-def layer_links(out_features: int, in_features: int, sparsity: float) -> int:
-    """`links_at` for a layer of out_features x in_features.
+def check_links(out_features: int, in_features: int, links: int) -> int:
+    """`links` again, as the number of links of a layer of out_features x in_features.
 
     Raises:
-        ValueError: a side without a node, or `sparsity` outside [0, 1).
+        ValueError: a side without a node, or a layer cannot have so many links.
     """
     if out_features < 1 or in_features < 1:
         raise ValueError(f"a layer has at least one node a side; got {out_features} x {in_features}")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity}; it must lie in [0, 1)")
-    return links_at(out_features * in_features, sparsity)
-
-
-def allocate(
-    shapes: Mapping[str, tuple[int, int]],
-    sparsity: float,
-    how: str = "uniform",
-    scores: Mapping[str, Tensor] | None = None,
-) -> dict[str, float]:
-    """A sparsity for each layer: `allocate_links` in the form that initial topologies and schedules take.
-
-    `links_at(out * in, allocate(…)[name])` is exactly `allocate_links(…)[name]`.
-    """
-    links = allocate_links(shapes, sparsity, how, scores)
-    return {name: 1 - links[name] / (shape[0] * shape[1]) for name, shape in shapes.items()}
+    if not 0 <= links <= out_features * in_features:
+        raise ValueError(
+            f"links is {links}; a layer of {out_features} x {in_features} has 0 to {out_features * in_features}"
+        )
+    return links
 
 
 def allocate_links(
@@ -69,11 +57,13 @@ def allocate_links(
         ValueError: no layer, a shape, `sparsity` or `how` that is none, fewer links than layers, or scores that are
             missing, not wanted, or not as described.
     """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is {sparsity}; it must lie in [0, 1)")
     if not shapes:
         raise ValueError("there is no layer to share links out among: give the shape of at least one")
     for name, shape in shapes.items():
         try:
-            layer_links(*shape, sparsity)
+            check_links(*shape, 1)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     sizes = [shape[0] * shape[1] for shape in shapes.values()]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_chts.topology.allocation import layer_links
+from hf_chts.topology.allocation import check_links
 from hf_chts.topology.parts import register
 from hf_chts.topology.sampling import choose
 
@@ -12,7 +12,7 @@ _BLOCK_ROWS = 1024
 
 
 @register.initial_topology("correlated")
-def correlated(inputs: Tensor, out_features: int, sparsity: float, *, generator: torch.Generator) -> Tensor:
+def correlated(inputs: Tensor, out_features: int, links: int, *, generator: torch.Generator) -> Tensor:
     """CSTI: links where the layer's input features are correlated over calibration inputs (arXiv 2501.19107, App. D).
 
     The Pearson correlations between the features, with 0 for a feature with itself and for one that is constant, are
@@ -24,10 +24,10 @@ def correlated(inputs: Tensor, out_features: int, sparsity: float, *, generator:
         out_features: outputs of the layer.
 
     Returns:
-        bool (out, in) with exactly `links_at(out * in, sparsity)` links, on the generator's device.
+        bool (out, in) with exactly `links` links, on the generator's device.
 
     Raises:
-        ValueError: `inputs` of another shape, with fewer than two samples, or not finite; a size or `sparsity` out of
+        ValueError: `inputs` of another shape, with fewer than two samples, or not finite; a size or `links` out of
             range.
     """
     if inputs.dim() != 2:
@@ -37,7 +37,7 @@ def correlated(inputs: Tensor, out_features: int, sparsity: float, *, generator:
     samples, ins = inputs.shape
     if samples < 2:
         raise ValueError(f"a correlation takes at least two calibration samples; got {samples}")
-    total = layer_links(out_features, ins, sparsity)
+    total = check_links(out_features, ins, links)
     values = inputs.detach().to(generator.device, torch.float64)
     if not torch.isfinite(values).all():
         raise ValueError(

@@ -1,10 +1,10 @@
 """The topologies that training starts from. Each returns bool (out_features, in_features) with exactly
-`links_at(out * in, sparsity)` links, and is the same for the same generator state."""
+`links` links, and is the same for the same generator state."""
 
 import torch
 from torch import Tensor
 
-from hf_chts.topology.allocation import layer_links
+from hf_chts.topology.allocation import check_links
 from hf_chts.topology.correlated import correlated
 from hf_chts.topology.parts import register
 from hf_chts.topology.receptive_field import bipartite_receptive_field
@@ -21,9 +21,9 @@ __all__ = [
 
 
 @register.initial_topology("erdos_renyi")
-def erdos_renyi(out_features: int, in_features: int, sparsity: float, *, generator: torch.Generator) -> Tensor:
+def erdos_renyi(out_features: int, in_features: int, links: int, *, generator: torch.Generator) -> Tensor:
     """Every set of links equally likely, with the exact number of links."""
-    links = layer_links(out_features, in_features, sparsity)
+    check_links(out_features, in_features, links)
     numel = out_features * in_features
     # draws that repeat others are thrown away; where links are the larger part, the missing ones are drawn
     drawn = torch.zeros(numel, dtype=torch.bool, device=generator.device)

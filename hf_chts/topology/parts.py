@@ -33,7 +33,7 @@ _NEEDS = {
     "removal": _SCORE_NEEDS,
     "regrowth": _SCORE_NEEDS,
     "selection": {*_SCORE_NEEDS, "links", "generator"},
-    "initial_topology": {"out_features", "in_features", "sparsity", "generator", "inputs"},
+    "initial_topology": {"out_features", "in_features", "links", "generator", "inputs"},
     "sparsity_schedule": {"step", "start", "end", "initial", "final"},
 }
 
@@ -151,9 +151,8 @@ class Register:
     def initial_topology(self, name: str, **facts: Any) -> Callable[[_Function], _Function]:
         """A topology to start with.
 
-        The function takes `out_features`, `in_features`, `sparsity`, `generator`, and `inputs` (samples, in) if it
-        needs calibration inputs, and returns bool (out, in) with exactly `links_at(out * in, sparsity)` links. It is
-        drawn on the CPU.
+        The function takes `out_features`, `in_features`, `links`, `generator`, and `inputs` (samples, in) if it needs
+        calibration inputs, and returns bool (out, in) with exactly `links` links. It is drawn on the CPU.
         """
         return self._add(INITIAL_TOPOLOGIES, "initial_topology", name, **facts)
 

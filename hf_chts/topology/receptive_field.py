@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_chts.topology.allocation import layer_links
+from hf_chts.topology.allocation import check_links
 from hf_chts.topology.parts import register
 
 # Arrival times that are held at a time: those of all rows of a large layer would be gigabytes
@@ -24,7 +24,7 @@ _POINT = 3.0
 def bipartite_receptive_field(
     out_features: int,
     in_features: int,
-    sparsity: float,
+    links: int,
     *,
     r: float = 0.1,
     degree_distribution: str = "fixed",
@@ -42,12 +42,12 @@ def bipartite_receptive_field(
             that exceeds in_features), and keeps the total exact.
 
     Returns:
-        bool (out, in) with exactly `links_at(out * in, sparsity)` links, on the generator's device.
+        bool (out, in) with exactly `links` links, on the generator's device.
 
     Raises:
-        ValueError: a size, `sparsity`, `r` or `degree_distribution` out of range.
+        ValueError: a size, `links`, `r` or `degree_distribution` out of range.
     """
-    total = layer_links(out_features, in_features, sparsity)
+    total = check_links(out_features, in_features, links)
     if not 0 <= r <= 1:
         raise ValueError(f"r of the bipartite receptive field is {r}; it must lie in [0, 1]")
     if degree_distribution == "fixed":

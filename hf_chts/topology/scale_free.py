@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_chts.topology.allocation import apportion, layer_links
+from hf_chts.topology.allocation import apportion, check_links
 from hf_chts.topology.parts import register
 
 
@@ -15,7 +15,7 @@ from hf_chts.topology.parts import register
 def bipartite_scale_free(
     out_features: int,
     in_features: int,
-    sparsity: float,
+    links: int,
     *,
     equal_partition: bool = False,
     resort: bool = False,
@@ -38,12 +38,12 @@ def bipartite_scale_free(
             one layer's output meet those of the next one's input, if that is resorted too.
 
     Returns:
-        bool (out, in) with exactly `links_at(out * in, sparsity)` links, on the generator's device.
+        bool (out, in) with exactly `links` links, on the generator's device.
 
     Raises:
-        ValueError: a size or `sparsity` out of range.
+        ValueError: a size or `links` out of range.
     """
-    total = layer_links(out_features, in_features, sparsity)
+    total = check_links(out_features, in_features, links)
     degrees = _barabasi_albert_degrees(out_features + in_features, total, generator)
     order = torch.randperm(len(degrees), generator=generator, device=degrees.device)
     outs = apportion(degrees[order[:out_features]], total, in_features)

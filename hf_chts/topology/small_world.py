@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_chts.topology.allocation import layer_links
+from hf_chts.topology.allocation import check_links
 from hf_chts.topology.parts import register
 from hf_chts.topology.sampling import choose
 
@@ -15,7 +15,7 @@ _BLOCK_ELEMENTS = 1 << 24
 def bipartite_small_world(
     out_features: int,
     in_features: int,
-    sparsity: float,
+    links: int,
     *,
     beta: float = 0.25,
     generator: torch.Generator,
@@ -31,12 +31,12 @@ def bipartite_small_world(
         beta: 0 is the lattice, 1 an Erdős-Rényi network with equal output degrees. The paper's best is 0.25.
 
     Returns:
-        bool (out, in) with exactly `links_at(out * in, sparsity)` links, on the generator's device.
+        bool (out, in) with exactly `links` links, on the generator's device.
 
     Raises:
-        ValueError: a size, `sparsity` or `beta` out of range.
+        ValueError: a size, `links` or `beta` out of range.
     """
-    total = layer_links(out_features, in_features, sparsity)
+    total = check_links(out_features, in_features, links)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta of the bipartite small world is {beta}; it must lie in [0, 1]")
     mask = _ring_lattice(out_features, in_features, total, generator.device)

@@ -25,14 +25,17 @@ def documents(file, count):
     return [f"file {file} row {row} " * (1 + row * 7 % 5) for row in range(count)]
 
 
-def write_corpus(folder, ending, counts=UNEVEN):
+def write_corpus(folder, ending, counts=UNEVEN, bad=()):
+    """Files of so many documents; JSON lines also have bad documents after these rows."""
     folder.mkdir()
     for file, count in enumerate(counts):
         path = folder / f"train-{file:05}-of-{len(counts):05}.{ending}"
         if ending == "parquet":
             pq.write_table(pa.table({"text": documents(file, count)}), path, row_group_size=20)
         else:
-            lines = "".join(json.dumps({"text": text}) + "\n" for text in documents(file, count)).encode()
+            rows = [json.dumps({"text": text}) for text in documents(file, count)]
+            rows = [f'{row}\n{{"text": 4}}\n' if number in bad else f"{row}\n" for number, row in enumerate(rows)]
+            lines = "".join(rows).encode()
             path.write_bytes(gzip.compress(lines) if ending.endswith("gz") else lines)
     return folder
 
@@ -74,19 +77,25 @@ def test_two_ranks_of_two_workers_stopped_and_resumed_in_new_processes(corpus, l
 @pytest.mark.parametrize(("ending", "packing"), [("json.gz", "packed"), ("jsonl", "truncate_and_pad")])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_anywhere(tmp_path, letters, ending, packing, workers):
+    """The same batches, states and counts of bad documents, in later epochs too."""
     counts = (31, 2, 56) if packing == "packed" else (101, 7, 150)
-    stream = stream_of(write_corpus(tmp_path / "corpus", ending, counts), letters, packing=packing)
+    stream = stream_of(write_corpus(tmp_path / "corpus", ending, counts, bad=(1, 20, 30)), letters, packing=packing)
     loader = stream.loader(rank=1, ranks=2, batch_size=2, workers=workers)
-    states, seen = [loader.state_dict()], []
+    states, seen, skipped = [loader.state_dict()], [], [0]
     for batch in islice(loader, 120):
         seen.append(batch["input_ids"].tolist())
         states.append(json.loads(json.dumps(loader.state_dict())))
-    reader = states[-1]["readers"][0]
-    assert reader["place"]["epoch"] >= 1  # an epoch's end is among them
+        skipped.append(loader.skipped)
+    assert states[-1]["readers"][0]["place"]["epoch"] >= 1
+    assert skipped == sorted(skipped)
+    assert skipped[-1] >= 4
     for stop in (0, 1, 2, 60, 61, 119) if workers else range(0, 120, 7):
         again = stream.loader(rank=1, ranks=2, batch_size=2, workers=workers)
         again.load_state_dict(states[stop])
-        assert take(again, min(120 - stop, 20)) == seen[stop : stop + 20]
+        assert again.skipped == skipped[stop]
+        for taken, batch in enumerate(islice(again, min(120 - stop, 20)), stop):
+            assert batch["input_ids"].tolist() == seen[taken]
+            assert again.state_dict() == states[taken + 1]
 
 
 def test_another_batch_size_goes_on_with_the_same_blocks(corpus, letters):

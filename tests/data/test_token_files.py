@@ -84,23 +84,6 @@ def test_max_eval_tokens_and_workers(prepared):
     assert [block["input_ids"].tolist() for block in loader] == alone
 
 
-def test_a_validation_split_of_its_own_and_many_files(tmp_path, letters):
-    for split, count in (("train", 20), ("validation", 2)):
-        (tmp_path / "c" / split).mkdir(parents=True)
-        for file in range(count):
-            rows = "".join(json.dumps({"text": f"{split} {file} {row}"}) + "\n" for row in range(3))
-            (tmp_path / "c" / split / f"{file:02}.jsonl").write_text(rows)
-    index = prepare(tmp_path / "c", letters, tmp_path / "tokens", validation_split="validation")
-    assert [shard.documents for shard in index.splits["train"]] == [3] * 20
-    assert sum(shard.documents for shard in index.splits["validation"]) == 6
-    letters.save_pretrained(tmp_path / "letters")
-    data = load(tmp_path / "tokens")
-    expected = ids_of([f"validation {file} {row}" for file in range(2) for row in range(3)], letters)
-    found = torch.cat([block["input_ids"] for block in data.validation]).tolist()
-    assert found == expected[: len(found)]
-    assert len(expected) - len(found) < 16
-
-
 def test_bad_documents_are_refused_or_left_out_from_the_command_line(tmp_path, letters, capsys):
     """What was made before an error is kept; the number of skipped documents is in the index."""
     letters.save_pretrained(tmp_path / "letters")

@@ -20,11 +20,11 @@ from engine_worker import data, model_of, wrap
 from hf_chts import sparsify
 
 METHODS = ["rigl", "chtss", "gmp", "mest"]
-STEPS, INTERVAL = 9, 4
+STEPS, INTERVAL = 12, 4
 
 
 def train(case, method):
-    """(masks, mean losses over ranks, updates): nine steps of six micro-batches over all ranks, with two updates."""
+    """(masks, mean losses over ranks, updates): twelve steps of six micro-batches over all ranks, with two updates."""
     model = model_of()
     sparse = sparsify(model, case_config(method, update_interval=INTERVAL))
     run = wrap(case, model)

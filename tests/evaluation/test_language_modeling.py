@@ -22,12 +22,8 @@ def test_hand_computed():
     check(language_modeling_scores(NLL, LENGTHS))
 
 
-def test_metric_class(tmp_path):
-    metric = LanguageModeling(cache_dir=str(tmp_path))
-    check(metric.compute(predictions=NLL, references=LENGTHS))
-
-
-def test_evaluate_loads_it_by_path_and_adds_batches_up(tmp_path, monkeypatch):
+def test_metric_class_also_loaded_by_path(tmp_path, monkeypatch):
+    check(LanguageModeling(cache_dir=str(tmp_path)).compute(predictions=NLL, references=LENGTHS))
     monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
     path = language_modeling.__file__
     metric = evaluate.load(path, cache_dir=str(tmp_path))

@@ -21,16 +21,12 @@ from hf_chts.evaluation.suites import check_task_names, suite_tasks
 
 
 def ids_of(text):
-    """Byte b is token 1 + its place among the sorted characters of the byte-level alphabet."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    order = sorted(ByteLevel.alphabet())
-    # GPT-2's mapping: printable bytes stand for themselves, the others for 256, 257, ... in order
+    """Each byte is a token, numbered by GPT-2's character for it: printable bytes stand for themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    character = {b: chr(b) for b in printable}
-    for n, b in enumerate(b for b in range(256) if b not in printable):
-        character[b] = chr(256 + n)
-    return [1 + order.index(character[b]) for b in text.encode()]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: byte for byte in printable} | {byte: 256 + n for n, byte in enumerate(others)}
+    order = sorted(characters.values())
+    return [1 + order.index(characters[byte]) for byte in text.encode()]
 
 
 def log_probability(model, context, continuation):
@@ -135,20 +131,16 @@ def test_a_training_run_is_not_disturbed(tiny_llama, byte_tokenizer):
     assert byte_tokenizer.pad_token is None
 
 
-def test_dropout_is_off_while_evaluating(tiny_llama, byte_tokenizer):
-    model = tiny_llama(0)
-    evaluated = evaluate_zero_shot(model.eval(), "embedded_bits_per_byte", tokenizer=byte_tokenizer, limit=1)
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    in_training = evaluate_zero_shot(model.train(), "embedded_bits_per_byte", tokenizer=byte_tokenizer, limit=1)
-    assert in_training["tasks"] == evaluated["tasks"]
-
-
-def test_the_library_s_own_tokenizer_begins_a_text_with_eos(tiny_llama):
+def test_a_model_in_training_is_evaluated_without_dropout_and_begins_texts_with_eos(tiny_llama):
     tokenizer = train_byte_level_bpe(["text"], 257)
     assert tokenizer.bos_token is None
-    result = evaluate_zero_shot(tiny_llama(0), "embedded_bits_per_byte", tokenizer=tokenizer, limit=1)
-    assert result["config"]["prefix_token_id"] == tokenizer.eos_token_id == 0
+    model = tiny_llama(0)
+    evaluated = evaluate_zero_shot(model.eval(), "embedded_bits_per_byte", tokenizer=tokenizer, limit=1)
+    assert evaluated["config"]["prefix_token_id"] == tokenizer.eos_token_id == 0
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    in_training = evaluate_zero_shot(model.train(), "embedded_bits_per_byte", tokenizer=tokenizer, limit=1)
+    assert in_training["tasks"] == evaluated["tasks"]
 
 
 def test_contexts_that_do_not_fit_are_reported(tiny_llama, byte_tokenizer, caplog):
@@ -257,11 +249,8 @@ def test_the_network_is_tried_once(tmp_path, monkeypatch):
 
 def test_suites_and_lists_of_tasks():
     assert suite_tasks("embedded") == ["embedded_bits_per_byte", "embedded_next_line"]
-    assert len(suite_tasks("glue")) == 9
     assert suite_tasks("superglue, commonsense").count("boolq") == 1
     assert suite_tasks("perplexity,mmlu") == ["wikitext", "mmlu"]
-    with pytest.raises(ValueError, match="empty name"):
-        suite_tasks("glue,,rte")
     with pytest.raises(ValueError, match=r"'hellaswaq'.*embedded, glue.*Closest: hellaswag"):
         check_task_names(["rte", "hellaswaq"], ["rte", "hellaswag"])
 

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 from page_reader import Page
+from runs import BITS, LOSSES, log_of, trained
 
 from hf_chts.__main__ import main
 from hf_chts.report import write_report
-from runs import BITS, LOSSES, log_of, trained
 
 HOSTILE = "<script>alert(\"x\")& 'run'"
 

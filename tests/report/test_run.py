@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 from cases import trainer
+from runs import log_of, trained
 
 from hf_chts.report import write_report
 from hf_chts.report.drawings import drawings_of
 from hf_chts.report.run import labels, read_run
 from hf_chts.report.summary import summary_rows
-from runs import log_of, trained
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_chts.topology import receptive_field
+from hf_chts.topology.allocation import links_at
 from hf_chts.topology.initial import bipartite_receptive_field, erdos_renyi
 from hf_chts.topology.random_streams import random_stream
 from hf_chts.topology.receptive_field import _log_time_of as log_time_of
@@ -15,14 +16,16 @@ SHAPES = [(64, 64), (40, 200), (200, 40), (7, 3)]
 
 
 def brf(shape, sparsity=0.9, *, key=0, **options):
-    return bipartite_receptive_field(*shape, sparsity, generator=random_stream(key), **options)
+    return bipartite_receptive_field(
+        *shape, links_at(math.prod(shape), sparsity), generator=random_stream(key), **options
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.83, 0.95])
 def test_exact_number_of_links(shape, sparsity):
     links = round(shape[0] * shape[1] * (1 - sparsity))
-    assert int(erdos_renyi(*shape, sparsity, generator=random_stream(0)).sum()) == links
+    assert int(erdos_renyi(*shape, links, generator=random_stream(0)).sum()) == links
     for r in (0, 0.1, 0.5, 1):
         for degrees in ("fixed", "uniform"):
             assert int(brf(shape, sparsity, r=r, degree_distribution=degrees).sum()) == links
@@ -89,7 +92,7 @@ def test_links_fall_off_with_distance_as_the_formula_says():
     ins = 31
     counts = torch.zeros(ins)
     for key in range(40):
-        mask = bipartite_receptive_field(ins * 10, ins, 1 - 1 / ins, r=0.4, generator=random_stream(key))
+        mask = bipartite_receptive_field(ins * 10, ins, ins * 10, r=0.4, generator=random_stream(key))
         centres = torch.arange(ins * 10) // 10
         exact = torch.arange(ins * 10) % 10 == 0  # centres that fall on an input
         offsets = (mask.float().argmax(1) - centres) % ins
@@ -100,23 +103,23 @@ def test_links_fall_off_with_distance_as_the_formula_says():
     assert float(((counts - expected) ** 2 / expected).sum()) < 30 + 5 * math.sqrt(60)
 
 
-def inclusion(shape, sparsity, r, key, draws, draw):
+def inclusion(shape, links, r, key, draws, draw):
     """How often each input is taken, (out, in), in `draws` networks."""
     counts = torch.zeros(shape, dtype=torch.float64)
     generator = random_stream("inclusion", key)
     for _ in range(draws):
-        counts += draw(*shape, sparsity, r=r, generator=generator)
+        counts += draw(*shape, links, r=r, generator=generator)
     return counts
 
 
-def by_keys(out_features, in_features, sparsity, *, r, generator):
+def by_keys(out_features, in_features, links, *, r, generator):
     """The definition, at its plainest: successive sampling of every row by a Gumbel key of every input."""
     centres = torch.arange(out_features, dtype=torch.float64) * in_features / out_features
     away = (torch.arange(in_features) - centres[:, None]).abs()
     distance = torch.minimum(away, in_features - away)
     uniform = torch.rand(distance.shape, dtype=torch.float64, generator=generator)
     keys = -torch.log(-torch.log(uniform)) - (1 - r) / r * torch.log1p(distance)
-    degree = round(in_features * (1 - sparsity))
+    degree = links // out_features
     mask = torch.zeros(out_features, in_features, dtype=torch.bool)
     return mask.scatter_(1, keys.topk(degree, dim=1).indices, True)
 
@@ -132,9 +135,9 @@ def test_inputs_are_taken_as_often_as_in_successive_sampling(shape, degree, r, h
         monkeypatch.setattr(
             receptive_field, "_log_time_of", lambda weights, expected: log_time_of(weights, 0.7 * expected)
         )
-    draws, sparsity = 400, 1 - degree / shape[1]
-    ours = inclusion(shape, sparsity, r, 0, draws, bipartite_receptive_field)
-    plain = inclusion(shape, sparsity, r, 1, draws, by_keys)
+    draws, links = 400, degree * shape[0]
+    ours = inclusion(shape, links, r, 0, draws, bipartite_receptive_field)
+    plain = inclusion(shape, links, r, 1, draws, by_keys)
     assert ours.sum() == plain.sum() == draws * degree * shape[0]
     share = (ours + plain) / (2 * draws)
     some = (share > 5 / draws) & (share < 1 - 5 / draws)
@@ -180,7 +183,7 @@ def test_deterministic_and_different_by_key():
         ({"r": -0.1}, r"r of the bipartite receptive field is -0.1"),
         ({"r": 1.5}, r"is 1.5; it must lie in \[0, 1\]"),
         ({"degree_distribution": "normal"}, "'normal'; choose 'fixed' or 'uniform'"),
-        ({"sparsity": 1.0}, r"sparsity is 1.0; it must lie in \[0, 1\)"),
+        ({"sparsity": -0.5}, "links is 96; a layer of 8 x 8 has 0 to 64"),
     ],
 )
 def test_bad_input(change, message):

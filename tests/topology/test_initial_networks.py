@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_chts.topology import scale_free
+from hf_chts.topology.allocation import links_at
 from hf_chts.topology.initial import bipartite_scale_free, bipartite_small_world, correlated, erdos_renyi
 from hf_chts.topology.random_streams import random_stream
 
@@ -14,15 +15,15 @@ SPARSITIES = [0.0, 0.1, 0.5, 0.83, 0.95]
 
 
 def small_world(shape, sparsity, *, key=0, **options):
-    return bipartite_small_world(*shape, sparsity, generator=random_stream(key), **options)
+    return bipartite_small_world(*shape, links_at(math.prod(shape), sparsity), generator=random_stream(key), **options)
 
 
 def scale_free_network(shape, sparsity, *, key=0, **options):
-    return bipartite_scale_free(*shape, sparsity, generator=random_stream(key), **options)
+    return bipartite_scale_free(*shape, links_at(math.prod(shape), sparsity), generator=random_stream(key), **options)
 
 
 def csti(inputs, outs, sparsity, *, key=0):
-    return correlated(inputs, outs, sparsity, generator=random_stream(key))
+    return correlated(inputs, outs, links_at(outs * inputs.shape[-1], sparsity), generator=random_stream(key))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -150,7 +151,10 @@ def gini(degrees):
 
 @pytest.mark.parametrize("shape", [(400, 400), (200, 600), (600, 200)])
 def test_both_sides_have_hubs_that_a_random_network_lacks(shape):
-    mask, random = scale_free_network(shape, 0.95), erdos_renyi(*shape, 0.95, generator=random_stream(0))
+    mask, random = (
+        scale_free_network(shape, 0.95),
+        erdos_renyi(*shape, links_at(math.prod(shape), 0.95), generator=random_stream(0)),
+    )
     for side in (0, 1):
         degrees, plain = mask.sum(side), random.sum(side)
         assert degrees.max() > 3.5 * degrees.double().mean()
@@ -297,7 +301,7 @@ def test_deterministic_and_different_by_key(network):
         (lambda: small_world((8, 8), 0.5, beta=-0.1), "beta of the bipartite small world is -0.1"),
         (lambda: small_world((8, 8), 0.5, beta=1.1), r"is 1.1; it must lie in \[0, 1\]"),
         (lambda: small_world((0, 8), 0.5), "at least one node a side; got 0 x 8"),
-        (lambda: scale_free_network((8, 8), 1.0), r"sparsity is 1.0; it must lie in \[0, 1\)"),
+        (lambda: scale_free_network((8, 8), -0.5), "links is 96; a layer of 8 x 8 has 0 to 64"),
         (lambda: csti(torch.ones(1, 4), 4, 0.5), "at least two calibration samples; got 1"),
         (lambda: csti(torch.ones(2, 3, 4), 4, 0.5), r"\(samples, in_features\); got \(2, 3, 4\)"),
         (lambda: csti(torch.tensor([[1.0, math.nan], [math.inf, 0]]), 4, 0.5), "2 of the 4 calibration inputs are not"),

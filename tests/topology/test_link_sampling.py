@@ -26,7 +26,7 @@ def test_many_draws_from_one_network_are_in_proportion_to_the_scores(name, densi
     score, sample = PAIRS[name]
     mask = network((70, 150), density)
     if kind == "local":
-        mask = bipartite_receptive_field(70, 150, 1 - density, r=0.1, generator=random_stream("local"))
+        mask = bipartite_receptive_field(70, 150, round(70 * 150 * density), r=0.1, generator=random_stream("local"))
     expected = score(mask).double().flatten()
     expected /= expected.sum()
     k = int((~mask).sum()) // 400

@@ -49,9 +49,9 @@ def test_every_kind_of_part(own, tmp_path):
         return torch.arange(mask.numel(), 0, -1.0).view(mask.shape) * mask  # the last links go
 
     @register.initial_topology("stripes", options={"every": "update_interval"})
-    def stripes(out_features, in_features, sparsity, every, generator):
+    def stripes(out_features, in_features, links, every, generator):
         mask = torch.zeros(out_features * in_features, dtype=torch.bool)
-        mask[: round(mask.numel() * (1 - sparsity))] = True
+        mask[:links] = True
         seen["every"] = every
         return mask.view(out_features, in_features)
 
