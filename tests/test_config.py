@@ -110,7 +110,10 @@ def test_a_sparsity_may_stay_where_the_method_is_changed_to_dense():
         ({"target_modules": ["*proj"]}, "which is not a regular expression"),
         ({"target_modules": []}, "must be a list of module names"),
         ({"brf_r": 2}, "brf_r is 2.0"),
-        ({"method": "mest", "initial_sparsity": 0.5}, "initial_sparsity is 0.5 and sparsity 0.9, .* 'elastic' starts 0.05 below"),
+        (
+            {"method": "mest", "initial_sparsity": 0.5},
+            "initial_sparsity is 0.5 and sparsity 0.9, .* 'elastic' starts 0.05 below",
+        ),
         ({"recipe": "orginal"}, "unknown recipe 'orginal'; did you mean 'original'?"),
         ({"allocation": "even"}, "unknown allocation 'even'"),
         ({"percolation": "yes"}, "percolation is 'yes'; it must be true or false"),

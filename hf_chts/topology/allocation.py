@@ -13,6 +13,11 @@ def links_at(numel: int, sparsity: float) -> int:
     return round(numel * (1 - sparsity))
 
 
+def block_links(links: int, block: int, blocks: int) -> int:
+    """The number of a layer's `links` that block number `block` of `blocks` equal blocks of its rows has."""
+    return links // blocks + (block < links % blocks)
+
+
 def check_links(out_features: int, in_features: int, links: int) -> int:
     """`links` again, as the number of links of a layer of out_features x in_features.
 

@@ -24,6 +24,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 Cost = Callable[[int, int], float]
 
@@ -75,6 +78,25 @@ class Part:
         """Call the function with those of `given` that it needs, and with its options from `config`."""
         options = {parameter: getattr(config, name) for parameter, name in self.options.items()}
         return self.function(**{name: given[name] for name in self.needs}, **options)
+
+    def check(self, result: Any, shape: tuple[int, ...], links: int | None = None) -> Any:
+        """`result` again, if it is what the function must return: scores, or a mask with `links` links.
+
+        Raises:
+            ValueError: it is not; the message names the part.
+        """
+        if not isinstance(result, Tensor):
+            found, right = f"a {type(result).__name__}", False
+        elif links is None:
+            found, right = f"{result.dtype} {tuple(result.shape)}", result.is_floating_point()
+        else:
+            count = int(torch.count_nonzero(result))
+            found, right = f"{result.dtype} {tuple(result.shape)} with {count} links", result.dtype == torch.bool
+            right = right and count == links
+        if not right or result.shape != shape:
+            wanted = f"floating point {shape}" if links is None else f"bool {shape} with {links} links"
+            raise ValueError(f"the {self.kind} {self.name!r} returned {found}; it must return {wanted}")
+        return result
 
 
 @dataclass(frozen=True)
