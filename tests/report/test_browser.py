@@ -7,7 +7,7 @@ import subprocess
 from html import unescape
 
 import pytest
-from runs import trained
+from short_runs import trained
 
 from hf_chts.report import write_report
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from page_reader import Page
-from runs import BITS, LOSSES, log_of, trained
+from short_runs import BITS, LOSSES, log_of, trained
 
 from hf_chts.__main__ import main
 from hf_chts.report import write_report

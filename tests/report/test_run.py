@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from cases import trainer
-from runs import log_of, trained
+from short_runs import log_of, trained
 
 from hf_chts.report import write_report
 from hf_chts.report.drawings import drawings_of
