@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_chts.topology.metrics import active_neuron_rate
-
 # The dimension of a mask (out, in) along which the nodes of a side lie
 _DIMENSION = {"output": 0, "input": 1}
 
@@ -107,7 +105,7 @@ def value_output(
         constant: `value` in here: v has a bias, which o reads from a row without links too.
 
     Raises:
-        ValueError: `heads` is no multiple of `kv_heads`.
+        ValueError: `heads` is not a multiple of `kv_heads`.
     """
     columns = torch.arange(heads * head_dim)[:, None]
     rows = _kv_head(columns // head_dim, heads, kv_heads) * head_dim + columns % head_dim
@@ -141,7 +139,7 @@ def query_key(
         constant: those of `query` and `key` that have a bias.
 
     Raises:
-        ValueError: `heads` is no multiple of `kv_heads`, or `rotary_dim` is odd or not in [0, head_dim].
+        ValueError: `heads` is not a multiple of `kv_heads`, or `rotary_dim` is odd or not in [0, head_dim].
     """
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
@@ -221,15 +219,20 @@ def coupled_groups(junctions: Iterable[Junction], layers: Iterable[str]) -> list
 def anp_rate(masks: Mapping[str, Tensor], junctions: Iterable[Junction] = ()) -> float:
     """Active neurons post percolation: the share of all layers' nodes that still have a link once percolated.
 
-    Without junctions, the share before percolation. After arXiv 2501.19107, App. G; nodes are counted as in
-    `active_neuron_rate`, outputs and inputs of each layer.
+    Without junctions, the share before percolation. After arXiv 2501.19107, App. G; nodes are the outputs and inputs of
+    each layer.
 
     Args:
         masks: bool (out, in) by layer name, at least one; read only.
         junctions: as in `percolate`.
     """
     nodes = sum(sum(mask.shape) for mask in masks.values())
-    return sum(active_neuron_rate(mask) * sum(mask.shape) for mask in percolate(masks, junctions).values()) / nodes
+    return sum(active_neurons(mask) for mask in percolate(masks, junctions).values()) / nodes
+
+
+def active_neurons(mask: Tensor) -> int:
+    """The number of a layer's output and input nodes that have a link; bool (out, in)."""
+    return sum(int(torch.count_nonzero(_linked(mask, side))) for side in _DIMENSION)
 
 
 def _active(linked: Mapping[tuple[str, str], Tensor], wiring: Sequence[Junction]) -> dict[tuple[str, str], Tensor]:
