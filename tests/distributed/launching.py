@@ -11,7 +11,8 @@ BIN = Path(sys.executable).parent
 
 
 def torchrun(ranks, worker, *arguments):
-    launch([str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks), str(HERE / worker), *arguments])
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)]
+    return launch([*command, str(HERE / worker), *arguments])
 
 
 def accelerate(config, worker, *arguments, ranks=2):

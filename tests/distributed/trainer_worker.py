@@ -69,7 +69,7 @@ def main(directory, *options):
         callbacks=[changes],
     )
     changes.trainer = trainer
-    trainer.remove_callback(trainer.evolver)  # its place is taken by Changes
+    trainer.remove_callback(trainer.topology_callback)  # its place is taken by Changes
     trainer.train(resume_from_checkpoint=resume)
     rank = dist.get_rank()
     layers = trainer.sparse.layers

@@ -303,7 +303,7 @@ def test_copies_of_sparse_layers_are_checked_and_reverted(tmp_path):
     copy = sparse.copies()["model.layers.1.mlp.down_proj.modules_to_save.default"]
     with torch.no_grad():
         copy.weight.add_(~copy.mask * 1.0)
-    with pytest.raises(RuntimeError, match="layers.1.mlp.down_proj.modules_to_save.default has .* not 0 off its mask"):
+    with pytest.raises(RuntimeError, match="layers.1.mlp.down_proj.modules_to_save.default is not 0 off its mask"):
         sparse.check()
     copy.set_mask(copy.topology)
     sparse.unsparsify()

@@ -106,7 +106,7 @@ def test_missing_links_stay_0_and_the_run_resumes(tmp_path, name, case):
 def test_muon_does_move_missing_links_where_nobody_masks_them_again(tmp_path):
     """So that the test above can fail."""
     run = run_of(tmp_path, "muon", "static")
-    run.evolver.on_optimizer_step = lambda *_, **__: None
+    run.evolver._after_optimizer_step = lambda: None
     Trainer.train(run)
     with pytest.raises(RuntimeError, match="not 0 off its mask"):
         run.sparse.check()
