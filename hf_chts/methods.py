@@ -67,5 +67,5 @@ CHOICES: Mapping[str, Iterable[str]] = {
     "sparsity_schedule": SPARSITY_SCHEDULES,
     "regrown_weights": ("zero", "historical"),
     "regrown_adam": ("global_steps", "per_weight_steps"),
-    "drop_schedule": schedules.DROP_SCHEDULES,
+    "drop_schedule": tuple(schedules.DROP_SCHEDULES),
 }

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from torch import Tensor
 
 from hf_chts.config import SparsityConfig
-from hf_chts.files.reading import LazyMapping as Lazy
+from hf_chts.files.reading import LazyMapping
+from hf_chts.names import listed
 from hf_chts.topology.allocation import allocate_links, links_at
 
 
@@ -35,7 +36,7 @@ def layer_links(
         # each layer is rounded on its own, so that the total may be off by some links
         links |= {name: links_at(shape[0] * shape[1], sparsity) for name, shape in rest.items()}
     elif rest:
-        scores = Lazy(lambda name: weights[name].detach().abs(), rest) if config.allocation == "global" else None
+        scores = LazyMapping(lambda name: weights[name].detach().abs(), rest) if config.allocation == "global" else None
         links |= allocate_links(rest, sparsity, config.allocation, scores)
     return {name: links[name] for name in shapes}
 
@@ -58,7 +59,7 @@ def without_return(
     if sum(links[name] for name in sharing) <= most:
         return dict(links)
     possible = sum(math.prod(shape) for shape in sharing.values())
-    scores = Lazy(lambda name: weights[name].detach().abs(), sharing)
+    scores = LazyMapping(lambda name: weights[name].detach().abs(), sharing)
     return {**links, **allocate_links(sharing, 1 - most / possible, "global", scores)}
 
 
@@ -135,7 +136,7 @@ def overrides(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
         if not matches:
             raise ValueError(
                 f"layer_sparsity has {pattern!r}, which matches no sparse layer: give a suffix such as 'down_proj', or "
-                f"a regular expression that matches a whole name. Sparse layers: {some(names)}"
+                f"a regular expression that matches a whole name. Sparse layers: {listed(names)}"
             )
         for name in matches:
             if name in found:
@@ -149,8 +150,3 @@ def overrides(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
 def matching(names: Collection[str], pattern: str) -> list[str]:
     """The names that a pattern of the config matches: as a suffix of dotted names, or as a regular expression."""
     return [name for name in names if name == pattern or name.endswith("." + pattern) or re.fullmatch(pattern, name)]
-
-
-def some(names: Collection[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "") if names else "none"
