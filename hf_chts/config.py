@@ -166,6 +166,9 @@ class SparsityConfig:
         for name in ("target_modules", "exclude_modules", "parts"):
             if isinstance(getattr(self, name), str):
                 self._set(name, [getattr(self, name)])
+        if isinstance(self.layer_sparsity, str):
+            self._set("layer_sparsity", _mapping("layer_sparsity", self.layer_sparsity))
+        self._check_types()
         if self.parts is not None:
             self._set("parts", import_parts(self.parts))
         self._set_defaults()
@@ -173,8 +176,6 @@ class SparsityConfig:
             # so that a recipe's sparsity can stay in the file when only the method is changed to dense
             self._set("sparsity", 0.0)
             self._set("initial_sparsity", 0.0)
-        if isinstance(self.layer_sparsity, str):
-            self._set("layer_sparsity", _mapping("layer_sparsity", self.layer_sparsity))
         self._check()
         if modules := modules_of([METHODS[self.method], *self._parts()], named=self.parts or []):
             self._set("parts", modules)
@@ -204,12 +205,14 @@ class SparsityConfig:
         for name, value in (own | settings).items():
             if getattr(self, name) is None:
                 self._set(name, value)
-        schedule = SPARSITY_SCHEDULES.get(self.sparsity_schedule)  # None where _check refuses the name
-        facts = schedule.facts if schedule else {"starts_below": None, "until": 1.0}
+        self._check_types()
+        if self.sparsity_schedule not in SPARSITY_SCHEDULES:
+            raise ValueError(_unknown("sparsity_schedule", self.sparsity_schedule, SPARSITY_SCHEDULES))
+        schedule = SPARSITY_SCHEDULES[self.sparsity_schedule]
         if self.initial_sparsity is None:
-            self._set("initial_sparsity", self.sparsity - (facts["starts_below"] or 0.0))
+            self._set("initial_sparsity", self.sparsity - (schedule.starts_below or 0.0))
         if self.sparsity_schedule_until is None:
-            self._set("sparsity_schedule_until", facts["until"] * self.update_until)
+            self._set("sparsity_schedule_until", schedule.until * self.update_until)
 
     @property
     def is_dense(self) -> bool:
@@ -228,7 +231,7 @@ class SparsityConfig:
     @property
     def changes_sparsity(self) -> bool:
         """Whether sparsity has a schedule; else it is the same at every step."""
-        return SPARSITY_SCHEDULES[self.sparsity_schedule].facts["starts_below"] != 0
+        return SPARSITY_SCHEDULES[self.sparsity_schedule].starts_below != 0
 
     def _scores(self) -> list[Part]:
         """The parts that updates use."""
@@ -357,7 +360,6 @@ class SparsityConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def _check(self) -> None:
-        self._check_types()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(_unknown(name, getattr(self, name), choices))
@@ -381,7 +383,7 @@ class SparsityConfig:
             raise ValueError(f"update_interval is {self.update_interval}; it must be at least 1 step")
         if self.sigmoid_k <= 0:
             raise ValueError(f"sigmoid_k is {self.sigmoid_k}; it must be > 0 (the paper's is 6)")
-        below = SPARSITY_SCHEDULES[self.sparsity_schedule].facts["starts_below"]
+        below = SPARSITY_SCHEDULES[self.sparsity_schedule].starts_below
         if below is not None and self.initial_sparsity != self.sparsity - below:
             starts = f"starts {below} below `sparsity`" if below else "stays at `sparsity`"
             raise ValueError(
@@ -435,6 +437,8 @@ class SparsityConfig:
     def _check_types(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
+            if value is None:
+                continue
             if hint is float and isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(self, name, float(value))
             elif hint in (float, int, str, bool) and type(value) is not hint:
@@ -443,12 +447,10 @@ class SparsityConfig:
                     advice = " (YAML reads 3e-1 as text: write 3.0e-1)"
                 raise ValueError(f"{name} is {value!r}; it must be {_in_words(hint)}{advice}")
             elif name == "layer_sparsity":
-                if not (value is None or (isinstance(value, dict) and all(isinstance(key, str) for key in value))):
+                if not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
                     raise ValueError(f"{name} is {value!r}; it must map module names or patterns to numbers")
-            elif (
-                list[str] in get_args(hint)
-                and value is not None
-                and not (isinstance(value, list) and value and all(isinstance(item, str) for item in value))
+            elif list[str] in get_args(hint) and not (
+                isinstance(value, list) and value and all(isinstance(item, str) for item in value)
             ):
                 raise ValueError(f"{name} is {value!r}; it must be a list of module names or patterns")
 
@@ -479,5 +481,5 @@ def _in_words(kind: type) -> str:
 
 def _unknown(what: str, value: Any, known: Any) -> str:
     close = difflib.get_close_matches(str(value), list(known), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown {what} {value!r}{hint} Known: {', '.join(known)}".replace("?;", "?")
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"unknown {what} {value!r}{hint} Known: {', '.join(known)}"

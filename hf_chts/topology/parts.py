@@ -20,7 +20,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,10 @@ import torch
 from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-Cost = Callable[[int, int], float]
+_Decorator = Callable[[_Function], _Function]
+_Options = Mapping[str, str]
+_NO_OPTIONS: _Options = {}
+Cost = Callable[[int, int], float]  # (out_features, in_features) → operations
 
 # What the parameters of each kind of part may ask for
 _SCORE_NEEDS = {"mask", "weight", "grad", "stored"}
@@ -60,7 +63,7 @@ class Part:
         cost: roughly the operations that an update of a layer of (out, in) takes, to share layers out over ranks.
         sampler: `sampler(mask, k, generator=…)`: draws what a soft choice by the score would, without the score.
         sampler_cost: like `cost`, for the sampler.
-        facts: what else was registered, for a sparsity schedule `starts_below` and `until`.
+        starts_below, until: of a sparsity schedule, see `Register.sparsity_schedule`.
     """
 
     name: str
@@ -68,11 +71,12 @@ class Part:
     function: Callable[..., Any]
     module: str
     needs: frozenset[str]
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str]
     cost: Cost = _one_sort
     sampler: Callable[..., Any] | None = None
     sampler_cost: Cost = _one_sort
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    starts_below: float | None = None
+    until: float = 1.0
 
     def __call__(self, config: Any, **given: Any) -> Any:
         """Call the function with those of `given` that it needs, and with its options from `config`."""
@@ -124,20 +128,22 @@ METHODS: dict[str, Method] = {}
 class Register:
     """Decorators, one for each kind of part.
 
+    `options`, which all but methods take, are names of config fields by the parameters that get their values.
+
     Raises:
         ValueError: the name is taken by a part from another place, or the function asks for something unknown.
     """
 
-    def removal(self, name: str, **facts: Any) -> Callable[[_Function], _Function]:
+    def removal(self, name: str, *, options: _Options = _NO_OPTIONS) -> _Decorator:
         """A score of links: the lowest are removed, or pruned as sparsity rises.
 
         The function takes any of `mask` (bool), `weight` (0 off the mask), `grad` (the dense gradient) and `stored`
         (the weights of removed links), all (out, in), and returns floating point scores (out, in), finite and >= 0 on
         the links.
         """
-        return self._add(REMOVAL, "removal", name, **facts)
+        return _adding(REMOVAL, "removal", name, options)
 
-    def regrowth(self, name: str, *, cost: Cost = _one_sort, **facts: Any) -> Callable[[_Function], _Function]:
+    def regrowth(self, name: str, *, options: _Options = _NO_OPTIONS, cost: Cost = _one_sort) -> _Decorator:
         """A score of missing links: the highest are regrown.
 
         The function takes the same as a removal score, with `mask` and `weight` as removal left them, and returns
@@ -146,9 +152,9 @@ class Register:
         Args:
             cost: see `Part`.
         """
-        return self._add(REGROWTH, "regrowth", name, cost=cost, **facts)
+        return _adding(REGROWTH, "regrowth", name, options, cost=cost)
 
-    def sampler(self, name: str, *, cost: Cost = _one_sort) -> Callable[[_Function], _Function]:
+    def sampler(self, name: str, *, cost: Cost = _one_sort) -> _Decorator:
         """A way to draw by a registered regrowth score without computing it: `sampler(mask, k, *, generator)`.
 
         It returns bool (out, in) with k missing links, drawn one after another with probability ∝ score.
@@ -162,32 +168,38 @@ class Register:
 
         return add
 
-    def selection(self, name: str, **facts: Any) -> Callable[[_Function], _Function]:
+    def selection(self, name: str, *, options: _Options = _NO_OPTIONS, cost: Cost = _one_sort) -> _Decorator:
         """A choice of all links at once, in place of removal and regrowth; the config's `regrowth` names it.
 
         The function takes the same as a removal score, `links` (the number to choose) and `generator`, and returns the
         new mask, bool (out, in) with exactly `links` links. See `hf_chts.topology.gmp`.
         """
-        return self._add(REGROWTH, "selection", name, **facts)
+        return _adding(REGROWTH, "selection", name, options, cost=cost)
 
-    def initial_topology(self, name: str, **facts: Any) -> Callable[[_Function], _Function]:
+    def initial_topology(self, name: str, *, options: _Options = _NO_OPTIONS) -> _Decorator:
         """A topology to start with.
 
         The function takes `out_features`, `in_features`, `links`, `generator`, and `inputs` (samples, in) if it needs
         calibration inputs, and returns bool (out, in) with exactly `links` links. It is drawn on the CPU.
         """
-        return self._add(INITIAL_TOPOLOGIES, "initial_topology", name, **facts)
+        return _adding(INITIAL_TOPOLOGIES, "initial_topology", name, options)
 
     def sparsity_schedule(
-        self, name: str, *, starts_below: float | None = None, until: float = 1.0, **facts: Any
-    ) -> Callable[[_Function], _Function]:
+        self,
+        name: str,
+        *,
+        options: _Options = _NO_OPTIONS,
+        starts_below: float | None = None,
+        until: float = 1.0,
+    ) -> _Decorator:
         """How sparsity goes from `initial` at step `start` to `final` at step `end`: a function of these and `step`.
 
         Args:
             starts_below: how far below the final sparsity it starts; None: wherever the run wants it to.
             until: where it ends by default, as a fraction of update_until.
         """
-        return self._add(SPARSITY_SCHEDULES, "sparsity_schedule", name, starts_below=starts_below, until=until, **facts)
+        facts = {"starts_below": starts_below, "until": until}
+        return _adding(SPARSITY_SCHEDULES, "sparsity_schedule", name, options, **facts)
 
     def method(self, name: str, *, original: Mapping[str, Any] | None = None, **settings: Any) -> None:
         """A method made of registered parts.
@@ -200,25 +212,24 @@ class Register:
         _refuse_taken("method", name, METHODS, module)
         METHODS[name] = Method(settings, original, module)
 
-    def _add(self, parts: dict[str, Part], kind: str, name: str, **facts: Any) -> Callable[[_Function], _Function]:
-        def add(function: _Function) -> _Function:
-            _refuse_taken(kind, name, parts, function.__module__)
-            options = facts.pop("options", {})
-            parameters = inspect.signature(function).parameters.values()
-            needs = frozenset(p.name for p in parameters if p.default is p.empty and p.name not in options)
-            if unknown := needs - _NEEDS[kind]:
-                raise ValueError(
-                    f"the {kind} {name!r} asks for {sorted(unknown)}, but a {kind} can have {sorted(_NEEDS[kind])}; "
-                    "other parameters need a default, or a config field in options={parameter: field}"
-                )
-            known = {"cost": facts.pop("cost")} if "cost" in facts else {}
-            parts[name] = Part(name, kind, function, function.__module__, needs, options, facts=facts, **known)
-            return function
-
-        return add
-
 
 register = Register()
+
+
+def _adding(parts: dict[str, Part], kind: str, name: str, options: _Options, **more: Any) -> _Decorator:
+    def add(function: _Function) -> _Function:
+        _refuse_taken(kind, name, parts, function.__module__)
+        parameters = inspect.signature(function).parameters.values()
+        needs = frozenset(p.name for p in parameters if p.default is p.empty and p.name not in options)
+        if unknown := needs - _NEEDS[kind]:
+            raise ValueError(
+                f"the {kind} {name!r} asks for {sorted(unknown)}, but a {kind} can have {sorted(_NEEDS[kind])}; "
+                "other parameters need a default, or a config field in options={parameter: field}"
+            )
+        parts[name] = Part(name, kind, function, function.__module__, needs, options, **more)
+        return function
+
+    return add
 
 
 def _refuse_taken(kind: str, name: str, registered: Mapping[str, Part | Method], module: str) -> None:
