@@ -38,8 +38,7 @@ def plan(name: str, gpus: int, parameters: int, shapes: Mapping[str, tuple[int, 
     sharded, states = {"DDP": (False, REPLICATED), "FSDP2": (True, FSDP2), "ZeRO-3": (True, ZERO3)}[name]
     sizes = {layer: out * into for layer, (out, into) in shapes.items()}
     sparse, largest = sum(sizes.values()), max(sizes.values())
-    parts = (config.regrowth, config.regrowth_choice)
-    owner = share_out({layer: update_cost(shape, *parts) for layer, shape in shapes.items()}, gpus)
+    owner = share_out({layer: update_cost(shape, config) for layer, shape in shapes.items()}, gpus)
     owned = max(sum(size for layer, size in sizes.items() if owner[layer] == rank) for rank in range(gpus))
     share = gpus if sharded else 1
     memory = {what: parameters * size / share for what, size in states.items()}

@@ -1,10 +1,10 @@
-"""SparsityConfig: the one source of truth about a sparse run, saved as sparsity_config.json beside the weights."""
+"""SparsityConfig: the settings of a sparse run, saved as sparsity_config.json beside the weights."""
 
 import dataclasses
 import difflib
 import json
+import os
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -12,26 +12,33 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from hf_chts.config_file import read
-from hf_chts.methods import CHOICES, DEFAULTS, METHODS
+from hf_chts.methods import CHOICES, METHODS
 from hf_chts.schedule_plan import SchedulePlan
-from hf_chts.topology.parts import REGROWTH, REMOVAL, SPARSITY_SCHEDULES, Part, foreign_modules, import_parts
+from hf_chts.topology.parts import REGROWTH, REMOVAL, SPARSITY_SCHEDULES, Part, import_parts, modules_of
 
 CONFIG_NAME = "sparsity_config.json"
-_MEASURED = "measured_sparsity"  # beside the fields in a file: what a model has, where that is not what was asked for
+# In a file beside the fields: the sparsity that the model has, where it differs from the one that was asked for
+_MEASURED = "measured_sparsity"
 VERSION = 1
+# Names modules of parts to import, separated by commas, for commands that read configs and have no --parts
+PARTS_VARIABLE = "HF_CHTS_PARTS"
+# Fields that decide where defaults come from, so that no method can set them
+_NOT_OF_METHODS = ("method", "recipe", "parts", "version")
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": f"{help} Default: {default}."})
+def _option(default: Any, help: str, *, shown: str | None = None, compare: bool = True) -> Any:
+    """A field that is None until `__post_init__` fills it in: from the run's method if that sets it, else `default`."""
+    text = f"{help} Default: {default if shown is None else shown}."
+    return field(default=None, compare=compare, metadata={"help": text, "default": default})
 
 
-def _by_method(name: str, help: str) -> Any:
-    otherwise = f", else {DEFAULTS[name]}" if DEFAULTS.get(name) is not None else ""
-    return field(default=None, metadata={"help": f"{help} Default: the method's{otherwise}."})
+def _by_method(default: Any, help: str) -> Any:
+    """An `_option` that methods do set."""
+    return _option(default, help, shown="the method's" + ("" if default is None else f", else {default}"))
 
 
 def differs(measured: float, asked: float) -> bool:
-    """Whether a model's sparsity is another than the one that was asked for, by more than layers round."""
+    """Whether a model's sparsity differs from the one asked for by more than the rounding of links."""
     return abs(measured - asked) > 1e-3
 
 
@@ -39,13 +46,12 @@ def differs(measured: float, asked: float) -> bool:
 class SparsityConfig:
     """How a model is made sparse and how its topology evolves.
 
-    Every field has a default that comes from `method` and `recipe` (see `METHODS`); any of them can be
-    set to make a variant. Fields are checked when the config is made. Fractions of the run are fractions of the
-    optimizer steps.
+    A field that is not set, or None, gets the default of `method` and `recipe` (see `METHODS`), else its own. Fractions
+    of the run are fractions of its optimizer steps.
 
     Raises:
-        ValueError: a value out of range, of the wrong type or not among the choices; the message names it and what
-            to do.
+        ValueError: a value is out of range, of the wrong type or not among the choices; the message names it and the
+            remedy. Or a module in `parts` cannot be imported.
     """
 
     _argument_group_name = "sparsity"  # transformers.HfArgumentParser reads it
@@ -57,35 +63,35 @@ class SparsityConfig:
         f"those of the method's own paper ({', '.join(name for name, method in METHODS.items() if method.original)}). "
         "Fields that are set win over either.",
     )
-    sparsity: float = _by_method("sparsity", "Final share of missing links in every sparse layer, in (0, 1).")
+    sparsity: float = _by_method(0.9, "Final share of missing links in every sparse layer, in (0, 1).")
     initial_sparsity: float = _by_method(
-        "initial_sparsity", "Sparsity at step 0 where the sparsity has a schedule; else it is `sparsity`."
+        None, "Sparsity at step 0 where the sparsity has a schedule; else it is `sparsity`."
     )
     target_modules: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
         None,
         "Linear layers to make sparse: suffixes of module names (q_proj) or regular expressions that match whole "
-        "names. None: the linear projections of the blocks, of the text model where there are others, but for routers "
-        "and gates, adapters, what sets the step of a state space, and layers with fewer than 16 inputs or outputs; "
-        "embeddings and lm_head stay dense.",
+        "names. None: the linear projections of the blocks (of the text model, if there are several), except routers, "
+        "gates, adapters, the step sizes of state spaces, and layers with fewer than 16 inputs or outputs; embeddings "
+        "and lm_head stay dense.",
     )
     exclude_modules: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
         None, "Linear layers to leave dense among those, by patterns as in target_modules."
     )
     allocation: str = _by_method(
-        "allocation",
-        "How the links are shared out among layers: uniform, the same sparsity in each; erdos_renyi, density in "
-        "proportion to (out + in)/(out·in); global, by the largest weights of all layers, anew at each update.",
+        "uniform",
+        "How links are shared out among layers: uniform, the same sparsity in each; erdos_renyi, density in "
+        "proportion to (out + in)/(out·in); global, by the largest weights of all layers, again at each update.",
     )
     layer_sparsity: dict[str, float] | str | None = _option(  # noqa: RUF009 - _option calls field()
         None,
-        'Final sparsity of single layers, by patterns as in target_modules, as JSON: {"down_proj": 0.95}. Their '
-        "sparsity rises in step with that of the others, among which `sparsity` is shared out.",
+        'Final sparsity of single layers, by patterns as in target_modules, as JSON: {"down_proj": 0.95}. It rises in '
+        "step with that of the other layers, which share out `sparsity` among themselves.",
     )
     per_head: bool = _option(
         False, "Give each attention head's rows of q, k and v a topology of their own, with the same number of links."
     )
     initial_topology: str = _by_method(
-        "initial_topology",
+        "erdos_renyi",
         f"Topology at step 0: {', '.join(CHOICES['initial_topology'])} (correlated needs calibration inputs).",
     )
     brf_r: float = _option(0.1, "Spread of the bipartite receptive field: 0 takes the nearest inputs, 1 is uniform.")
@@ -93,97 +99,120 @@ class SparsityConfig:
     bsw_beta: float = _option(0.25, "Share of the bipartite small world's links that are rewired, in [0, 1].")
     bsf_equal_partition: bool = _option(False, "Give all inputs of the bipartite scale-free network one degree.")
     bsf_resort: bool = _option(False, "Order both sides of the bipartite scale-free network by degree.")
-    removal: str = _by_method("removal", f"Score by which links are removed: {', '.join(CHOICES['removal'])}.")
-    removal_choice: str = _by_method("removal_choice", "hard keeps the highest scores; soft samples them by score^T.")
-    softness_start: float = _option(0.5, "Softness δ of a soft removal at the first update, T = δ/(1−δ), in [0, 1).")
+    removal: str = _by_method("magnitude", f"Score by which links are removed: {', '.join(CHOICES['removal'])}.")
+    removal_choice: str = _by_method("hard", "hard keeps the highest scores; soft samples them by score^T.")
+    softness_start: float = _option(
+        0.5,
+        "Softness δ of a soft removal at the first update, in [0, 1): T = δ/(1−δ), so a lower δ is softer. 0 removes "
+        "links at random; towards 1 the strongest stay.",
+    )
     softness_end: float = _option(
-        0.9, "Softness δ of a soft removal at the last update, in [0, 1); the highest that adaptive softness takes."
+        0.9, "Softness δ of a soft removal at the last update, in [0, 1); the upper bound of adaptive softness."
     )
     softness_schedule: str = _option(
         "linear",
-        "linear: δ goes from softness_start to softness_end over the updates. adaptive: each layer has a δ of its own, "
-        "lower (softer) where the links that it regrows are those just removed, higher where none are.",
+        "linear: δ goes from softness_start to softness_end over the updates. adaptive: each layer has its own δ; it "
+        "falls (softer) while the layer regrows the links that it has just removed, and rises while it does not.",
     )
     regrowth: str = _by_method(
-        "regrowth",
-        f"Score by which links are regrown: {', '.join(CHOICES['regrowth'])}. With stored (GMP) the largest weights "
-        "are links, among those that are and those that were, and ζ has no part.",
+        "random",
+        f"Score by which links are regrown: {', '.join(CHOICES['regrowth'])}. With stored (GMP) the links are the "
+        "largest of all present and stored weights, and ζ does not count.",
     )
-    regrowth_choice: str = _by_method("regrowth_choice", "hard takes the highest scores; soft samples by score.")
+    regrowth_choice: str = _by_method("hard", "hard takes the highest scores; soft samples by score.")
     regrown_weights: str = _by_method(
-        "regrown_weights",
-        "Weight that a regrown link starts with: zero, or historical: what it had when it was removed (paper App. J).",
+        "zero",
+        "Weight that a regrown link starts with: zero, or historical, the weight it had when it was removed (paper "
+        "App. J).",
     )
     regrown_adam: str = _option(
         "global_steps",
-        "Adam's bias correction of regrown links: global_steps, torch's own; per_weight_steps, anew for each link from "
-        "the update that regrew it (two bytes a weight; torch's Adam and AdamW).",
+        "Adam's bias correction of regrown links: global_steps, torch's own; per_weight_steps, counted for each link "
+        "from the update that regrew it (takes two bytes a weight; torch's Adam and AdamW).",
     )
-    pruning: str = _by_method("pruning", "Score by which links are given up as sparsity rises.")
+    pruning: str = _by_method(
+        "magnitude", f"Score by which links are removed as sparsity rises: {', '.join(CHOICES['pruning'])}."
+    )
     update_interval: int = _option(100, "Optimizer steps between topology updates (ΔT).")
-    update_until: float = _by_method("update_until", "Fraction of the run after which the topology stays.")
-    drop_fraction: float = _by_method(
-        "drop_fraction", "Share of the links replaced at the first updates (ζ), in [0, 1]."
-    )
-    drop_schedule: str = _by_method("drop_schedule", "How ζ falls to 0 at `update_until`: constant, linear or cosine.")
+    update_until: float = _by_method(0.75, "Fraction of the run after which the topology stays the same.")
+    drop_fraction: float = _by_method(0.1, "Share of the links replaced at the first updates (ζ), in [0, 1].")
+    drop_schedule: str = _by_method("cosine", "How ζ falls to 0 at `update_until`: constant, linear or cosine.")
     percolation: bool = _option(
         False,
         "Before regrowth, remove the links of neurons that coupled layers leave without input or output. Known for "
         "LLaMA-like blocks.",
     )
     sparsity_schedule: str = _by_method(
-        "sparsity_schedule",
-        "How sparsity rises from initial_sparsity: constant, linear, cubic, sigmoid, or elastic (MEST's EM&S: 0.05 "
-        "below the target, then 0.025).",
+        "constant",
+        f"How sparsity rises from initial_sparsity: {', '.join(CHOICES['sparsity_schedule'])}. elastic is MEST's EM&S: "
+        "0.05 below the target, then 0.025.",
     )
     sparsity_schedule_until: float = _option(
         None,
-        "Fraction of the run at which `sparsity` is reached. None: update_until, and half of it for the sigmoid "
-        "(same training FLOPs, paper App. I).",
+        "Fraction of the run at which `sparsity` is reached.",
+        shown="update_until, and half of it for the sigmoid (same training FLOPs, paper App. I)",
     )
     sigmoid_k: float = _option(6.0, "Steepness of the sigmoid schedule.")
     topology_seed: int = _option(0, "Seed of everything random in the topology.")
     parts: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
         None,
-        "Modules that register scores, topologies, schedules or methods of your own, by name or path; they are "
-        "imported first.",
+        "Modules with parts or methods of your own (see hf_chts.register), by name or as .py files; they are imported "
+        "first.",
+        compare=False,
     )
     version: int = _option(VERSION, "Version of this config's format.")
 
     def __post_init__(self) -> None:
-        if isinstance(self.parts, str):
-            object.__setattr__(self, "parts", [self.parts])
+        for name in ("target_modules", "exclude_modules", "parts"):
+            if isinstance(getattr(self, name), str):
+                self._set(name, [getattr(self, name)])
+        if isinstance(self.layer_sparsity, str):
+            self._set("layer_sparsity", _mapping("layer_sparsity", self.layer_sparsity))
+        self._check_types()
         if self.parts is not None:
-            object.__setattr__(self, "parts", import_parts(self.parts))
+            self._set("parts", import_parts(self.parts))
+        self._set_defaults()
+        if self.is_dense:
+            # so that a recipe's sparsity can stay in the file when only the method is changed to dense
+            self._set("sparsity", 0.0)
+            self._set("initial_sparsity", 0.0)
+        self._check()
+        if modules := modules_of([METHODS[self.method], *self._parts()], named=self.parts or []):
+            self._set("parts", modules)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_defaults(self) -> None:
+        own = {item.name: item.metadata["default"] for item in dataclasses.fields(self)}
+        for name in ("method", "recipe"):
+            if getattr(self, name) is None:
+                self._set(name, own[name])
         if self.method not in METHODS:
             raise ValueError(_unknown("method", self.method, METHODS))
         method = METHODS[self.method]
         if self.recipe == "original" and method.original is None:
             known = ", ".join(name for name, other in METHODS.items() if other.original is not None)
             raise ValueError(
-                f"recipe is 'original', but of the methods' own papers those of {known} are known, and method is "
+                f"recipe is 'original', but only {known} have the settings of their own papers, and method is "
                 f"{self.method!r}: leave recipe out, and set the fields that are to differ"
             )
         original = method.original if self.recipe == "original" else None
-        defaults = DEFAULTS | dict(method.settings) | dict(original or {})
-        for item in dataclasses.fields(self):
-            if getattr(self, item.name) is None:
-                object.__setattr__(self, item.name, defaults.get(item.name))
-        if self.is_dense:
-            # so that a recipe's sparsity can stay in the file when only the method is changed to dense
-            object.__setattr__(self, "sparsity", 0.0)
-            object.__setattr__(self, "initial_sparsity", 0.0)
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, [getattr(self, name)])
-        if isinstance(self.layer_sparsity, str):
-            object.__setattr__(self, "layer_sparsity", _mapping("layer_sparsity", self.layer_sparsity))
+        settings = dict(method.settings) | dict(original or {})
+        for name in settings:
+            if name not in own or name in _NOT_OF_METHODS:
+                raise ValueError(f"method {self.method!r} sets {name!r}, which is not a field that a method can set")
+        for name, value in (own | settings).items():
+            if getattr(self, name) is None:
+                self._set(name, value)
+        self._check_types()
+        if self.sparsity_schedule not in SPARSITY_SCHEDULES:
+            raise ValueError(_unknown("sparsity_schedule", self.sparsity_schedule, SPARSITY_SCHEDULES))
+        schedule = SPARSITY_SCHEDULES[self.sparsity_schedule]
         if self.initial_sparsity is None:
-            object.__setattr__(self, "initial_sparsity", self.sparsity - (self._schedule("starts_below") or 0.0))
+            self._set("initial_sparsity", self.sparsity - (schedule.starts_below or 0.0))
         if self.sparsity_schedule_until is None:
-            object.__setattr__(self, "sparsity_schedule_until", self._schedule("until", 1.0) * self.update_until)
-        self._check()
-        self._note_foreign_parts()
+            self._set("sparsity_schedule_until", schedule.until * self.update_until)
 
     @property
     def is_dense(self) -> bool:
@@ -196,36 +225,27 @@ class SparsityConfig:
 
     @property
     def selects(self) -> bool:
-        """Whether updates choose all links anew, in the place of removal and regrowth."""
+        """Whether updates choose all links anew, in place of removal and regrowth."""
         return REGROWTH[self.regrowth].kind == "selection"
+
+    @property
+    def changes_sparsity(self) -> bool:
+        """Whether sparsity has a schedule; else it is the same at every step."""
+        return SPARSITY_SCHEDULES[self.sparsity_schedule].starts_below != 0
 
     def _scores(self) -> list[Part]:
         """The parts that updates use."""
         if self.selects:
             return [REGROWTH[self.regrowth]]
-        pruning = [REMOVAL[self.pruning]] if self.sparsity_schedule != "constant" else []
-        return [REGROWTH[self.regrowth], REMOVAL[self.removal], *pruning]
+        return [REGROWTH[self.regrowth], REMOVAL[self.removal], REMOVAL[self.pruning]]
 
-    def _schedule(self, fact: str, otherwise: Any = None) -> Any:
-        part = SPARSITY_SCHEDULES.get(self.sparsity_schedule)
-        return part.facts[fact] if part else otherwise
-
-    def _note_foreign_parts(self) -> None:
-        """Name the modules of a user's parts that were registered without being named."""
-        used = [
-            parts[name]
-            for field, parts in CHOICES.items()
-            if isinstance(parts, dict) and (name := getattr(self, field)) in parts
-        ]
-        modules = [
-            module for module in foreign_modules([METHODS[self.method], *used]) if module not in (self.parts or [])
-        ]
-        if modules:
-            object.__setattr__(self, "parts", [*(self.parts or []), *dict.fromkeys(modules)])
+    def _parts(self) -> list[Part]:
+        """All registered parts that the fields name."""
+        return [choices[getattr(self, name)] for name, choices in CHOICES.items() if isinstance(choices, dict)]
 
     @property
     def stores_weights(self) -> bool:
-        """Whether the weights of links that left are kept."""
+        """Whether the weights of removed links are kept."""
         return self.evolves and self.regrown_weights == "historical"
 
     @property
@@ -236,12 +256,12 @@ class SparsityConfig:
 
     @property
     def adapts_softness(self) -> bool:
-        """Whether each layer finds its own softness of removal."""
+        """Whether each layer has its own softness of removal."""
         return self.evolves and self.softness_schedule == "adaptive"
 
     @property
     def ages_links(self) -> bool:
-        """Whether it is kept when each link was regrown."""
+        """Whether the update that regrew each link is kept."""
         return self.evolves and self.regrown_adam == "per_weight_steps"
 
     @property
@@ -261,13 +281,19 @@ class SparsityConfig:
         return SchedulePlan.of(self, max_steps, **known)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All fields but `parts` where there are none, which earlier versions do not know."""
+        values = dataclasses.asdict(self)
+        return values if self.parts else {name: value for name, value in values.items() if name != "parts"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SparsityConfig":
-        """Raises ValueError for unknown fields and for a version newer than this package."""
+        """The config with these fields, such as those of a file. It imports none of the modules in `parts`.
+
+        Raises:
+            ValueError: a field is unknown or bad, the version is newer than this package, or a part is not registered.
+        """
         if not isinstance(values, dict):
-            raise ValueError(f"a sparsity config is a mapping of fields, got {type(values).__name__}")
+            raise ValueError(f"a sparsity config is a mapping of fields, got a {type(values).__name__}")
         version = values.get("version", VERSION)
         if not isinstance(version, int) or not 1 <= version <= VERSION:
             raise ValueError(
@@ -278,26 +304,35 @@ class SparsityConfig:
         for name in values:
             if name not in names:
                 raise ValueError(_unknown("field", name, names))
-        # what a file names is not imported: that would run code which somebody else may have chosen
-        if missing := [module for module in values.get("parts") or [] if module not in sys.modules]:
+        parts = values.pop("parts", None)
+        if parts is not None and not (isinstance(parts, list) and all(isinstance(name, str) for name in parts)):
+            raise ValueError(f"parts is {parts!r}; it must be a list of module names")
+        # Importing what a file names would let whoever wrote it choose code to run here
+        if _unregistered(values) and (modules := os.environ.get(PARTS_VARIABLE)):
+            import_parts(modules.split(","))
+        if parts and (missing := _unregistered(values)):
+            modules = ", ".join(parts)
             raise ValueError(
-                f"it needs parts that are registered by {', '.join(map(repr, missing))}: import that first, or name it "
-                "with --parts"
+                f"{missing} is not registered: import {modules} first, name it with --parts, or set "
+                f"{PARTS_VARIABLE}={modules.replace(' ', '')}"
             )
-        return cls(**values)
+        config = cls(**values)
+        if parts:
+            config._set("parts", parts)
+        return config
 
     def save(self, path: str | Path, *, measured: float | None = None) -> None:
         """Write JSON or YAML, by the file's suffix; a directory gets a sparsity_config.json.
 
         Args:
-            measured: the sparsity of the model beside it. Where it is another than the one that is asked for, as before
-                the schedule has ended, the file says it too; it is no part of the config.
+            measured: the sparsity of the model beside it, which is noted in the file if it differs from `sparsity`, as
+                it does before the schedule has ended.
         """
         path = Path(path)
         if path.is_dir():
             path = path / CONFIG_NAME
         as_yaml = path.suffix in (".yaml", ".yml")
-        values = {name: value for name, value in self.to_dict().items() if name != "parts" or value}
+        values = self.to_dict()
         if measured is not None and not self.is_dense and differs(measured, self.sparsity):
             values[_MEASURED] = round(measured, 9)
         text = yaml.safe_dump(values, sort_keys=False) if as_yaml else json.dumps(values, indent=2) + "\n"
@@ -325,7 +360,6 @@ class SparsityConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def _check(self) -> None:
-        self._check_types()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(_unknown(name, getattr(self, name), choices))
@@ -349,35 +383,33 @@ class SparsityConfig:
             raise ValueError(f"update_interval is {self.update_interval}; it must be at least 1 step")
         if self.sigmoid_k <= 0:
             raise ValueError(f"sigmoid_k is {self.sigmoid_k}; it must be > 0 (the paper's is 6)")
-        if self.sparsity_schedule == "constant":
-            if self.initial_sparsity != self.sparsity:
-                raise ValueError(
-                    f"initial_sparsity is {self.initial_sparsity} and sparsity {self.sparsity}, but sparsity_schedule "
-                    "is 'constant': choose linear, cubic or sigmoid, or leave initial_sparsity out"
-                )
-        elif not self.evolves:
+        below = SPARSITY_SCHEDULES[self.sparsity_schedule].starts_below
+        if below is not None and self.initial_sparsity != self.sparsity - below:
+            starts = f"starts {below} below `sparsity`" if below else "stays at `sparsity`"
+            raise ValueError(
+                f"initial_sparsity is {self.initial_sparsity} and sparsity {self.sparsity}, but sparsity_schedule "
+                f"{self.sparsity_schedule!r} {starts}: leave initial_sparsity out, or choose another schedule"
+            )
+        if self.changes_sparsity and not self.evolves:
             raise ValueError(
                 f"sparsity_schedule is {self.sparsity_schedule!r}, but method {self.method!r} never updates its "
                 "topology: choose a method that does, or sparsity_schedule: constant"
             )
-        elif self.sparsity_schedule_until > self.update_until:
+        if self.changes_sparsity and self.sparsity_schedule_until > self.update_until:
             raise ValueError(
                 f"sparsity_schedule_until is {self.sparsity_schedule_until} of the run, after the last topology update "
                 f"at {self.update_until}: the target sparsity would never be reached. Lower it, or raise update_until"
             )
-        elif (below := self._schedule("starts_below")) and self.initial_sparsity != self.sparsity - below:
-            raise ValueError(
-                f"initial_sparsity is {self.initial_sparsity}, but the {self.sparsity_schedule} schedule starts "
-                f"{below} below a sparsity of {self.sparsity}: leave initial_sparsity out"
-            )
         if self.selects and self.percolation:
             raise ValueError(
-                f"percolation is true, but with regrowth {self.regrowth!r} nothing is regrown: set percolation to false"
+                f"percolation is true, but regrowth {self.regrowth!r} chooses all links at once, so that nothing is "
+                "regrown after it: set percolation to false"
             )
-        if any("stored" in part.needs for part in self._scores()) and self.regrown_weights != "historical":
+        stored = [part for part in self._scores() if "stored" in part.needs]
+        if stored and self.regrown_weights != "historical":
             raise ValueError(
-                f"regrowth is {self.regrowth!r} and regrown_weights {self.regrown_weights!r}: links that return by "
-                "their stored weight must start with it. Set regrown_weights: historical"
+                f"{stored[0].name!r} needs the weights of removed links, which regrown_weights "
+                f"{self.regrown_weights!r} does not keep. Set regrown_weights: historical"
             )
         if self.softness_schedule == "adaptive" and self.removal_choice != "soft":
             raise ValueError(
@@ -394,7 +426,7 @@ class SparsityConfig:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
+                raise ValueError(f"{name} has {pattern!r}, which is not a regular expression: {error}") from error
         for pattern, sparsity in self.overrides.items():
             if not (isinstance(sparsity, float) and 0 < sparsity < 1):
                 raise ValueError(
@@ -405,36 +437,49 @@ class SparsityConfig:
     def _check_types(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
+            if value is None:
+                continue
             if hint is float and isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(self, name, float(value))
             elif hint in (float, int, str, bool) and type(value) is not hint:
                 advice = ""
                 if isinstance(value, str) and hint is float:
                     advice = " (YAML reads 3e-1 as text: write 3.0e-1)"
-                raise ValueError(f"{name} is {value!r}; it must be {_article(hint)}{advice}")
+                raise ValueError(f"{name} is {value!r}; it must be {_in_words(hint)}{advice}")
             elif name == "layer_sparsity":
-                if not (value is None or (isinstance(value, dict) and all(isinstance(key, str) for key in value))):
+                if not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
                     raise ValueError(f"{name} is {value!r}; it must map module names or patterns to numbers")
-            elif (
-                list[str] in get_args(hint)
-                and value is not None
-                and not (isinstance(value, list) and value and all(isinstance(item, str) for item in value))
+            elif list[str] in get_args(hint) and not (
+                isinstance(value, list) and value and all(isinstance(item, str) for item in value)
             ):
                 raise ValueError(f"{name} is {value!r}; it must be a list of module names or patterns")
+
+
+def _unregistered(values: dict[str, Any]) -> str | None:
+    """The first field whose value is the name of a part or method that is not registered, as "regrowth 'mine'"."""
+    registries = {"method": METHODS} | {name: known for name, known in CHOICES.items() if isinstance(known, dict)}
+    missing = (
+        f"{field} {values[field]!r}"
+        for field, known in registries.items()
+        if values.get(field) is not None and str(values[field]) not in known
+    )
+    return next(missing, None)
 
 
 def _mapping(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f'{name} is {text!r}, which is no JSON: {error}; for example {{"down_proj": 0.95}}') from error
+        raise ValueError(
+            f'{name} is {text!r}, which is not JSON: {error}; for example {{"down_proj": 0.95}}'
+        ) from error
 
 
-def _article(kind: type) -> str:
+def _in_words(kind: type) -> str:
     return {float: "a number", int: "a whole number", str: "text", bool: "true or false"}[kind]
 
 
 def _unknown(what: str, value: Any, known: Any) -> str:
     close = difflib.get_close_matches(str(value), list(known), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown {what} {value!r}{hint} Known: {', '.join(known)}".replace("?;", "?")
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"unknown {what} {value!r}{hint} Known: {', '.join(known)}"

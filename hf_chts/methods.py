@@ -1,33 +1,15 @@
-"""The methods of sparse training as compositions of registered parts, and the choices there are for each field.
+"""The methods of sparse training, made of registered parts, and the choices for each field of the config.
 
-The settings of a method are those that arXiv 2501.19107 compares all methods with; `original` has what the method's own
-paper has instead, where that is known for sure. The number of steps between updates is not among it, which papers count
-in epochs (RigL: 100 steps, as here).
+A method's settings are those of the comparison in arXiv 2501.19107; `original` has what its own paper has instead, if
+that is known for sure. It leaves out the steps between updates, which papers count in epochs (RigL's 100 steps are the
+default here).
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from hf_chts.topology import gmp, initial, link_prediction, link_sampling, schedules, scores  # noqa: F401 - they register
 from hf_chts.topology.allocation import ALLOCATIONS
 from hf_chts.topology.parts import INITIAL_TOPOLOGIES, METHODS, REGROWTH, REMOVAL, SPARSITY_SCHEDULES, register
-
-# What a field is where neither the run nor its method says anything
-DEFAULTS: dict[str, Any] = {
-    "sparsity": 0.9,
-    "allocation": "uniform",
-    "initial_topology": "erdos_renyi",
-    "removal": "magnitude",
-    "removal_choice": "hard",
-    "regrowth": "random",
-    "regrowth_choice": "hard",
-    "pruning": "magnitude",
-    "update_until": 0.75,
-    "drop_fraction": 0.1,
-    "drop_schedule": "cosine",
-    "sparsity_schedule": "constant",
-    "regrown_weights": "zero",
-}
 
 register.method("dense", original={}, sparsity=0.0, update_until=0.0)
 register.method("static", original={}, update_until=0.0)
@@ -70,7 +52,7 @@ register.method(
 for _name in ("dense", "static", "set", "rigl", "mest", "gmp", "granet", "cht", "chts", "chtss"):
     METHODS[_name] = METHODS.pop(_name)
 
-# by field; the registered parts may grow
+# by field; registered parts may be added later
 CHOICES: Mapping[str, Iterable[str]] = {
     "recipe": ("comparison", "original"),
     "initial_topology": INITIAL_TOPOLOGIES,
@@ -85,5 +67,5 @@ CHOICES: Mapping[str, Iterable[str]] = {
     "sparsity_schedule": SPARSITY_SCHEDULES,
     "regrown_weights": ("zero", "historical"),
     "regrown_adam": ("global_steps", "per_weight_steps"),
-    "drop_schedule": ("constant", "linear", "cosine"),
+    "drop_schedule": tuple(schedules.DROP_SCHEDULES),
 }

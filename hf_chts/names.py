@@ -1,6 +1,6 @@
 """Names of layers, runs and models, made as short as possible while they stay distinct."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 def shortest_endings(names: Sequence[str], separator: str) -> list[str]:
@@ -39,3 +39,9 @@ def layer_kind(name: str) -> str:
 def last_part(name: str) -> str:
     """The last part of a layer's name that is not a number: "down_proj", or "experts" for "mlp.experts.3"."""
     return layer_kind(name).rpartition(".")[2] or name
+
+
+def listed(names: Collection[str]) -> str:
+    """Names for a sentence, with the number of all if there are many."""
+    first = ", ".join(list(names)[:8]) or "none"
+    return first if len(names) <= 8 else f"{first}, … ({len(names)} in all)"

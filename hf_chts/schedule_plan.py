@@ -1,4 +1,4 @@
-"""When a run updates its topology, and what holds at each update: the config's fractions turned into steps."""
+"""A run's schedules in steps: when it updates its topology, and with which sparsity, drop fraction and temperature."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ class SchedulePlan:
     """The schedules of one run. Steps count finished optimizer steps: an update at step 100 follows the 100th.
 
     Attributes:
-        config: the SparsityConfig, which makes its plan itself.
-        window_end: the last multiple of update_interval in the window of updates; 0 where nothing evolves.
-        decay_end: the update at which the final sparsity is reached; 0 if sparsity is constant.
-        floor: what sparsity does not fall below: that of a model which is ahead of the schedule.
-        idle: multiples of update_interval in the window at which an update could change nothing, so that there is none.
+        config: the SparsityConfig.
+        window_end: the last multiple of update_interval in the window of updates; 0 if nothing evolves.
+        decay_end: the update that reaches the final sparsity; 0 if sparsity is constant.
+        floor: the lowest sparsity; that of the model, if it is ahead of the schedule.
+        idle: steps in the window without an update, because it could change nothing.
     """
 
     config: Any
@@ -43,8 +43,8 @@ class SchedulePlan:
 
         Args:
             floor: see above.
-            links: the links of each layer, or block of rows, that evolves on its own, at a sparsity: where it is known,
-                ζ is too small to change anything as soon as it rounds to no link.
+            links: gives the links, at a sparsity, of each layer or block of rows that evolves on its own; with it an
+                update also counts as idle if ζ of the largest one rounds to 0 links.
 
         Raises:
             ValueError: the config's intervals do not fit into `max_steps`.
@@ -54,8 +54,8 @@ class SchedulePlan:
         interval = config.update_interval
         window_end = _whole_intervals(config.update_until * max_steps, interval)
         decay_end = 0
-        if window_end and config.sparsity_schedule != "constant":
-            # A decay ends *at* an update, since between updates nothing can reach its target
+        if window_end and config.changes_sparsity:
+            # sparsity changes only at updates, so the schedule must end at one
             decay_end = _whole_intervals(config.sparsity_schedule_until * max_steps, interval)
             if not decay_end:
                 raise ValueError(
@@ -64,7 +64,7 @@ class SchedulePlan:
                     "or raise sparsity_schedule_until"
                 )
         plan = cls(config, max_steps, window_end, decay_end)
-        # a drop fraction of 0 is somebody's wish, and a layer may be too small for any
+        # a drop fraction of 0 is allowed on purpose; that a layer is too small for one is not an error either
         if not window_end or (config.drop_fraction and window_end == interval and plan._idle_steps(None)):
             end = config.update_until * max_steps
             raise ValueError(
@@ -77,9 +77,9 @@ class SchedulePlan:
 
     def _idle_steps(self, links: Callable[[float], Sequence[int]] | None) -> frozenset[int]:
         config, interval = self.config, self.config.update_interval
-        if config.selects:  # weights grow past each other, and ζ has no part in it
+        if config.selects:  # ζ does not matter: weights grow past each other
             return frozenset()
-        # these move links between layers, or away from dead neurons, without ζ
+        # these move links between layers, or away from dead neurons, even if ζ is 0
         moves = config.percolation or config.allocation == "global"
         most = lru_cache(lambda sparsity: max(links(sparsity)) if links else 10**9)
 
@@ -87,7 +87,7 @@ class SchedulePlan:
             sparsity = self.sparsity(step)
             if sparsity != self.sparsity(step - interval):
                 return False
-            # what is regrown at the very end is never trained
+            # links regrown after the last step are never trained
             return step == self.max_steps or (not moves and round(self.drop_fraction(step) * most(sparsity)) == 0)
 
         return frozenset(step for step in range(interval, self.window_end + 1, interval) if idle(step))
@@ -101,21 +101,21 @@ class SchedulePlan:
         return 0 < step <= self.window_end and step % self.config.update_interval == 0 and step not in self.idle
 
     def latest_update(self, step: int) -> int:
-        """The step of the last update that has taken place once `step` is finished; 0 if there was none."""
+        """The step of the last update when `step` is finished; 0 if there was none."""
         step = self.number_of_updates(step) * self.config.update_interval
         while step in self.idle:
             step -= self.config.update_interval
         return step
 
     def number_of_updates(self, step: int) -> int:
-        """The number of the last update once `step` is finished, from 1; those that were left out are counted."""
+        """The number of updates when `step` is finished, idle ones included."""
         return min(step, self.window_end) // self.config.update_interval
 
     def sparsity(self, step: int) -> float:
         return max(self.scheduled_sparsity(step), self.floor)
 
     def scheduled_sparsity(self, step: int) -> float:
-        """What sparsity would be at `step` if there were no floor."""
+        """The sparsity at `step` without the floor."""
         config = self.config
         if not self.decay_end:
             return config.sparsity
@@ -124,14 +124,10 @@ class SchedulePlan:
         return float(schedule(config, step=step, start=0, end=self.decay_end, **ends))
 
     def drop_fraction(self, step: int) -> float:
-        """ζ at `step`; it reaches 0 where updates end (`update_until` of the run)."""
+        """ζ at `step`; unless it is constant, it reaches 0 at `update_until` of the run."""
         config = self.config
-        end = config.update_until * self.max_steps
-        if config.drop_schedule == "constant":
-            return config.drop_fraction
-        if config.drop_schedule == "linear":
-            return schedules.linear(step, 0, end, config.drop_fraction, 0.0)
-        return schedules.cosine_anneal(step, end, config.drop_fraction)
+        schedule = schedules.DROP_SCHEDULES[config.drop_schedule]
+        return schedule(step, config.update_until * self.max_steps, config.drop_fraction)
 
     def temperature(self, step: int) -> float:
         """T = δ/(1−δ) of a soft removal; δ goes linearly from the first update to the last (paper App. H)."""
@@ -144,5 +140,5 @@ class SchedulePlan:
 
 
 def _whole_intervals(steps: float, interval: int) -> int:
-    # 0.75 * 400 must count as 300, not as a hair less
+    # 0.75 * 400 must give 300, in spite of rounding
     return math.floor(steps / interval + 1e-9) * interval

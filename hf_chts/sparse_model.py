@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 
 from hf_chts.config import SparsityConfig
 from hf_chts.evolution.evolver import Evolver
+from hf_chts.files.reading import LazyMapping
 from hf_chts.layers.conversion import convert_layers
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.heads import head_blocks
 from hf_chts.layers.initial_masks import check_links, initial_masks
 from hf_chts.layers.masked_linear import masked_class
-from hf_chts.layers.shares import Lazy, overrides
+from hf_chts.layers.shares import overrides
 from hf_chts.layers.sparse_layers import HANDLE, SparseLayers
 from hf_chts.layers.targets import check_targets, earlier_targets, find_targets, matrix_shape
 from hf_chts.layers.wrappers import unwrap
@@ -86,7 +87,7 @@ def sparsify(
     if config.percolation and targets:
         couplings(cast(PreTrainedModel, model), list(targets))  # refuses architectures whose coupling is not known
     shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
-    weights = Lazy(lambda name: _matrix(targets[name]), targets)
+    weights = LazyMapping(lambda name: _matrix(targets[name]), targets)
     blocks = head_blocks(model, shapes) if config.per_head and targets else {}
     if targets:
         overrides(targets, config)

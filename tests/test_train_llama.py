@@ -83,6 +83,35 @@ def test_train_export_and_resume(tmp_path):
     assert again["eval_bits_per_byte"] == first["eval_bits_per_byte"]
 
 
+@pytest.mark.slow
+def test_a_score_of_ones_own_from_the_command_line(tmp_path):
+    model, text = small(tmp_path)
+    options = [
+        "--model", model, "--dataset", text, "--block_size", 32, "--max_steps", 6, "--update_interval", 2,
+        "--save_steps", 2, "--eval_strategy", "no", "--per_device_train_batch_size", 4, "--validation_fraction", 0.2,
+        "--output_dir", tmp_path / "run", "--warmup_steps", 1, "--use_cpu", "true", "--max_eval_tokens", 256,
+        "--update_warmup_steps", 0, "--method", "set", "--regrowth", "strength", "--regrowth_choice", "hard",
+        "--drop_schedule", "constant",
+    ]  # fmt: skip
+    own = ["--parts", "examples/my_score.py"]
+    export, checkpoint = tmp_path / "run/export", tmp_path / "run/checkpoint-4"
+    result = run([sys.executable], *options, *own)
+    assert result.returncode == 0, result.stderr[-4000:]
+    masks = load_masks(export).masks
+    result = run([sys.executable], *options, *own, "--resume_from_checkpoint", checkpoint)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert all(mask.equal(masks[name]) for name, mask in load_masks(export).masks.items())
+    result = run([sys.executable], *options, "--resume_from_checkpoint", checkpoint)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("train_llama.py: unknown regrowth 'strength'")
+    # an export names the module; whoever loads it decides whether to import it
+    load = [sys.executable, "-c", f"from hf_chts import load_sparse; load_sparse({str(export)!r})"]
+    result = subprocess.run(load, capture_output=True, text=True, cwd=ROOT)
+    assert "regrowth 'strength' is not registered: import my_score first" in result.stderr.splitlines()[-1]
+    environment = os.environ | {"HF_CHTS_PARTS": "examples/my_score.py"}
+    subprocess.run(load, check=True, cwd=ROOT, env=environment)
+
+
 def test_a_wrong_option_ends_the_script_with_one_line(tmp_path):
     result = run([sys.executable], "--output_dir", tmp_path / "run", "--sparsity", "1.5")
     assert result.returncode == 1

@@ -56,7 +56,6 @@ def train(context: typer.Context) -> None:
     """Train a sparse model; on several devices: accelerate launch -m hf_chts train …"""
     from hf_chts.commands.train import train
 
-    sys.path.append("")  # the working directory, for --parts my_module, which an installed script does not look in
     train(context.args, program="hf-chts train")
 
 

@@ -22,8 +22,9 @@ from hf_chts.evolution.update_warmup import add_update_warmup, warmup_steps
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.links import check_zeros
 from hf_chts.layers.plain_weight import check_places, check_plain
-from hf_chts.layers.shares import layer_links, some, sparsity_ahead
+from hf_chts.layers.shares import layer_links, sparsity_ahead
 from hf_chts.layers.sparse_layers import SparseLayers
+from hf_chts.names import listed
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.sharding.detect import engine_of
 from hf_chts.sharding.interface import Engine
@@ -486,7 +487,7 @@ class Evolver:
                 if names
                 else "so nothing evolves until one of them trains"
             )
-            _log.warning("These sparse layers are frozen or not in the optimizer, %s: %s", follows, some(new))
+            _log.warning("These sparse layers are frozen or not in the optimizer, %s: %s", follows, listed(new))
         self._said.update(still)
         return names
 
@@ -496,7 +497,7 @@ class Evolver:
         if copies and self.config.evolves:
             raise ValueError(
                 f"copies of sparse layers would train instead of the layers themselves, and their topology would not "
-                f"evolve: {some(copies)}. Leave them out of PEFT's modules_to_save and train the layers without "
+                f"evolve: {listed(copies)}. Leave them out of PEFT's modules_to_save and train the layers without "
                 "adapters, or use method static"
             )
 

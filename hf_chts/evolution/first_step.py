@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from hf_chts.layers.masked_layer import MaskedLayer
-from hf_chts.layers.shares import some
+from hf_chts.names import listed
 from hf_chts.sharding.interface import Engine
 from hf_chts.sharding.ranks import rank_and_world
 
@@ -25,7 +25,7 @@ def check_first_step(engine: Engine, layers: Mapping[str, MaskedLayer]) -> None:
     names = [name for name, stray in zip(layers, found, strict=True) if stray]
     if names:
         raise RuntimeError(
-            f"after the first optimizer step these layers are not 0 off their masks: {some(names)}. The model uses "
+            f"after the first optimizer step these layers are not 0 off their masks: {listed(names)}. The model uses "
             "their weights past the layers' forward, as in x @ layer.weight.t(), where no mask reaches, or the "
             f"optimizer moves weights whose gradient is 0. Leave them dense (exclude_modules={names[:8]}). Nothing was "
             "saved"

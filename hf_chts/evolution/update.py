@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_chts.config import SparsityConfig
-from hf_chts.layers.initial_masks import block_links
 from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.topology.allocation import block_links
 from hf_chts.topology.evolution import Choice, LayerEvolution, joined, regrow, remove, selected
 from hf_chts.topology.parts import REGROWTH, REMOVAL, Part
 from hf_chts.topology.percolation import Junction, percolate
@@ -33,10 +33,10 @@ class TopologyUpdate:
         masks: bool (out, in) of all layers, by name in the model's order; read only.
         links: how many links each layer has afterwards, by name.
         gradients: the dense gradients of the step, (out, in) by layer name, where the config needs them.
-        stored: the weights of what is no link, (out, in) by layer name, where they are kept.
+        stored: the weights of removed links, (out, in) by layer name, where they are kept.
         junctions: how layers are coupled, for percolation; none without it.
-        blocks: into how many blocks of rows, with as many links each, a layer is cut; by name, 1 where there is none.
-        softness: the softness δ of each layer's removal by name, where it adapts; else the plan's holds for all.
+        blocks: the number of blocks of rows that evolve on their own, by layer name; 1 where absent.
+        softness: the softness δ of each layer's removal by name, where it adapts; else that of the plan.
     """
 
     plan: SchedulePlan
@@ -50,7 +50,12 @@ class TopologyUpdate:
     softness: Mapping[str, float] = field(default_factory=dict)
 
     def evolve(self, group: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, LayerEvolution]:
-        """Evolve layers that are coupled, or one that is not; `weights` are theirs, (out, in), read only."""
+        """Evolve layers that are coupled, or a single one.
+
+        Args:
+            group: their names.
+            weights: (out, in) by name, 0 off the mask; read only.
+        """
         pieces = {name: self._pieces(name) for name in group}
         if self._part("regrowth").kind == "selection":
             return {name: joined([self._select(p, weights[name]) for p in pieces[name]]) for name in group}
@@ -60,7 +65,7 @@ class TopologyUpdate:
             stay[name], kept[name] = (_cat(parts) for parts in zip(*halves, strict=True))
         junctions = [junction for junction in self.junctions if set(junction.layers) & set(group)]
         if junctions:
-            # layers that do not train keep their links, useless or not; the others are looked at beside them
+            # layers that do not train keep all their links
             met = [name for junction in junctions for name in junction.layers if name in self.masks]
             fixed = {name: self.masks[name] for name in met if name not in kept}
             kept = percolate(kept | fixed, junctions, fixed)
@@ -77,10 +82,10 @@ class TopologyUpdate:
         ]
 
     def _select(self, piece: "_Piece", weight: Tensor) -> LayerEvolution:
-        mask = self.masks[piece.layer][piece.rows]
-        given = {"links": piece.links, "generator": self._stream(piece, "pruning")}
-        chosen = self._part("regrowth")(self.plan.config, **self._given(piece, weight, mask), **given)
-        return selected(mask, chosen)
+        mask, part = self.masks[piece.layer][piece.rows], self._part("regrowth")
+        given = self._given(piece, mask, weight[piece.rows])
+        chosen = part(self.plan.config, **given, links=piece.links, generator=self._stream(piece, "pruning"))
+        return selected(mask, part.check(chosen, tuple(mask.shape), piece.links))
 
     def _remove(self, piece: "_Piece", weight: Tensor) -> tuple[Tensor, Tensor]:
         config = self.plan.config
@@ -91,27 +96,27 @@ class TopologyUpdate:
             links=piece.links,
             drop_fraction=self.plan.drop_fraction(self.step),
             removal=Choice(
-                self._score("removal", piece),
+                partial(self._score, "removal", piece),
                 config.removal_choice == "soft",
                 self.plan.temperature(self.step) if softness is None else temperature(softness),
             ),
-            pruning=Choice(self._score("pruning", piece)),
+            pruning=Choice(partial(self._score, "pruning", piece)),
             streams=partial(self._stream, piece),
         )
 
     def _regrow(self, piece: "_Piece", weight: Tensor, stay: Tensor, kept: Tensor) -> LayerEvolution:
-        config, part = self.plan.config, self._part("regrowth")
+        part = self._part("regrowth")
 
-        def score(mask: Tensor) -> Tensor:
-            left = {"weight": weight.where(kept, 0)} if "weight" in part.needs else {}
-            return part(config, **self._given(piece, weight, mask) | {n: w[piece.rows] for n, w in left.items()})
+        def score(kept: Tensor) -> Tensor:
+            left = weight[piece.rows].where(kept, 0) if "weight" in part.needs else None
+            return self._score("regrowth", piece, left, kept)
 
         return regrow(
             self.masks[piece.layer][piece.rows],
             stay[piece.rows],
             kept[piece.rows],
             links=piece.links,
-            regrowth=Choice(score, config.regrowth_choice == "soft", sampler=part.sampler),
+            regrowth=Choice(score, self.plan.config.regrowth_choice == "soft", sampler=part.sampler),
             streams=partial(self._stream, piece),
         )
 
@@ -119,14 +124,15 @@ class TopologyUpdate:
         parts = REGROWTH if field == "regrowth" else REMOVAL
         return parts[getattr(self.plan.config, field)]
 
-    def _score(self, field: str, piece: "_Piece") -> Callable[[Tensor, Tensor], Tensor]:
+    def _score(self, field: str, piece: "_Piece", weight: Tensor | None, mask: Tensor) -> Tensor:
         part = self._part(field)
-        return lambda weight, mask: part(self.plan.config, **self._given(piece, None, mask) | {"weight": weight})
+        return part.check(part(self.plan.config, **self._given(piece, mask, weight)), tuple(mask.shape))
 
-    def _given(self, piece: "_Piece", weight: Tensor | None, mask: Tensor) -> dict[str, Any]:
-        """What a part may need of the rows of a piece; `weight` is of the whole layer."""
-        found = {"weight": weight, "grad": self.gradients.get(piece.layer), "stored": self.stored.get(piece.layer)}
-        return {"mask": mask} | {name: whole[piece.rows] for name, whole in found.items() if whole is not None}
+    def _given(self, piece: "_Piece", mask: Tensor, weight: Tensor | None) -> dict[str, Tensor | None]:
+        """What a part may ask for: `mask` and `weight` of the piece, gradients and stored weights of its layer."""
+        whole = {"grad": self.gradients.get(piece.layer), "stored": self.stored.get(piece.layer)}
+        rows = {name: None if tensor is None else tensor[piece.rows] for name, tensor in whole.items()}
+        return {"mask": mask, "weight": weight, **rows}
 
     def _stream(self, piece: "_Piece", purpose: str) -> torch.Generator:
         layer = list(self.masks).index(piece.layer)
@@ -152,10 +158,10 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
 
 
 def in_threads(evolve: Callable[[list[str]], _T], groups: Sequence[list[str]], device: torch.device) -> Iterator[_T]:
-    """`evolve` of every group, in order; some groups at a time where the work is done by CPU threads.
+    """`evolve` of every group, in order; on a CPU several groups at a time.
 
-    An update is many small operations, which gain little from several threads each. Results do not depend on it: every
-    layer has its own random streams.
+    An update is many small operations, which gain little from several threads each. The results are the same, since
+    every layer has its own random streams.
     """
     threads = torch.get_num_threads()
     workers = min(threads, _WORKERS, len(groups))

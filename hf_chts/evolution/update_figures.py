@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_chts.topology.bits import count_bits
-from hf_chts.topology.metrics import active_neurons
+from hf_chts.topology.percolation import active_neurons
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from hf_chts.evolution.held_tensors import read_by_update
 from hf_chts.evolution.regrown_adam import RegrownAdam
 from hf_chts.evolution.update import TopologyUpdate, in_threads, update_cost
 from hf_chts.evolution.update_figures import LayerUpdate, overall_figures
+from hf_chts.files.reading import LazyMapping
 from hf_chts.finite import not_finite
-from hf_chts.layers.shares import Lazy, layer_links, some, without_return
+from hf_chts.layers.shares import layer_links, without_return
 from hf_chts.layers.sparse_layers import SparseLayers
+from hf_chts.names import listed
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.sharding.gradients import DenseGradient
 from hf_chts.sharding.interface import Engine
@@ -34,8 +36,8 @@ class NotFinite(FloatingPointError):
 
     def __init__(self, step: int, names: list[str]) -> None:
         super().__init__(
-            f"after step {step} these hold NaN or infinity, so the topology is not updated by them: {some(names)}. Go "
-            "on from an earlier checkpoint, and lower the learning rate, lengthen the warm-up or clip gradients"
+            f"after step {step} these hold NaN or infinity, so the topology is not updated by them: {listed(names)}. "
+            "Go on from an earlier checkpoint, and lower the learning rate, lengthen the warm-up or clip gradients"
         )
         self.names = names
 
@@ -221,7 +223,7 @@ class UpdateOverRanks:
                 weight = torch.where(layer.topology, weight, kept)
             return weight
 
-        weights = Lazy(whole, layers)
+        weights = LazyMapping(whole, layers)
         links = layer_links(shapes, plan.sparsity(step), config, weights)
         rises = step <= plan.decay_end and config.initial_sparsity <= config.sparsity
         if config.allocation == "global" and rises and len(trained) < len(layers):

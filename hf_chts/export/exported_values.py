@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_chts.export.weight_files import WeightFiles
 from hf_chts.finite import not_finite
 from hf_chts.layers.plain_weight import own_class
-from hf_chts.layers.shares import some
+from hf_chts.names import listed
 
 
 def check_values(state: Mapping[str, Tensor], buffers: Collection[str] = ()) -> None:
@@ -29,8 +29,8 @@ def check_values(state: Mapping[str, Tensor], buffers: Collection[str] = ()) -> 
             )
     if bad := not_finite(state, masking=buffers):
         raise FloatingPointError(
-            f"there is NaN or infinity in {some(bad)}, so nothing is exported: repair it, or use an earlier checkpoint "
-            "if training has diverged"
+            f"there is NaN or infinity in {listed(bad)}, so nothing is exported: repair it, or use an earlier "
+            "checkpoint if training has diverged"
         )
 
 
@@ -38,8 +38,8 @@ def check_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError if tensors of a file hold NaN or +∞; −∞ passes, for which of them are buffers is unknown."""
     if bad := not_finite(tensors, masking=tensors):
         raise ValueError(
-            f"{path}: there is NaN or infinity in {some(bad)}: repair it, or use an earlier checkpoint if training has "
-            "diverged"
+            f"{path}: there is NaN or infinity in {listed(bad)}: repair it, or use an earlier checkpoint if training "
+            "has diverged"
         )
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_chts.layers.shares import some
 from hf_chts.layers.wrappers import named_originals
+from hf_chts.names import listed
 
 # Names that projections onto heads have in transformers: of queries; of keys; of values; of keys and values, one head
 # after the other (DeepSeek); of the heads of q, k and v, one after the other
@@ -53,7 +53,7 @@ def head_blocks(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict
     if not blocks:
         raise ValueError(
             f"per_head is true, but no sparse layer of {type(model).__name__} projects onto heads (known: "
-            f"{', '.join(_ONTO_HEADS)}): set per_head to false. Sparse layers: {some(list(shapes))}"
+            f"{', '.join(_ONTO_HEADS)}): set per_head to false. Sparse layers: {listed(list(shapes))}"
         )
     return blocks
 

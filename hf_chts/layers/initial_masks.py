@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_chts.config import SparsityConfig
 from hf_chts.layers.shares import layer_links
+from hf_chts.topology.allocation import block_links
 from hf_chts.topology.parts import INITIAL_TOPOLOGIES
 from hf_chts.topology.random_streams import random_stream
 
@@ -23,10 +24,11 @@ def initial_masks(
     Args:
         weights: (out, in) by name; see `layer_links`.
         calibration: inputs of every layer, (samples, in) by name, for an initial topology that needs them.
-        blocks: into how many blocks of rows, each with a topology of its own, a layer is cut; by name, 1 where absent.
+        blocks: the number of blocks of rows that get topologies of their own, by layer name; 1 where absent.
 
     Raises:
-        ValueError: calibration inputs are needed and missing, or do not fit.
+        ValueError: calibration inputs are needed and missing, or do not fit; or the registered function returns
+            something other than a mask with the right number of links.
     """
     links = layer_links(shapes, config.initial_sparsity, config, weights)
     part, masks = INITIAL_TOPOLOGIES[config.initial_topology], {}
@@ -42,14 +44,9 @@ def initial_masks(
             given = {"out_features": shape[0], "in_features": shape[1], "links": number, "generator": generator}
             if "inputs" in part.needs:
                 given["inputs"] = _calibration_inputs(name, shape, config, calibration)
-            parts.append(part(config, **given))
+            parts.append(part.check(part(config, **given), shape, number))
         masks[name] = (parts[0] if n == 1 else torch.cat(parts)).cpu()
     return masks
-
-
-def block_links(links: int, block: int, blocks: int) -> int:
-    """How many of a layer's links are those of one of its blocks."""
-    return links // blocks + (block < links % blocks)
 
 
 def check_links(
@@ -58,7 +55,7 @@ def check_links(
     config: SparsityConfig,
     blocks: Mapping[str, int],
 ) -> None:
-    """Raises ValueError, naming the layer, where one would be left without a link."""
+    """Raises ValueError, naming the layer, if one would be left without a link."""
     for sparsity in (config.sparsity, config.initial_sparsity):
         for name, links in layer_links(shapes, sparsity, config, weights).items():
             if links < blocks.get(name, 1):

@@ -1,4 +1,4 @@
-"""How many links each layer has."""
+"""The number of links of each layer, and the layers that patterns of the config match."""
 
 import math
 import re
@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from torch import Tensor
 
 from hf_chts.config import SparsityConfig
-from hf_chts.files.reading import LazyMapping as Lazy
+from hf_chts.files.reading import LazyMapping
+from hf_chts.names import listed
 from hf_chts.topology.allocation import allocate_links, links_at
 
 
@@ -17,11 +18,12 @@ def layer_links(
     config: SparsityConfig,
     weights: Mapping[str, Tensor],
 ) -> dict[str, int]:
-    """The number of links of each layer where `sparsity` is that of the run at a step.
+    """The number of links of each layer at a sparsity of the run.
 
     Args:
-        shapes: (out, in) of each layer by name.
-        weights: (out, in) by name; read for allocation "global" alone, one at a time.
+        shapes: (out, in) by layer name.
+        sparsity: of all layers together, but for those with a sparsity of their own (`layer_sparsity`).
+        weights: (out, in) by layer name; only read for allocation "global", one at a time.
     """
     own = overrides(shapes, config)
     rest = {name: shape for name, shape in shapes.items() if name not in own}
@@ -31,10 +33,10 @@ def layer_links(
         if name in own
     }
     if config.allocation == "uniform":
-        # each layer to its own nearest link, whatever the total
+        # each layer is rounded on its own, so that the total may be off by some links
         links |= {name: links_at(shape[0] * shape[1], sparsity) for name, shape in rest.items()}
     elif rest:
-        scores = Lazy(lambda name: weights[name].detach().abs(), rest) if config.allocation == "global" else None
+        scores = LazyMapping(lambda name: weights[name].detach().abs(), rest) if config.allocation == "global" else None
         links |= allocate_links(rest, sparsity, config.allocation, scores)
     return {name: links[name] for name in shapes}
 
@@ -47,9 +49,9 @@ def without_return(
     weights: Mapping[str, Tensor],
     trained: Collection[str],
 ) -> dict[str, int]:
-    """`links` of `layer_links` for allocation "global", but no more for what `trained` share than they `held` before.
+    """The `links` of allocation "global", but for the layers `trained` together no more than they `held` before.
 
-    Their share of all links depends on weights: it may grow beside layers that do not train.
+    Without it, their share of all links could grow beside layers that do not train.
     """
     own = overrides(shapes, config)
     sharing = {name: shapes[name] for name in shapes if name in trained and name not in own}
@@ -57,7 +59,7 @@ def without_return(
     if sum(links[name] for name in sharing) <= most:
         return dict(links)
     possible = sum(math.prod(shape) for shape in sharing.values())
-    scores = Lazy(lambda name: weights[name].detach().abs(), sharing)
+    scores = LazyMapping(lambda name: weights[name].detach().abs(), sharing)
     return {**links, **allocate_links(sharing, 1 - most / possible, "global", scores)}
 
 
@@ -68,23 +70,23 @@ def sparsity_ahead(
     scheduled: float,
     trained: Collection[str] | None = None,
 ) -> float | None:
-    """The sparsity of a run at which its layers have these links, where that is above the `scheduled` one; else None.
+    """The sparsity of the run at which its layers have these links, if it is above `scheduled`; else None.
 
-    Where there is no such sparsity, the one at which no layer, or what layers share, has more.
+    If there is no such sparsity, the one at which no layer, or group of layers that share links, has more.
 
     Args:
-        trained: the layers that count, since the others keep their links; None: all. With allocation "global" their
-            own sparsity stands for that of the run, whose weights at its last update are not known.
+        trained: the layers that count; the others keep their links. None: all. With allocation "global" the sparsity of
+            these layers stands for that of the run, because the weights of its last update are unknown.
     """
     names = list(shapes) if trained is None else [name for name in shapes if name in trained]
     own = overrides(shapes, config)
     counted = [(links[name], math.prod(shapes[name]), own[name]) for name in names if name in own]
     rest = [name for name in names if name not in own]
-    low, most, high = [], [], []  # links are rounded, so that a number of them stands for all sparsities between two
+    low, most, high = [], [], []  # a rounded number of links stands for an interval of sparsities
     if config.allocation == "global" and rest and len(names) < len(shapes):
         all_rest = [name for name in shapes if name not in own]
         if sum(links[name] for name in all_rest) == links_at(sum(math.prod(shapes[n]) for n in all_rest), scheduled):
-            rest = []  # together they have what the schedule gives them, such as those of a new model
+            rest = []  # together they have as many as the schedule gives them, as in a new model
     if config.allocation == "uniform":
         counted += [(links[name], math.prod(shapes[name]), config.sparsity) for name in rest]
     elif config.allocation == "erdos_renyi" and rest and len(names) < len(shapes):
@@ -104,7 +106,7 @@ def sparsity_ahead(
 def _range_of_share(
     links: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], config: SparsityConfig, names: Collection[str]
 ) -> tuple[float, float]:
-    """Between which sparsities of the run these layers share as many links as they have, up to the final sparsity."""
+    """The lowest and highest sparsity of the run at which these layers together have as many links as now."""
     number = sum(links[name] for name in names)
 
     def least(fits: Callable[[int], bool]) -> float:
@@ -134,7 +136,7 @@ def overrides(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
         if not matches:
             raise ValueError(
                 f"layer_sparsity has {pattern!r}, which matches no sparse layer: give a suffix such as 'down_proj', or "
-                f"a regular expression that matches a whole name. Sparse layers: {some(names)}"
+                f"a regular expression that matches a whole name. Sparse layers: {listed(names)}"
             )
         for name in matches:
             if name in found:
@@ -146,10 +148,5 @@ def overrides(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
 
 
 def matching(names: Collection[str], pattern: str) -> list[str]:
-    """The names that a pattern of the config means: a suffix of the dotted name, or an expression for all of it."""
+    """The names that a pattern of the config matches: as a suffix of dotted names, or as a regular expression."""
     return [name for name in names if name == pattern or name.endswith("." + pattern) or re.fullmatch(pattern, name)]
-
-
-def some(names: Collection[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "") if names else "none"

@@ -17,8 +17,9 @@ from hf_chts.config import SparsityConfig
 from hf_chts.layers.masked_linear import PLAIN_LAYERS
 from hf_chts.layers.own_classes import computes_a_product
 from hf_chts.layers.plain_weight import check_plain
-from hf_chts.layers.shares import matching, some
+from hf_chts.layers.shares import matching
 from hf_chts.layers.wrappers import added_by_adapters, copied_by_adapters, named_originals, original_name
+from hf_chts.names import listed
 
 # A layer with fewer inputs or outputs stays dense by default: at the sparsities that are usual its neurons would have
 # hardly a link each, and there is nothing to save. In a toy model, a sixteenth of its widest layer takes its place
@@ -117,16 +118,16 @@ def _by_default(
     if not any(name.startswith(blocks) for name in linears):
         raise ValueError(
             f"{kind} has no linear layers inside a list of blocks: name the layers in target_modules. Its linear "
-            f"layers: {some([name for name in linears if not _is_router(name, linears[name])])}"
+            f"layers: {listed([name for name in linears if not _is_router(name, linears[name])])}"
         )
     if not found:
         why: dict[str, list[str]] = {}
         for name, reason in reasons.items():
             if name.startswith(blocks):
                 why.setdefault(str(reason), []).append(name)
-        listed = "; ".join(f"{reason}: {some(names)}" for reason, names in why.items())
+        causes = "; ".join(f"{reason}: {listed(names)}" for reason, names in why.items())
         raise ValueError(
-            f"{kind} has no linear layer that is sparse by default ({listed}): name layers in target_modules to make "
+            f"{kind} has no linear layer that is sparse by default ({causes}): name layers in target_modules to make "
             "them sparse all the same"
         )
     towers = _towers(model, modules)
@@ -138,7 +139,7 @@ def _by_default(
                 raise ValueError(
                     f"{name} is a {type(module).__name__}, whose parameter {parameter} {tuple(value.shape)} holds "
                     "several matrices (of experts or heads): those cannot be masked and would stay dense. Name the "
-                    f"layers to make sparse in target_modules. Linear layers in the blocks: {some(_kinds(found))}"
+                    f"layers to make sparse in target_modules. Linear layers in the blocks: {listed(_kinds(found))}"
                 )
     return found
 
@@ -230,13 +231,13 @@ def _matching(
         if not matches and (own := matching(added, pattern)):
             raise ValueError(
                 f"{field} has {pattern!r}, which matches only what PEFT's adapters have put into the model: "
-                f"{some(own)}. Those stay dense: name layers of the model itself"
+                f"{listed(own)}. Those stay dense: name layers of the model itself"
             )
         if not matches:
             names = [name for name, linear in linears.items() if not _is_router(name, linear)]
             raise ValueError(
                 f"{field} has {pattern!r}, which matches no linear layer: give a suffix such as 'q_proj', or a "
-                f"regular expression that matches a whole name. Linear layers: {some(names)}"
+                f"regular expression that matches a whole name. Linear layers: {listed(names)}"
             )
         found.update(matches)
     return {name: linear for name, linear in linears.items() if name in found}

@@ -201,7 +201,7 @@ def _read_config(places: Sequence[Path], notes: list[str]) -> SparsityConfig | N
 def _known_part(path: Path) -> SparsityConfig | None:
     """The config made of the fields that this version knows; None if they do not make one."""
     values = _json(path, [])
-    names = {one.name for one in fields(SparsityConfig)} - {"version"}
+    names = {one.name for one in fields(SparsityConfig)} - {"version", "parts"}  # no code that the file names
     try:
         return SparsityConfig(**{name: value for name, value in values.items() if name in names}) if values else None
     except (ValueError, TypeError):

@@ -1,4 +1,4 @@
 """Network science on bipartite layers: boolean (out_features, in_features) tensors in, tensors out.
 
-Imports torch only. A mask is laid out like `torch.nn.Linear.weight`; True is a link.
+Imports torch and numpy only. A mask is laid out like `torch.nn.Linear.weight`; True is a link.
 """

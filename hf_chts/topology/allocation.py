@@ -1,4 +1,4 @@
-"""From a sparsity to whole numbers of links, of one layer or shared out among many."""
+"""From a sparsity to numbers of links, of one layer or shared out among several."""
 
 from collections.abc import Mapping
 
@@ -9,15 +9,20 @@ ALLOCATIONS = ("uniform", "erdos_renyi", "global")
 
 
 def links_at(numel: int, sparsity: float) -> int:
-    """The number of links of a layer of `numel` weights at `sparsity`, to the nearest whole link."""
+    """The number of links of a layer of `numel` weights at `sparsity`, rounded to a whole link."""
     return round(numel * (1 - sparsity))
 
 
+def block_links(links: int, block: int, blocks: int) -> int:
+    """The number of a layer's `links` that block number `block` of `blocks` equal blocks of its rows has."""
+    return links // blocks + (block < links % blocks)
+
+
 def check_links(out_features: int, in_features: int, links: int) -> int:
-    """`links` again, as the number of links of a layer of out_features x in_features.
+    """`links` again, if a layer of out_features x in_features can have as many.
 
     Raises:
-        ValueError: a side without a node, or a layer cannot have so many links.
+        ValueError: it cannot, or a side has no node.
     """
     if out_features < 1 or in_features < 1:
         raise ValueError(f"a layer has at least one node a side; got {out_features} x {in_features}")
@@ -34,33 +39,31 @@ def allocate_links(
     how: str = "uniform",
     scores: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
-    """Shares out the links that `sparsity` leaves of all layers together, at least one to each layer.
+    """Share out the links that `sparsity` leaves to all layers together, at least one to each layer.
 
-    The links of all layers add up to `links_at(weights of all layers, sparsity)`, to the link. What the rule gives in
-    fractions of a link is rounded down, and the links left over go to the largest fractions, the first layer first
-    among equals.
+    They add up to exactly `links_at(weights of all layers, sparsity)`. Fractions of a link are rounded down, and the
+    links left over go to the largest fractions, among equal ones to the first layers.
 
     Args:
         shapes: (out, in) of each layer, by name.
         sparsity: of all layers together, in [0, 1).
-        how: "uniform", the same sparsity everywhere; "erdos_renyi", density in proportion to (out + in)/(out·in), so
-            that links are in proportion to nodes, up to a full layer, whose excess the others share by the same rule
-            (SET, arXiv 1707.04780; RigL, arXiv 1911.11134); "global", a layer has as many links as it has weights
-            among those with the highest scores of all layers.
-        scores: for "global", (out, in) floating point, finite and >= 0, for each layer, such as |w|; compared in
-            float32. Equal scores at the threshold are shared out among layers in proportion to their number.
+        how: "uniform", the same sparsity everywhere; "erdos_renyi", links in proportion to out + in, where the other
+            layers share the excess of a full one by the same rule (SET, arXiv 1707.04780; RigL, arXiv 1911.11134);
+            "global", by the number of a layer's weights among those with the highest scores of all layers.
+        scores: only for "global": (out, in) of each layer, floating point, finite and >= 0, such as |w|. They are
+            compared in float32, and equal scores at the threshold count in proportion to their number.
 
     Returns:
         Links by name, in the order of `shapes`.
 
     Raises:
-        ValueError: no layer, a shape, `sparsity` or `how` that is none, fewer links than layers, or scores that are
-            missing, not wanted, or not as described.
+        ValueError: `shapes` is empty; a shape, `sparsity` or `how` is invalid; there are fewer links than layers; or
+            `scores` are missing, not wanted, or not as described.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is {sparsity}; it must lie in [0, 1)")
     if not shapes:
-        raise ValueError("there is no layer to share links out among: give the shape of at least one")
+        raise ValueError("there is no layer to share links out among: give at least one shape")
     for name, shape in shapes.items():
         try:
             check_links(*shape, 1)
@@ -88,10 +91,10 @@ def allocate_links(
 
 
 def apportion(shares: Tensor, total: int, capacity: Tensor | int, *, least: int = 0) -> Tensor:
-    """Whole numbers that add up to `total`, in proportion to `shares` but within [least, capacity].
+    """Integers that add up to `total`, in proportion to `shares` but within [least, capacity].
 
-    Where the proportion leaves those bounds, the rest is in proportion among the others. Fractions are rounded down,
-    and what is left over goes to the largest, the first among equals.
+    If some are out of bounds in proportion, the others share the rest in proportion. Fractions are rounded down, and
+    the remainder goes to the largest of them, among equal ones to the first.
 
     Args:
         shares: (n,), any number type, positive.
@@ -103,7 +106,7 @@ def apportion(shares: Tensor, total: int, capacity: Tensor | int, *, least: int 
     """
     ratios = shares.to(torch.float64)
     most = torch.as_tensor(capacity, device=ratios.device).expand_as(ratios).to(torch.float64)
-    # Σ clamp(factor·share) rises with the factor; where it reaches the total is found to the last bit
+    # Σ clamp(factor·share) rises with the factor; bisection finds to the last bit where it reaches the total
     low, high = 0.0, float((most / ratios).max())
     for _ in range(128):
         factor = (low + high) / 2
@@ -123,7 +126,7 @@ def apportion(shares: Tensor, total: int, capacity: Tensor | int, *, least: int 
 def _check_scores(shapes: Mapping[str, tuple[int, int]], scores: Mapping[str, Tensor]) -> None:
     if set(scores) != set(shapes):
         missing, extra = sorted(set(shapes) - set(scores)), sorted(set(scores) - set(shapes))
-        raise ValueError(f"the scores are not those of these layers: missing {missing[:3]}, unknown {extra[:3]}")
+        raise ValueError(f"the scores are of other layers: missing {missing[:3]}, unknown {extra[:3]}")
     for name in shapes:
         score = scores[name]
         if tuple(score.shape) != tuple(shapes[name]) or not score.is_floating_point():
@@ -140,15 +143,15 @@ def _check_scores(shapes: Mapping[str, tuple[int, int]], scores: Mapping[str, Te
 
 
 def _highest(scores: Mapping[str, Tensor], names: list[str], total: int) -> list[int]:
-    """How many of the `total` highest scores are in each tensor, where the highest of each tensor is always one.
+    """How many of the `total` highest scores each tensor has; its own highest always counts.
 
-    The tensors are read one at a time, some times over: a mapping may make them where they are read.
+    The tensors are read one at a time, several times each, so that a mapping can make them when they are read.
     """
     wanted = total - len(names)
     best = [int(_bits(scores[name]).max()) for name in names]
-    above = [0] * len(names)  # scores above the threshold, of each tensor, but for its highest
-    # The threshold is found 16 bits at a time, first the upper and then, among scores that agree with it there, the
-    # lower: no copy of all the scores is sorted
+    above = [0] * len(names)  # scores above the threshold, without the highest of each tensor
+    # Instead of sorting a copy of all scores, find the threshold 16 bits at a time: the upper half, then the lower half
+    # among scores with the same upper half
     upper = None
     for _ in range(2):
         counts = torch.zeros(len(names), 1 << 16, dtype=torch.int64)
@@ -163,9 +166,9 @@ def _highest(scores: Mapping[str, Tensor], names: list[str], total: int) -> list
         needed = wanted - sum(above)
         or_higher = counts.sum(0).flip(0).cumsum(0).flip(0)
         value = int((or_higher >= needed).nonzero().max())
-        above = [some + int(n) for some, n in zip(above, counts[:, value + 1 :].sum(1), strict=True)]
+        above = [count + int(n) for count, n in zip(above, counts[:, value + 1 :].sum(1), strict=True)]
         upper, ties = value, counts[:, value]
-    # of the scores at the threshold, each tensor gives in proportion
+    # scores at the threshold count in proportion to their number
     tied = [row for row, n in enumerate(ties.tolist()) if n]
     if tied and wanted > sum(above):
         shared = apportion(ties[tied], wanted - sum(above), ties[tied])
@@ -175,6 +178,6 @@ def _highest(scores: Mapping[str, Tensor], names: list[str], total: int) -> list
 
 
 def _bits(scores: Tensor) -> Tensor:
-    """float32 numbers >= 0 as whole numbers in the same order, int32, flat."""
-    # + 0.0 makes 0 of −0
+    """float32 numbers >= 0 as integers in the same order, int32, flat."""
+    # + 0.0 turns −0 into 0
     return (scores.detach().to(torch.float32) + 0.0).flatten().view(torch.int32)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Words of rows that are compared at a time: they stay in the caches
+# Words of rows to compare at a time, few enough for the caches
 _WORDS_AT_A_TIME = 1 << 17
 
 
@@ -58,7 +58,7 @@ def link_positions(mask: Tensor) -> Tensor:
     """Where a mask is True, counted along its rows end to end: bool, any shape → int64 (links,), ascending."""
     flat = mask.reshape(-1)
     if flat.device.type == "cpu":
-        # some three times as fast as torch's own on the CPU
+        # about three times as fast as nonzero() on the CPU
         return torch.from_numpy(np.flatnonzero(flat.numpy()))
     return flat.nonzero().squeeze(1)
 
@@ -70,7 +70,7 @@ def pack_rows(mask: Tensor) -> Tensor:
 
 
 def common_links(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """How many links row first[n] and row second[n] share: `pack_rows`' rows and int64 (n,) twice → int64 (n,)."""
+    """How many links row first[n] and row second[n] share: rows as of `pack_rows`, int64 (n,) twice → int64 (n,)."""
     step = max(1, _WORDS_AT_A_TIME // rows.shape[1])
     counts = [
         _ones(rows[a].bitwise_and_(rows[b])).sum(1, dtype=torch.int64)
@@ -80,10 +80,10 @@ def common_links(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def nth_link(rows: Tensor, share: Tensor) -> Tensor:
-    """The column of link number floor(share·links) of each row, which all have one.
+    """The column of link number floor(share·links) of each row.
 
     Args:
-        rows: as `pack_rows` makes them, int64 (n, words).
+        rows: as of `pack_rows`, int64 (n, words), each with a link.
         share: float64 (n,), in [0, 1).
 
     Returns:
@@ -91,7 +91,7 @@ def nth_link(rows: Tensor, share: Tensor) -> Tensor:
     """
     until = _ones(rows).to(torch.int64).cumsum(1)
     total = until[:, -1]
-    # the product of a share close to 1 may be rounded up to the total
+    # with a share close to 1, the product may be rounded up to the total
     number = (share * total).long().minimum(total - 1)[:, None]
     word = torch.searchsorted(until, number, right=True)
     before = until.gather(1, (word - 1).clamp_(min=0)).masked_fill_(word == 0, 0)
@@ -102,7 +102,7 @@ def nth_link(rows: Tensor, share: Tensor) -> Tensor:
 def _ones(words: Tensor) -> Tensor:
     """How many bits of each word are set: int64 → uint8 or int64, of its shape."""
     if words.device.type == "cpu" and hasattr(np, "bitwise_count"):  # from NumPy 2 on
-        # of signed numbers it counts the bits of the absolute value
+        # it counts the bits of the absolute value of signed numbers
         return torch.from_numpy(np.bitwise_count(words.numpy().view(np.uint64)))
     # neighbouring bits are added in pairs, then the pairs, then the halves of each byte, then the bytes
     pairs = words - ((words >> 1) & 0x5555555555555555)

@@ -7,7 +7,7 @@ from hf_chts.topology.allocation import check_links
 from hf_chts.topology.parts import register
 from hf_chts.topology.sampling import choose
 
-# Rows of the correlation matrix computed at a time, in float64
+# Rows of the correlation matrix to compute at a time, in float64
 _BLOCK_ROWS = 1024
 
 
@@ -15,20 +15,20 @@ _BLOCK_ROWS = 1024
 def correlated(inputs: Tensor, out_features: int, links: int, *, generator: torch.Generator) -> Tensor:
     """CSTI: links where the layer's input features are correlated over calibration inputs (arXiv 2501.19107, App. D).
 
-    The Pearson correlations between the features, with 0 for a feature with itself and for one that is constant, are
-    tiled and cut to (out, in): output i stands for feature i mod in. The links are at the largest absolute values,
-    equals chosen uniformly at random.
+    The Pearson correlations between features, 0 for constant ones and on the diagonal, are tiled and cut to (out, in):
+    output i stands for feature i mod in. The links are at the largest absolute values; equal ones are chosen uniformly
+    at random.
 
     Args:
-        inputs: (samples, in) floating point or integer, two samples at least: what the layer sees, flattened to rows.
+        inputs: (samples, in) floating point or integer, at least two samples: what the layer sees, flattened to rows.
         out_features: outputs of the layer.
 
     Returns:
         bool (out, in) with exactly `links` links, on the generator's device.
 
     Raises:
-        ValueError: `inputs` of another shape, with fewer than two samples, or not finite; a size or `links` out of
-            range.
+        ValueError: `inputs` has another shape, fewer than two samples, or values that are not finite; or a size or
+            `links` is out of range.
     """
     if inputs.dim() != 2:
         raise ValueError(
@@ -45,9 +45,9 @@ def correlated(inputs: Tensor, out_features: int, links: int, *, generator: torc
             "leave those samples out"
         )
 
-    # told by its values: its deviations from the mean are rounding errors, and would correlate with anything
+    # compared by value: the deviations of a constant from its mean are rounding errors, which correlate with anything
     constant = (values == values[0]).all(0)
-    values = values / values.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)  # so that no square overflows
+    values = values / values.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)  # against overflow of squares
     values = values - values.mean(0)
     values = values / values.norm(dim=0)
     values[:, constant] = 0  # (samples, in), each feature of mean 0 and length 1
@@ -55,7 +55,7 @@ def correlated(inputs: Tensor, out_features: int, links: int, *, generator: torc
     scores = torch.empty(min(out_features, ins), ins, dtype=torch.float32, device=generator.device)
     for start in range(0, len(scores), _BLOCK_ROWS):
         block = slice(start, min(start + _BLOCK_ROWS, len(scores)))
-        # rounding to float32 makes equal what differs in its last place, such as (a, b) and (b, a)
+        # rounded to float32, so that (a, b) and (b, a) are equal
         scores[block] = (values[:, block].t() @ values).abs_().float()
     scores.diagonal().zero_()
     scores = scores.repeat(-(-out_features // ins), 1)[:out_features]

@@ -1,4 +1,7 @@
-"""One topology update of one layer: prune → remove → regrow. Percolation of coupled layers goes before regrowth."""
+"""One topology update of one layer: prune → remove → regrow (arXiv 2501.19107, §3).
+
+Percolation, which looks at coupled layers together, comes between removal and regrowth.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,9 +14,9 @@ from hf_chts.topology.sampling import choose
 
 @dataclass(frozen=True)
 class Choice:
-    """How links are chosen: by which score, and hard (the highest) or soft (sampled ∝ score^temperature).
+    """How links are chosen: hard takes the highest scores, soft samples them ∝ score^temperature.
 
-    A `sampler(mask, k, generator=…)` draws what a soft regrowth would, without computing its scores.
+    `sampler(mask, k, generator=…)`: draws what a soft regrowth would, without computing its scores.
     """
 
     score: Callable[..., Tensor]
@@ -27,19 +30,19 @@ class LayerEvolution:
     """What an update did to a layer."""
 
     mask: Tensor  # bool (out, in), the new topology
-    pruned: int  # links given up because the density fell
+    pruned: int  # links removed because the density fell
     removed: int  # links removed to be replaced, by percolation too
     regrown: int  # links added
-    returned: int  # those of the regrown that had just been removed
+    returned: int  # regrown links that the same update had removed
 
     @property
     def overlap(self) -> float:
-        """The share of the regrown links that had just been removed; 0 where none was regrown."""
+        """The share of the regrown links that returned; 0 where none was regrown."""
         return self.returned / self.regrown if self.regrown else 0.0
 
 
 def joined(parts: Sequence[LayerEvolution]) -> LayerEvolution:
-    """What was done to a layer of which blocks of rows, in order, evolved on their own."""
+    """The result of a layer whose blocks of rows, in this order, evolved on their own."""
     if len(parts) == 1:
         return parts[0]
     return LayerEvolution(
@@ -49,48 +52,6 @@ def joined(parts: Sequence[LayerEvolution]) -> LayerEvolution:
         sum(part.regrown for part in parts),
         sum(part.returned for part in parts),
     )
-
-
-def evolve(
-    weight: Tensor,
-    mask: Tensor,
-    *,
-    links: int,
-    drop_fraction: float,
-    removal: Choice,
-    regrowth: Choice,
-    pruning: Choice,
-    streams: Callable[[str], torch.Generator],
-) -> LayerEvolution:
-    """Evolve a layer's topology to exactly `links` links (arXiv 2501.19107, §3).
-
-    Where the layer has more links than that, the lowest by the `pruning` score go first. Then a share `drop_fraction`
-    of the links is removed, and missing links, those just removed among them, are added by the `regrowth` score of
-    what is left, until there are `links`.
-
-    Args:
-        weight: (out, in) floating point, 0 off the mask; read only.
-        mask: bool (out, in); read only.
-        links: how many links there are afterwards.
-        drop_fraction: ζ at this step, in [0, 1].
-        removal, pruning: choose which links *stay*; scores are called with (weight, mask).
-        regrowth: chooses among missing links; its score is called with (mask).
-        streams: gives a new generator for "pruning", "removal" and "regrowth".
-
-    Raises:
-        ValueError: `links` or `drop_fraction` out of range, or a score that is negative or not finite (for example
-            because a weight is NaN).
-    """
-    stay, kept = remove(
-        weight,
-        mask,
-        links=links,
-        drop_fraction=drop_fraction,
-        removal=removal,
-        pruning=pruning,
-        streams=streams,
-    )
-    return regrow(mask, stay, kept, links=links, regrowth=regrowth, streams=streams)
 
 
 def remove(
@@ -103,7 +64,23 @@ def remove(
     pruning: Choice,
     streams: Callable[[str], torch.Generator],
 ) -> tuple[Tensor, Tensor]:
-    """The first half of `evolve`: (what pruning leaves, what removal leaves of that), bool (out, in) each."""
+    """The first half of an update: prune down to `links` links, then remove a share `drop_fraction` of them.
+
+    Args:
+        weight: (out, in) floating point, 0 off the mask; read only.
+        mask: bool (out, in); read only.
+        links: the number of links after the whole update.
+        drop_fraction: ζ, in [0, 1].
+        removal, pruning: choose the links that *stay*; scores are called with (weight, mask), `weight` 0 off `mask`.
+        streams: gives a new generator for "pruning" and for "removal".
+
+    Returns:
+        (the links after pruning, those after removal), bool (out, in) each.
+
+    Raises:
+        ValueError: `links` or `drop_fraction` is out of range, or a score is negative or not finite (for example
+            because a weight is NaN).
+    """
     if not 0 <= links <= mask.numel():
         raise ValueError(f"links is {links}; a layer of {tuple(mask.shape)} has 0 to {mask.numel()}")
     if not 0 <= drop_fraction <= 1:
@@ -113,8 +90,11 @@ def remove(
     if links < count:
         stay, count = _keep(weight, mask, links, pruning, streams("pruning")), links
     drop = round(drop_fraction * count)
-    kept = _keep(weight, stay, count - drop, removal, streams("removal")) if drop else stay
-    return stay, kept
+    if not drop:
+        return stay, stay
+    if stay is not mask:
+        weight = weight.where(stay, 0)
+    return stay, _keep(weight, stay, count - drop, removal, streams("removal"))
 
 
 def regrow(
@@ -126,12 +106,17 @@ def regrow(
     regrowth: Choice,
     streams: Callable[[str], torch.Generator],
 ) -> LayerEvolution:
-    """The second half of `evolve`: add links to `kept` until there are `links`.
+    """The second half of an update: add missing links, among them those just removed, until there are `links`.
 
     Args:
-        mask: bool (out, in), the topology before the update.
-        stay: what pruning left of it.
-        kept: what removal, and percolation where there is any, left of that.
+        mask: bool (out, in), the links before the update.
+        stay: those after pruning.
+        kept: those after removal, and after percolation where the config has it.
+        regrowth: chooses among missing links; its score is called with (kept).
+        streams: gives a new generator for "regrowth".
+
+    Raises:
+        ValueError: a score is negative or not finite.
     """
     before, after_pruning, left = (int(torch.count_nonzero(m)) for m in (mask, stay, kept))
     add = links - left
@@ -148,12 +133,12 @@ def regrow(
             temperature=regrowth.temperature,
             generator=streams("regrowth"),
         )
-    returned = int(torch.count_nonzero(stay & regrown))  # what is regrown was not kept: if it stayed, it was removed
+    returned = int(torch.count_nonzero(stay & regrown))  # links that stayed and were not kept
     return LayerEvolution(kept | regrown, before - after_pruning, after_pruning - left, add, returned)
 
 
 def selected(mask: Tensor, chosen: Tensor) -> LayerEvolution:
-    """What an update did that chose all links of a layer anew; both bool (out, in)."""
+    """The result of an update that chose all links anew: `mask` before and `chosen` after it, bool (out, in)."""
     regrown = int(torch.count_nonzero(chosen & ~mask))
     pruned = int(torch.count_nonzero(mask)) - int(torch.count_nonzero(chosen))
     return LayerEvolution(chosen, pruned, regrown, regrown, 0)

@@ -1,4 +1,4 @@
-"""Gradual magnitude pruning (arXiv 1710.01878): the largest weights are links, be they links now or pruned before."""
+"""Gradual magnitude pruning (GMP, arXiv 1710.01878): the links are the largest of all present and pruned weights."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from hf_chts.topology.sampling import choose
 
 @register.selection("stored")
 def largest_weights(weight: Tensor, mask: Tensor, stored: Tensor, links: int, generator: torch.Generator) -> Tensor:
-    """The `links` largest of all weights; equal ones are chosen uniformly at random.
+    """The `links` largest of the present and stored weights; among equal ones a uniformly random choice.
 
     Args:
         weight: (out, in), 0 where there is no link.

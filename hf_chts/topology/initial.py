@@ -1,5 +1,5 @@
-"""The topologies that training starts from. Each returns bool (out_features, in_features) with exactly
-`links` links, and is the same for the same generator state."""
+"""The topologies that training starts from: functions that return bool (out_features, in_features) with exactly `links`
+links, the same for the same generator state."""
 
 import torch
 from torch import Tensor
@@ -22,10 +22,10 @@ __all__ = [
 
 @register.initial_topology("erdos_renyi")
 def erdos_renyi(out_features: int, in_features: int, links: int, *, generator: torch.Generator) -> Tensor:
-    """Every set of links equally likely, with the exact number of links."""
+    """`links` links, every set of them equally likely."""
     check_links(out_features, in_features, links)
     numel = out_features * in_features
-    # draws that repeat others are thrown away; where links are the larger part, the missing ones are drawn
+    # repeated draws are thrown away; above half density, the missing links are drawn instead
     drawn = torch.zeros(numel, dtype=torch.bool, device=generator.device)
     wanted = min(links, numel - links)
     while missing := wanted - int(torch.count_nonzero(drawn)):

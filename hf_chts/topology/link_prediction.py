@@ -1,5 +1,7 @@
-"""Cannistraci-Hebb link prediction on bipartite layers: how likely each missing link is. Here the node-based scores
-(L3n); those that add over paths (L3p), for small layers, are in `path_based.py` and can be imported from here.
+"""Cannistraci-Hebb link prediction on bipartite layers: how likely each missing link is.
+
+These are the node-based scores (L3n). The path-based ones (L3p), for small layers, are in `path_based.py`, and can be
+imported from here too.
 
 A missing link between output i and input j is bridged by paths of length three, i - b - a - j: b is an input of i, a
 is an output that shares inputs with i. The node-based scores (arXiv 2501.19107, §3.2 and App. B) judge each bridging
@@ -20,11 +22,11 @@ from hf_chts.topology.path_based import ch2_l3p, ch3_l3p, check_mask
 
 __all__ = ["ch2_l3n", "ch2_l3p", "ch3_1_l3n", "ch3_l3n", "ch3_l3p"]
 
-# Rows of the node-by-node matrices that are held at a time. They are (out, out) and (in, in): whole, they would be n/m
-# copies of an m x n layer.
+# Rows of the node-by-node matrices to hold at a time. Whole, (out, out) or (in, in), they would be n/m copies of an
+# m x n layer.
 _BLOCK_ROWS = 128
 
-# strength(common neighbours, links that leave the community) of pairs of nodes; may overwrite the first
+# strength(common neighbours, links that leave the community) of pairs of nodes; may overwrite its first argument
 Strength = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -57,7 +59,7 @@ def ch3_1_l3n(mask: Tensor) -> Tensor:
     """CH3.1-L3n scores: as `ch2_l3n` with (x + 1)^(1 + x/(1 + x)) in the denominator, where x is the number of links
     that leave the community, less the one to the seed; bool (out, in) → float32 (out, in).
 
-    Against CH2-L3n, whose denominator is x + 1, a node with many links out of the community counts for less: its
+    So a node with many links out of the community counts for less than in CH2-L3n, whose denominator is x + 1: the
     exponent goes from 1 at x = 0 towards 2.
     """
     return node_based_scores(mask, ch3_1_strength)
@@ -95,10 +97,10 @@ def bridges(mask: Tensor, links: Tensor, strength: Strength) -> Iterator[tuple[s
     `links` is `mask` in float32, (nodes, others).
     """
     degree = links.sum(1)
-    # Both products count exactly. 8-bit ones want the nodes as the fast dimension of both operands, and on CUDA they
-    # have restrictions on shapes.
+    # Both products count exactly. 8-bit ones need the nodes as the fast dimension of both operands, and restrict shapes
+    # on CUDA.
     integer = links.device.type == "cpu" and _integer_products_are_faster()
-    # cloned: contiguous() leaves the strides of a matrix of one row as they are, and the product would read past it
+    # cloned, because contiguous() keeps the strides of a matrix of one row, and the product would read past its end
     by_neighbour = mask.t().clone(memory_format=torch.contiguous_format).view(torch.int8) if integer else links.t()
     for start in range(0, links.shape[0], _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
@@ -112,8 +114,8 @@ def bridges(mask: Tensor, links: Tensor, strength: Strength) -> Iterator[tuple[s
 def _integer_products_are_faster() -> bool:
     """Whether 8-bit products take less time than fp32 ones on this processor: measured once, in a few milliseconds.
 
-    With AVX512-VNNI or AMX they are several times as fast; without, torch has a plain loop for them that is up to a
-    hundred times as slow.
+    With AVX512-VNNI or AMX they are several times as fast; without, torch's loop for them is up to a hundred times
+    slower.
     """
     links = torch.ones(_BLOCK_ROWS, 256)
     numbers = links.to(torch.int8)

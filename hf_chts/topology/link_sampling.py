@@ -1,14 +1,14 @@
 """Soft L3n regrowth without the scores: draw paths, not links.
 
-The score of a missing link (i, j) is a sum over the nodes that bridge it, U·A + (V·Aᵀ)ᵀ (link_prediction.py). So a
-link drawn in proportion to its score is the end of a path drawn in proportion to its strength: a pair of outputs
+The score of a missing link (i, j) is a sum over the nodes that bridge it, U·A + (V·Aᵀ)ᵀ (link_prediction.py). So to
+draw a link in proportion to its score, draw a path in proportion to its strength and take its ends: a pair of outputs
 (i, a), then one of a's inputs that i lacks; or likewise a pair of inputs.
 
 Let a have d inputs and share P of them with i. CH2 gives each of the d − P inputs that i lacks the strength
-(P + 1)/(d − P), so the pair as a whole weighs P + 1; CH3 gives 1/(d − P), so the pair weighs 1. Both are drawn by
-rejection: a walk i - k - a through a random link meets the pair with probability ∝ P, and is kept with probability
-(P + 1)/(2P), or 1/P. P is counted for the pairs that are met, from the nodes' links as bits. So the cost grows with the
-links drawn, and neither the node-by-node counts nor the scores, which are products of the layer's size, are made.
+(P + 1)/(d − P), so that the whole pair weighs P + 1; CH3 gives 1/(d − P), so that the pair weighs 1. Both are drawn by
+rejection: a walk i - k - a through a random link reaches the pair with probability ∝ P, and is kept with probability
+(P + 1)/(2P), or 1/P. P is counted from the nodes' links as bits, only for pairs that a walk reaches. So the cost grows
+with the number of links drawn, and neither the node-by-node counts nor the scores are computed.
 """
 
 from collections.abc import Callable
@@ -22,23 +22,23 @@ from hf_chts.topology.link_prediction import Strength, ch2_strength, ch3_strengt
 from hf_chts.topology.parts import register
 from hf_chts.topology.sampling import choose
 
-# Rounds of draws before what is left goes to the scores themselves
+# Rounds of draws before the scores themselves decide the rest
 _ROUNDS = 20
-# Tries to meet an input that is missing before it is looked for among all of them
+# Tries to draw a missing input before searching all inputs
 _TRIES = 2
-# Words of rows that are looked through at a time
+# Words of rows to search at a time
 _WORDS_AT_A_TIME = 1 << 20
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """How a pair of nodes that share `common` links weighs, all its missing links together.
+    """The weight of a pair of nodes: the strength of all its missing links together.
 
     Attributes:
-        strength: of each of them, for the scores.
-        weight: (common) → weight.
-        per_link: the most that weight / common can be.
-        at_most: the most that the weight can be; None if there is no such bound.
+        strength: of each missing link, for the scores.
+        weight: (links that the nodes share) → weight.
+        per_link: upper bound of weight / shared links.
+        at_most: upper bound of the weight; None if there is none.
     """
 
     strength: Strength
@@ -52,16 +52,16 @@ _CH3 = _Rule(ch3_strength, torch.ones_like, per_link=1.0, at_most=1.0)
 
 
 def _pairs_of_links(out_features: int, in_features: int) -> float:
-    # pairs of nodes are compared by their links, 64 at a time, for a share of the links
+    # compares the links of pairs of nodes, 64 at a time, for a share of the links
     numel = out_features * in_features
     return 100 * numel + numel * (out_features + in_features) / 64
 
 
 @register.sampler("ch2_l3n", cost=_pairs_of_links)
 def sample_ch2_l3n(mask: Tensor, k: int, *, generator: torch.Generator) -> Tensor:
-    """Draw k missing links one after another, each ∝ its CH2-L3n score among those left.
+    """Draw k missing links one after another, each with probability ∝ its CH2-L3n score.
 
-    The distribution is that of `choose(ch2_l3n(mask), k, ~mask, soft=True)`, and so are the rules for scores of 0.
+    The distribution is that of `choose(ch2_l3n(mask), k, ~mask, soft=True)`, also for scores of 0.
 
     Args:
         mask: bool (out, in).
@@ -69,7 +69,7 @@ def sample_ch2_l3n(mask: Tensor, k: int, *, generator: torch.Generator) -> Tenso
         generator: on the device of `mask`.
 
     Returns:
-        bool (out, in) with exactly k True, none of them on a link.
+        bool (out, in) with exactly k True, all on missing links.
 
     Raises:
         ValueError: there are fewer than k missing links.
@@ -79,7 +79,7 @@ def sample_ch2_l3n(mask: Tensor, k: int, *, generator: torch.Generator) -> Tenso
 
 @register.sampler("ch3_l3n", cost=_pairs_of_links)
 def sample_ch3_l3n(mask: Tensor, k: int, *, generator: torch.Generator) -> Tensor:
-    """As `sample_ch2_l3n`, with CH3-L3n scores."""
+    """Like `sample_ch2_l3n`, with CH3-L3n scores."""
     return _sample(mask, k, _CH3, generator)
 
 
@@ -87,7 +87,7 @@ def _sample(mask: Tensor, k: int, rule: _Rule, generator: torch.Generator) -> Te
     missing = mask.numel() - int(torch.count_nonzero(mask))
     taken = mask.clone()
     remaining = k
-    # Where a large part of the missing links is wanted, most draws would repeat others
+    # If many of the missing links are wanted, most draws would be repetitions
     if 0 < 4 * k <= missing:
         remaining = _draw_paths(taken, mask, k, rule, generator)
     if remaining:
@@ -97,7 +97,7 @@ def _sample(mask: Tensor, k: int, rule: _Rule, generator: torch.Generator) -> Te
 
 
 def _draw_paths(taken: Tensor, mask: Tensor, k: int, rule: _Rule, generator: torch.Generator) -> int:
-    """Mark up to k drawn links in `taken`, which starts as a copy of `mask`; returns how many are still to be drawn."""
+    """Mark up to k drawn links in `taken`, at first a copy of `mask`; return how many are still missing."""
     of_outputs, of_inputs = _Neighbours.of(mask), _Neighbours.of(mask.t())
     outputs = _Pairs(of_outputs, of_inputs, rule, generator)
     inputs = _Pairs(of_inputs, of_outputs, rule, generator)
@@ -109,7 +109,7 @@ def _draw_paths(taken: Tensor, mask: Tensor, k: int, rule: _Rule, generator: tor
         if not remaining or not total:
             break
         side = torch.rand(draws + 64, dtype=torch.float64, device=mask.device, generator=generator).mul_(total)
-        # in the order of the draws, whichever side they come from: the first that are new are taken
+        # the first new links are taken, in the order of the draws, whichever side they come from
         order = torch.cat([(side < outputs.mass).nonzero()[:, 0], (side >= outputs.mass).nonzero()[:, 0]])
         by_outputs = int((side < outputs.mass).sum())
         kept, out, inn = outputs.draw(by_outputs)
@@ -119,13 +119,13 @@ def _draw_paths(taken: Tensor, mask: Tensor, k: int, rule: _Rule, generator: tor
         fresh = _first_distinct(ends[~flat[ends]], remaining)
         flat[fresh] = True
         remaining -= len(fresh)
-        # as many draws for each link as it took now, and some
+        # as many draws per link as this round took, and half as many again
         draws = min(3 * draws * remaining // (2 * max(len(fresh), 1)), mask.numel())
     return remaining
 
 
 def _first_distinct(values: Tensor, k: int) -> Tensor:
-    """The first k distinct values, or all there are, of an int64 tensor (n,)."""
+    """The first k distinct values, or all if there are fewer, of an int64 tensor (n,)."""
     ordered, position = values.sort(stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
@@ -158,10 +158,10 @@ class _Neighbours:
         return cls(pack_rows(mask), first, positions % others, first.diff())
 
     def one_of(self, nodes: Tensor, generator: torch.Generator) -> Tensor:
-        """A random neighbour of each of `nodes`, int64 (n,), which all have one."""
+        """A random neighbour of each of `nodes`, int64 (n,); each has one."""
         degree = self.degree[nodes]
         step = torch.rand(nodes.shape, dtype=torch.float64, device=nodes.device, generator=generator)
-        # the product of a number close to 1 may be rounded up to the degree
+        # with a number close to 1, the product may be rounded up to the degree
         step = step.mul_(degree).long().minimum(degree - 1)
         return self.neighbour[self.first[nodes] + step]
 
@@ -171,29 +171,28 @@ class _Neighbours:
 
 
 class _Pairs:
-    """Pairs of nodes (i, a) of one side of a layer, each with one of a's links that i lacks, by their weight.
+    """Draws pairs of nodes (i, a) of one side of a layer by their weight, each with one of a's links that i lacks.
 
     Args:
         nodes: the links of this side's nodes.
-        others: those of the other side's.
+        others: the links of the other side's nodes.
 
     Attributes:
-        mass: what `draw` is to be called in proportion to.
+        mass: the number of calls of `draw` must be in proportion to it.
     """
 
     def __init__(self, nodes: _Neighbours, others: _Neighbours, rule: _Rule, generator: torch.Generator) -> None:
         self.nodes, self.others, self.rule, self.generator = nodes, others, rule, generator
-        # a node of degree e on the other side lies on e² walks
+        # e² walks lead over a node of degree e on the other side
         self.walks = others.degree.to(torch.float64).square_().cumsum(0)
         by_walks = rule.per_link * float(self.walks[-1])
-        # where nodes share many links, any two are met sooner than by walks, which prefer those that share most
+        # if nodes share many links, drawing any two is quicker than walks, which prefer pairs that share most
         everywhere = float("inf") if rule.at_most is None else rule.at_most * len(nodes.degree) ** 2
         self.by_walks = by_walks <= everywhere
         self.mass = min(by_walks, everywhere) if by_walks else 0.0
 
     def draw(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """n draws, of which those are kept that are a path: (which of the n, first node i, last node on the other
-        side), int64 each."""
+        """Make n draws: (which of them gave a path, its first node i, its last node on the other side), int64 each."""
         node, via = self._walk(n) if self.by_walks else self._any_two(n)
         common = common_links(self.nodes.bits, node, via).to(torch.float64)
         bound = self.rule.per_link * common if self.by_walks else float(self.rule.at_most or 0)
@@ -205,7 +204,7 @@ class _Pairs:
     def _walk(self, n: int) -> tuple[Tensor, Tensor]:
         points = torch.rand(n, dtype=torch.float64, device=self.walks.device, generator=self.generator)
         middle = torch.searchsorted(self.walks, points.mul_(self.walks[-1]), right=True)
-        # rounding in the last place can end beyond the last node, or on one without links
+        # rounding may point past the last node, or at one without links
         last = torch.searchsorted(self.walks, self.walks[-1:])
         middle = middle.minimum(last)
         return self.others.one_of(middle, self.generator), self.others.one_of(middle, self.generator)
@@ -216,7 +215,7 @@ class _Pairs:
         return first, second
 
     def _missing(self, node: Tensor, via: Tensor) -> Tensor:
-        """One of the neighbours of each of `via` that the node beside it lacks, each as likely; there is one."""
+        """A uniformly drawn neighbour of each of `via` that its counterpart in `node` lacks; there is one."""
         found = self.nodes.one_of(via, self.generator)
         again = self.nodes.has(node, found).nonzero()[:, 0]
         for _ in range(_TRIES):

@@ -1,6 +1,6 @@
-"""The parts that methods are made of, by name: whoever defines one registers it, and nobody else decides by its name.
+"""The parts that methods are made of. A part registers itself with all that others need to know of it.
 
-A score, an initial topology, a schedule or a method of your own needs no change of this package:
+A score, an initial topology, a schedule or a method of your own needs no change in this package:
 
     from hf_chts import register
 
@@ -9,24 +9,31 @@ A score, an initial topology, a schedule or a method of your own needs no change
         size = weight.abs()
         return size.sum(1, keepdim=True) * size.sum(0, keepdim=True)
 
-The names of a function's parameters say what it needs; parameters with a default get it, or a field of the config that
-`options` names.
+A function is called with what its parameters ask for by name. Parameters with a default keep it, unless `options` gives
+them a field of the config.
 """
 
 import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-Cost = Callable[[int, int], float]
+import torch
+from torch import Tensor
 
-# What a part of each kind may ask for by the names of its parameters
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Decorator = Callable[[_Function], _Function]
+_Options = Mapping[str, str]
+_NO_OPTIONS: _Options = {}
+Cost = Callable[[int, int], float]  # (out_features, in_features) → operations
+
+# What the parameters of each kind of part may ask for
 _SCORE_NEEDS = {"mask", "weight", "grad", "stored"}
 _NEEDS = {
     "removal": _SCORE_NEEDS,
@@ -50,13 +57,13 @@ class Part:
     Attributes:
         name, kind: as registered; kind is a field of the config, or "selection".
         function: see `Register`.
-        module: that the function is defined in.
-        needs: what the function is called with, by name.
-        options: config fields by the names of the parameters that they go to.
-        cost: roughly the operations for a layer of (out, in), to share layers out over ranks.
-        sampler: `sampler(mask, k, generator=…)` draws what a soft choice by the score would, without the score.
-        sampler_cost: as `cost`, for the sampler.
-        facts: what else there is to know of a part of its kind.
+        module: where the function is defined.
+        needs: names of the parameters that the function is called with.
+        options: names of config fields, by the parameters that get their values.
+        cost: roughly the operations that an update of a layer of (out, in) takes, to share layers out over ranks.
+        sampler: `sampler(mask, k, generator=…)`: draws what a soft choice by the score would, without the score.
+        sampler_cost: like `cost`, for the sampler.
+        starts_below, until: of a sparsity schedule, see `Register.sparsity_schedule`.
     """
 
     name: str
@@ -64,26 +71,46 @@ class Part:
     function: Callable[..., Any]
     module: str
     needs: frozenset[str]
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str]
     cost: Cost = _one_sort
     sampler: Callable[..., Any] | None = None
     sampler_cost: Cost = _one_sort
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    starts_below: float | None = None
+    until: float = 1.0
 
     def __call__(self, config: Any, **given: Any) -> Any:
         """Call the function with those of `given` that it needs, and with its options from `config`."""
         options = {parameter: getattr(config, name) for parameter, name in self.options.items()}
         return self.function(**{name: given[name] for name in self.needs}, **options)
 
+    def check(self, result: Any, shape: tuple[int, ...], links: int | None = None) -> Any:
+        """`result` again, if it is what the function must return: scores, or a mask with `links` links.
+
+        Raises:
+            ValueError: it is not; the message names the part.
+        """
+        if not isinstance(result, Tensor):
+            found, right = f"a {type(result).__name__}", False
+        elif links is None:
+            found, right = f"{result.dtype} {tuple(result.shape)}", result.is_floating_point()
+        else:
+            count = int(torch.count_nonzero(result))
+            found, right = f"{result.dtype} {tuple(result.shape)} with {count} links", result.dtype == torch.bool
+            right = right and count == links
+        if not right or result.shape != shape:
+            wanted = f"floating point {shape}" if links is None else f"bool {shape} with {links} links"
+            raise ValueError(f"the {self.kind} {self.name!r} returned {found}; it must return {wanted}")
+        return result
+
 
 @dataclass(frozen=True)
 class Method:
-    """A method: what the config's fields are where a run says nothing.
+    """The defaults that a method gives to fields of the config.
 
     Attributes:
-        settings: those that arXiv 2501.19107 compares all methods with.
-        original: those of the method's own paper; None where they are not known for sure.
-        module: that registers it.
+        settings: those of the comparison in arXiv 2501.19107.
+        original: what the method's own paper has instead; None if that is not known for sure.
+        module: where it is registered.
     """
 
     settings: Mapping[str, Any]
@@ -99,132 +126,120 @@ METHODS: dict[str, Method] = {}
 
 
 class Register:
-    """Decorators, one for each kind of part. The same name a second time replaces nothing: it raises ValueError."""
+    """Decorators, one for each kind of part.
 
-    def removal(self, name: str, **facts: Any) -> Callable[[_Function], _Function]:
-        """A score of links, by which the lowest are removed, or pruned as sparsity rises.
+    `options`, which all but methods take, are names of config fields by the parameters that get their values.
 
-        The function takes any of `weight`, `mask`, `grad` (the dense gradient), `stored` (weights of removed links),
-        all (out, in), and returns scores (out, in), finite and >= 0 on the links.
+    Raises:
+        ValueError: the name is taken by a part from another place, or the function asks for something unknown.
+    """
+
+    def removal(self, name: str, *, options: _Options = _NO_OPTIONS) -> _Decorator:
+        """A score of links: the lowest are removed, or pruned as sparsity rises.
+
+        The function takes any of `mask` (bool), `weight` (0 off the mask), `grad` (the dense gradient) and `stored`
+        (the weights of removed links), all (out, in), and returns floating point scores (out, in), finite and >= 0 on
+        the links.
         """
-        return self._add(REMOVAL, "removal", name, **facts)
+        return _adding(REMOVAL, "removal", name, options)
 
-    def regrowth(self, name: str, *, cost: Cost = _one_sort, **facts: Any) -> Callable[[_Function], _Function]:
-        """A score of missing links, by which the highest are regrown.
+    def regrowth(self, name: str, *, options: _Options = _NO_OPTIONS, cost: Cost = _one_sort) -> _Decorator:
+        """A score of missing links: the highest are regrown.
 
-        The function takes any of the same, of which `mask` and `weight` have the links that removal left, and returns
-        scores (out, in), finite and >= 0 on missing links.
+        The function takes the same as a removal score, with `mask` and `weight` as removal left them, and returns
+        floating point scores (out, in), finite and >= 0 on missing links.
 
         Args:
             cost: see `Part`.
         """
-        return self._add(REGROWTH, "regrowth", name, cost=cost, **facts)
+        return _adding(REGROWTH, "regrowth", name, options, cost=cost)
 
-    def sampler(self, name: str, *, cost: Cost = _one_sort) -> Callable[[_Function], _Function]:
-        """What draws soft by a registered regrowth score without making it: `sampler(mask, k, *, generator)`.
+    def sampler(self, name: str, *, cost: Cost = _one_sort) -> _Decorator:
+        """A way to draw by a registered regrowth score without computing it: `sampler(mask, k, *, generator)`.
 
-        It returns bool (out, in) with k missing links, each drawn ∝ its score among those left.
+        It returns bool (out, in) with k missing links, drawn one after another with probability ∝ score.
         """
 
         def add(function: _Function) -> _Function:
+            if name not in REGROWTH:
+                raise ValueError(f"there is no regrowth {name!r} to sample for: register its score first")
             REGROWTH[name] = replace(REGROWTH[name], sampler=function, sampler_cost=cost)
             return function
 
         return add
 
-    def selection(self, name: str, **facts: Any) -> Callable[[_Function], _Function]:
-        """A choice of all links at once, in the place of removal and regrowth; it is named as a `regrowth`.
+    def selection(self, name: str, *, options: _Options = _NO_OPTIONS, cost: Cost = _one_sort) -> _Decorator:
+        """A choice of all links at once, in place of removal and regrowth; the config's `regrowth` names it.
 
-        The function takes any of the same, `links` (how many there are to be) and `generator`, and returns the new
-        mask, bool (out, in): see `hf_chts.topology.gmp`.
+        The function takes the same as a removal score, `links` (the number to choose) and `generator`, and returns the
+        new mask, bool (out, in) with exactly `links` links. See `hf_chts.topology.gmp`.
         """
-        return self._add(REGROWTH, "selection", name, **facts)
+        return _adding(REGROWTH, "selection", name, options, cost=cost)
 
-    def initial_topology(self, name: str, **facts: Any) -> Callable[[_Function], _Function]:
+    def initial_topology(self, name: str, *, options: _Options = _NO_OPTIONS) -> _Decorator:
         """A topology to start with.
 
         The function takes `out_features`, `in_features`, `links`, `generator`, and `inputs` (samples, in) if it needs
         calibration inputs, and returns bool (out, in) with exactly `links` links. It is drawn on the CPU.
         """
-        return self._add(INITIAL_TOPOLOGIES, "initial_topology", name, **facts)
+        return _adding(INITIAL_TOPOLOGIES, "initial_topology", name, options)
 
     def sparsity_schedule(
-        self, name: str, *, starts_below: float | None = None, until: float = 1.0, **facts: Any
-    ) -> Callable[[_Function], _Function]:
-        """How sparsity goes from `initial` at the step `start` to `final` at `end`: a function of these and `step`.
+        self,
+        name: str,
+        *,
+        options: _Options = _NO_OPTIONS,
+        starts_below: float | None = None,
+        until: float = 1.0,
+    ) -> _Decorator:
+        """How sparsity goes from `initial` at step `start` to `final` at step `end`: a function of these and `step`.
 
         Args:
-            starts_below: how far below the final sparsity it starts, where it is not free to choose.
-            until: where it ends, as a fraction of update_until, where a run says nothing.
+            starts_below: how far below the final sparsity it starts; None: wherever the run wants it to.
+            until: where it ends by default, as a fraction of update_until.
         """
-        return self._add(SPARSITY_SCHEDULES, "sparsity_schedule", name, starts_below=starts_below, until=until, **facts)
+        facts = {"starts_below": starts_below, "until": until}
+        return _adding(SPARSITY_SCHEDULES, "sparsity_schedule", name, options, **facts)
 
     def method(self, name: str, *, original: Mapping[str, Any] | None = None, **settings: Any) -> None:
-        """A method made of registered parts: fields of SparsityConfig and their values; `original`: see `Method`."""
-        self._refuse_twice("method", METHODS, name)
-        METHODS[name] = Method(settings, original, _caller())
+        """A method made of registered parts.
 
-    def _add(self, parts: dict[str, Part], kind: str, name: str, **facts: Any) -> Callable[[_Function], _Function]:
-        def add(function: _Function) -> _Function:
-            self._refuse_twice(kind, parts, name)
-            options = facts.pop("options", {})
-            parameters = inspect.signature(function).parameters.values()
-            needs = frozenset(p.name for p in parameters if p.default is p.empty and p.name not in options)
-            if unknown := needs - _NEEDS[kind]:
-                raise ValueError(
-                    f"the {kind} {name!r} asks for {sorted(unknown)}, but a {kind} can have {sorted(_NEEDS[kind])}; "
-                    "other parameters need a default, or a config field in options={parameter: field}"
-                )
-            known = {"cost": facts.pop("cost")} if "cost" in facts else {}
-            parts[name] = Part(name, kind, function, function.__module__, needs, options, facts=facts, **known)
-            return function
-
-        return add
-
-    @staticmethod
-    def _refuse_twice(kind: str, parts: Mapping[str, Any], name: str) -> None:
-        if name in parts:
-            raise ValueError(f"there is a {kind} {name!r} already, of {parts[name].module}: choose another name")
+        Args:
+            original: see `Method`.
+            settings: fields of SparsityConfig and the defaults that the method gives them.
+        """
+        module = _caller()
+        _refuse_taken("method", name, METHODS, module)
+        METHODS[name] = Method(settings, original, module)
 
 
 register = Register()
 
 
-def import_parts(modules: Sequence[str]) -> list[str]:
-    """Import modules that register parts, by name or by the path of a .py file; the names of the modules.
+def _adding(parts: dict[str, Part], kind: str, name: str, options: _Options, **more: Any) -> _Decorator:
+    def add(function: _Function) -> _Function:
+        _refuse_taken(kind, name, parts, function.__module__)
+        parameters = inspect.signature(function).parameters.values()
+        needs = frozenset(p.name for p in parameters if p.default is p.empty and p.name not in options)
+        if unknown := needs - _NEEDS[kind]:
+            raise ValueError(
+                f"the {kind} {name!r} asks for {sorted(unknown)}, but a {kind} can have {sorted(_NEEDS[kind])}; "
+                "other parameters need a default, or a config field in options={parameter: field}"
+            )
+        parts[name] = Part(name, kind, function, function.__module__, needs, options, **more)
+        return function
 
-    Raises:
-        ValueError: one cannot be imported; the message names it and why.
-    """
-    names = []
-    for module in modules:
-        path = Path(module)
-        name = path.stem if path.suffix == ".py" else module
-        names.append(name)
-        if name in sys.modules:
-            continue
-        try:
-            if path.suffix == ".py":
-                spec = importlib.util.spec_from_file_location(name, path)
-                assert spec is not None
-                assert spec.loader is not None
-                loaded = importlib.util.module_from_spec(spec)
-                sys.modules[name] = loaded
-                try:
-                    spec.loader.exec_module(loaded)
-                except BaseException:
-                    del sys.modules[name]
-                    raise
-            else:
-                importlib.import_module(name)
-        except Exception as error:
-            raise ValueError(f"the parts {module!r} cannot be imported: {type(error).__name__}: {error}") from error
-    return names
+    return add
 
 
-def foreign_modules(parts: Sequence[Part | Method]) -> Iterator[str]:
-    """The modules outside this package that the parts come from."""
-    return (part.module for part in parts if part.module.partition(".")[0] != __name__.partition(".")[0])
+def _refuse_taken(kind: str, name: str, registered: Mapping[str, Part | Method], module: str) -> None:
+    # a module of a user's may be run again, as a notebook's cells are
+    if name in registered and (module != registered[name].module or _is_ours(module)):
+        raise ValueError(f"there is a {kind} {name!r} already, from {registered[name].module}: choose another name")
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _caller() -> str:
@@ -232,3 +247,68 @@ def _caller() -> str:
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back
     return str(frame.f_globals.get("__name__", "__main__")) if frame is not None else "__main__"
+
+
+def import_parts(modules: Sequence[str]) -> list[str]:
+    """Import modules that register parts.
+
+    Args:
+        modules: names, looked up in the working directory too, or paths of .py files.
+
+    Returns:
+        The names of the modules, as `sys.modules` has them.
+
+    Raises:
+        ValueError: one cannot be imported; the message names it and the reason.
+    """
+    names = []
+    for module in modules:
+        path = Path(module) if module.endswith(".py") else None
+        name = path.stem if path else module
+        names.append(name)
+        if name == _main_module():  # the script that registers parts itself: importing it would run it again
+            continue
+        try:
+            if path:
+                _import_file(name, path)
+                continue
+            if os.getcwd() not in sys.path:  # scripts and commands have only their own directory there
+                sys.path.append(os.getcwd())
+            importlib.import_module(name)
+        except Exception as error:
+            raise ValueError(f"the parts {module!r} cannot be imported: {type(error).__name__}: {error}") from error
+    return names
+
+
+def _import_file(name: str, path: Path) -> None:
+    if name in sys.modules:
+        there = getattr(sys.modules[name], "__file__", None)
+        if there is None or Path(there).resolve() != path.resolve():
+            raise ImportError(f"another module is called {name!r}: rename the file")
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(sys.modules[name])
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def modules_of(parts: Sequence[Part | Method], named: Sequence[str]) -> list[str]:
+    """The modules outside this package that register `parts`: those in `named`, and any others after them."""
+    modules = dict.fromkeys(named)
+    for part in parts:
+        module = _main_module() if part.module == "__main__" else part.module
+        if module and not _is_ours(module) and not any(f"{module}.".startswith(f"{name}.") for name in modules):
+            modules[module] = None
+    return list(modules)
+
+
+def _main_module() -> str | None:
+    """The name by which others could import the running script; None in an interactive session."""
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    return spec.name if spec else Path(file).stem if file else None

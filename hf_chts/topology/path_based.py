@@ -82,7 +82,7 @@ def _path_based(mask: Tensor, factor: _Factor, node_based: str) -> Tensor:
         # of each (a, j), the sum over the inputs b that i and a share of the factor of (b, j)
         through = links[a[:, None], b] @ by_input[b]  # (a, in)
         scores[i] = by_output[i, a] @ through.mul_(links[a])
-    # i itself was among the a, but only on paths to its own inputs, which are no missing links
+    # i itself was among the a, but only on paths to its own inputs, which are not missing links
     return scores.masked_fill_(mask, 0)
 
 

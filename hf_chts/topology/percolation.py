@@ -1,8 +1,8 @@
-"""Percolation: neurons that cannot pass a signal on are inactive, and their links go, until nothing changes.
+"""Percolation: remove the links of neurons that cannot pass a signal on, until nothing changes.
 
 A *junction* is a set of neurons between layers: each is a row of the masks of the layers that produce it, and a column
-of those that read it. A link is worth something only while the neuron at its end is active, and a removed link can
-leave another neuron inactive, so junctions are gone over until nothing changes. The order does not matter.
+of the masks of those that read it. A link is useful only while the neuron at its end is active, and removing links can
+leave other neurons inactive, so all junctions are checked again until nothing changes. The order does not matter.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-
-from hf_chts.topology.metrics import active_neuron_rate
 
 # The dimension of a mask (out, in) along which the nodes of a side lie
 _DIMENSION = {"output": 0, "input": 1}
@@ -25,12 +23,9 @@ class End:
         layer: name of the layer.
         side: "output", the rows of its mask, or "input", the columns.
         nodes: int64 (paths, width) on the CPU; path p passes here while any of the nodes nodes[p] has a link.
-        together: nodes in runs of this many, from node 0 on, are inactive only all at once. For outputs that are
-            normalised together: each of them scales the others.
+        together: runs of this many nodes, from node 0 on, are inactive only together. For outputs that are normalised
+            together, where each scales the others.
         constant: an output without links is not 0 (a bias, an activation with f(0) ≠ 0), so every path passes here.
-
-    Raises:
-        ValueError: an unknown side, or nodes or `together` of the wrong type or size.
     """
 
     layer: str
@@ -39,35 +34,19 @@ class End:
     together: int = 1
     constant: bool = False
 
-    def __post_init__(self) -> None:
-        if self.side not in _DIMENSION:
-            raise ValueError(f"side of {self.layer} is {self.side!r}; choose 'output' or 'input'")
-        nodes = self.nodes
-        if nodes.dtype != torch.int64 or nodes.dim() != 2 or not nodes.numel() or int(nodes.min()) < 0:
-            raise ValueError(
-                f"nodes of {self.layer} are {nodes.dtype} {tuple(nodes.shape)}; give int64 (paths, width), each >= 0"
-            )
-        if self.together < 1:
-            raise ValueError(f"together of {self.layer} is {self.together}; it must be at least 1")
-
 
 @dataclass(frozen=True, eq=False)
 class Junction:
-    """Paths that need every one of their ends: a product, as in silu(gate)·up read by down.
+    """Paths that need all of their ends: a product, as in silu(gate)·up read by down.
 
-    A node is active while a path through it is whole, in *any* junction: several readers of one neuron, or several
-    summands that make it, are a junction each. Nodes of a side that no junction names are left alone.
+    A node is active while a path through it is complete, in *any* junction: several readers of a neuron, or several
+    summands that make it up, are a junction each. Percolation ignores nodes that are in no junction.
 
-    Raises:
-        ValueError: fewer than two ends, or ends with different numbers of paths.
+    Attributes:
+        ends: two or more, with the same number of paths.
     """
 
     ends: tuple[End, ...]
-
-    def __post_init__(self) -> None:
-        paths = {f"{end.layer} {end.side}": end.nodes.shape[0] for end in self.ends}
-        if len(self.ends) < 2 or len(set(paths.values())) > 1:
-            raise ValueError(f"a junction has two ends or more, all with as many paths; got paths {paths}")
 
     @property
     def layers(self) -> list[str]:
@@ -76,12 +55,12 @@ class Junction:
 
 
 def gated_mlp(gate: str, up: str, down: str, *, neurons: int, constant: Collection[str] = ()) -> Junction:
-    """Neuron i is act(gate_i)·up_i, read by column i of down: without one of the three it is inactive.
+    """Neuron i is act(gate_i)·up_i, read by column i of down, and inactive without any of the three.
 
     Args:
         gate, up, down: names of the layers.
         neurons: out_features of gate and up, in_features of down.
-        constant: those of `gate` and `up` whose outputs without links are not 0 (a bias; act(0) ≠ 0).
+        constant: which of `gate` and `up` have outputs other than 0 without links (a bias; act(0) ≠ 0).
     """
     each = torch.arange(neurons)[:, None]
     return Junction(
@@ -104,10 +83,10 @@ def value_output(
         value, output: names of the layers.
         heads, kv_heads: query heads and key-value heads; the same without grouped-query attention.
         head_dim: features per head.
-        constant: `value` in here: v has a bias, which o reads from a row without links too.
+        constant: contains `value` if v has a bias, which o reads even from a row without links.
 
     Raises:
-        ValueError: `heads` is no multiple of `kv_heads`.
+        ValueError: `heads` is not a multiple of `kv_heads`.
     """
     columns = torch.arange(heads * head_dim)[:, None]
     rows = _kv_head(columns // head_dim, heads, kv_heads) * head_dim + columns % head_dim
@@ -134,14 +113,14 @@ def query_key(
         query, key: names of the layers.
         heads, kv_heads: query heads and key-value heads; the same without grouped-query attention.
         head_dim: features per head.
-        rotary_dim: how many features at the start of a head RoPE rotates, in halves; the others, all of them at 0,
-            meet one by one. None: the whole head.
+        rotary_dim: how many features at the start of a head RoPE rotates, in halves; the others meet one by one. None:
+            the whole head.
         normalized: q and k are normalised per head (RMSNorm) before they meet. Then a pair that adds nothing itself
-            still scales the others, so the rows of a head are inactive only all at once.
-        constant: those of `query` and `key` that have a bias.
+            still scales the others, so that the rows of a head are inactive only together.
+        constant: which of `query` and `key` have a bias.
 
     Raises:
-        ValueError: `heads` is no multiple of `kv_heads`, or `rotary_dim` is odd or not in [0, head_dim].
+        ValueError: `heads` is not a multiple of `kv_heads`, or `rotary_dim` is odd or not in [0, head_dim].
     """
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
@@ -168,14 +147,14 @@ def percolate(
 
     Args:
         masks: bool (out, in) by layer name, those of a junction on one device; read only.
-        junctions: where the layers meet. A layer without a mask counts as full: dense layers are always active.
-        fixed: layers that keep all their links, and without a link at a node make it inactive all the same.
+        junctions: where the layers meet. Layers without a mask are dense, and always active.
+        fixed: layers that keep all their links; their nodes without links make others inactive all the same.
 
     Returns:
-        New masks under the same names; never a link more. Regrowing the difference is the caller's.
+        New masks under the same names, with a subset of the links.
 
     Raises:
-        ValueError: a mask that is not bool (out, in), a node that its layer does not have, or a junction over devices.
+        ValueError: a layer does not have the nodes that a junction names.
     """
     junctions = [junction for junction in junctions if not masks.keys().isdisjoint(junction.layers)]
     _check(masks, junctions)
@@ -197,16 +176,15 @@ def percolate(
 
 
 def coupled_groups(junctions: Iterable[Junction], layers: Iterable[str]) -> list[list[str]]:
-    """Layers that have to percolate together: those that meet in a junction, directly or through others.
+    """Groups of layers that must percolate together: they meet in a junction, directly or through others.
 
     Args:
         junctions: where the layers meet.
-        layers: names of the masked layers, in the model's order. Layers of a junction that are not among them are
-            dense, and tie nothing together.
+        layers: names of the masked layers, in the model's order. Other layers in a junction are dense, and connect
+            nothing.
 
     Returns:
-        Every one of `layers` exactly once: groups by their first layer, and within a group, in the order given. A
-        layer that meets no other is a group of its own.
+        Each of `layers` in exactly one group, in the given order, groups by their first layer.
     """
     group = {layer: [layer] for layer in layers}
     place = {layer: index for index, layer in enumerate(group)}
@@ -219,21 +197,26 @@ def coupled_groups(junctions: Iterable[Junction], layers: Iterable[str]) -> list
 
 
 def anp_rate(masks: Mapping[str, Tensor], junctions: Iterable[Junction] = ()) -> float:
-    """Active neurons post percolation: the share of all layers' nodes that still have a link once percolated.
+    """Active neurons post percolation: the share of all layers' nodes that have a link after percolation.
 
-    Without junctions, the share before percolation. After arXiv 2501.19107, App. G; nodes are counted as in
-    `active_neuron_rate`, outputs and inputs of each layer.
+    Without junctions, the share before it. After arXiv 2501.19107, App. G; nodes are the outputs and inputs of
+    each layer.
 
     Args:
         masks: bool (out, in) by layer name, at least one; read only.
         junctions: as in `percolate`.
     """
     nodes = sum(sum(mask.shape) for mask in masks.values())
-    return sum(active_neuron_rate(mask) * sum(mask.shape) for mask in percolate(masks, junctions).values()) / nodes
+    return sum(active_neurons(mask) for mask in percolate(masks, junctions).values()) / nodes
+
+
+def active_neurons(mask: Tensor) -> int:
+    """The number of a layer's output and input nodes that have a link; bool (out, in)."""
+    return sum(int(torch.count_nonzero(_linked(mask, side))) for side in _DIMENSION)
 
 
 def _active(linked: Mapping[tuple[str, str], Tensor], wiring: Sequence[Junction]) -> dict[tuple[str, str], Tensor]:
-    """Which nodes of each side some whole path goes through; bool (nodes,). Nodes without a junction are active."""
+    """Which nodes of each side are on a complete path; bool (nodes,). Nodes without a junction are active."""
     active = {side: torch.ones_like(nodes) for side, nodes in linked.items()}
     ends = [(junction, end) for junction in wiring for end in junction.ends if (end.layer, end.side) in active]
     for _, end in ends:
@@ -245,7 +228,7 @@ def _active(linked: Mapping[tuple[str, str], Tensor], wiring: Sequence[Junction]
 
 
 def _whole(linked: Mapping[tuple[str, str], Tensor], junction: Junction) -> Tensor:
-    """Which paths have a link at every end; bool (paths,)."""
+    """Which paths have a link at every end, bool (paths,)."""
     passes = [
         linked[end.layer, end.side][end.nodes].any(1)
         for end in junction.ends
@@ -277,22 +260,10 @@ def _on_device_of(masks: Mapping[str, Tensor], junction: Junction) -> Junction:
 
 
 def _check(masks: Mapping[str, Tensor], junctions: Iterable[Junction]) -> None:
-    for name, mask in masks.items():
-        if mask.dim() != 2 or mask.dtype != torch.bool:
+    for end in (end for junction in junctions for end in junction.ends if end.layer in masks):
+        size = masks[end.layer].shape[_DIMENSION[end.side]]
+        if int(end.nodes.max()) >= size or size % end.together:
             raise ValueError(
-                f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; a mask is a bool tensor (out, in): pass "
-                "layer.mask or weight != 0"
+                f"a junction has node {int(end.nodes.max())} of {end.layer}'s {end.side} in runs of {end.together}, "
+                f"but that side has {size} nodes: make the junction with the layer's sizes"
             )
-    for junction in junctions:
-        devices = {str(masks[layer].device) for layer in junction.layers if layer in masks}
-        if len(devices) > 1:
-            raise ValueError(f"{junction.layers} meet, but their masks are on {sorted(devices)}: move them to one")
-        for end in junction.ends:
-            if end.layer not in masks:
-                continue
-            size = masks[end.layer].shape[_DIMENSION[end.side]]
-            if int(end.nodes.max()) >= size or size % end.together:
-                raise ValueError(
-                    f"a junction has node {int(end.nodes.max())} of {end.layer}'s {end.side} in runs of "
-                    f"{end.together}, but that side has {size} nodes: make the junction with the layer's sizes"
-                )

@@ -1,9 +1,9 @@
-"""Bipartite receptive field (BRF): outputs prefer the inputs near their own place. In time that grows with the links.
+"""Bipartite receptive field (BRF): outputs prefer inputs near their own place. Takes time in proportion to the links.
 
-Drawing inputs one after another without replacement, each ∝ its weight w, is to let each input arrive after an
-exponential time of rate w and to take the first ones. Most inputs are far away and arrive late. So only those in a
-window around the output's place get a time each. From outside it come points of a Poisson process, whose rate is the
-sum of their weights: each point is an input drawn ∝ w, and its first point is its arrival.
+To draw inputs one after another without replacement, each ∝ its weight w, let each input arrive after an exponential
+time of rate w and take the first ones. Most inputs are far away and arrive late, so only those in a window around the
+output's place get a time each. The others come from a Poisson process whose rate is the sum of their weights: each of
+its points is an input drawn ∝ w, which arrives at its first point.
 """
 
 import math
@@ -14,9 +14,9 @@ from torch import Tensor
 from hf_chts.topology.allocation import check_links
 from hf_chts.topology.parts import register
 
-# Arrival times that are held at a time: those of all rows of a large layer would be gigabytes
+# Arrival times to hold at a time: those of all rows of a large layer would be gigabytes
 _BLOCK_ELEMENTS = 1 << 22
-# What it costs to draw a point outside the window, over that of a time inside it
+# Cost of a point outside the window relative to a time inside it
 _POINT = 3.0
 
 
@@ -37,15 +37,15 @@ def bipartite_receptive_field(
 
     Args:
         r: spread of the receptive field: 0 takes the nearest inputs, 1 is uniform over all of them.
-        degree_distribution: "fixed" gives every output node the same degree (to within one link, where the total
-            does not divide); "uniform" draws it uniformly around the mean, between 1 and 2·mean − 1 (less wide where
-            that exceeds in_features), and keeps the total exact.
+        degree_distribution: "fixed" gives every output the same degree (to within one link); "uniform" draws degrees
+            uniformly from 1 to 2·mean − 1 (or an interval around the mean that in_features allows), with the exact
+            total.
 
     Returns:
         bool (out, in) with exactly `links` links, on the generator's device.
 
     Raises:
-        ValueError: a size, `links`, `r` or `degree_distribution` out of range.
+        ValueError: a size, `links`, `r` or `degree_distribution` is out of range.
     """
     total = check_links(out_features, in_features, links)
     if not 0 <= r <= 1:
@@ -80,30 +80,30 @@ class _Nearest:
         offsets = torch.arange(self.width, device=at.device) - (self.width - 1) // 2
         distance = _ring_distance(offsets, part, self.inputs)
         uniform = torch.rand(distance.shape, dtype=torch.float64, device=at.device, generator=generator)
-        # distances differ by 1/out at least; the random part only parts equals, up to rounding
+        # distances differ by at least 1/out, so that the random part orders only equal ones
         order = distance.mul_(2**20).round_().add_(uniform).argsort(dim=1)
         return (at[:, None] + offsets[order]) % self.inputs
 
 
 class _Field:
-    """Arrivals at outputs that have up to `most` of `inputs` inputs, with weights (1 + distance)^−exponent.
+    """Arrivals at outputs that take up to `most` of `inputs` inputs, with weights (1 + distance)^−exponent.
 
     Attributes:
-        width: about how many inputs are looked at for each output.
+        width: about how many inputs each output considers.
     """
 
     def __init__(self, inputs: int, most: int, exponent: float) -> None:
         self.inputs, self.exponent = inputs, exponent
-        self.low, self.width = 0, inputs  # the window: all inputs, unless fewer and points from outside are cheaper
+        self.low, self.width = 0, inputs  # the window: all inputs, unless a smaller one with points outside is cheaper
         self.log_unit = self.rate = 0.0
-        # Times are told in units in which some more inputs than are wanted have arrived by time 1
+        # The unit of time: by time 1 somewhat more inputs than `most` have arrived
         expected = most + 4 * math.sqrt(most) + 4
         if expected >= inputs:
             return
         away = torch.arange(inputs, dtype=torch.float64)
         self.log_unit = _log_time_of(-exponent * torch.minimum(away, inputs - away).log1p(), expected)
-        # Outside a window of offsets −reach to reach + 1, inputs are further away than `reach`, whatever the place
-        # between offsets 0 and 1; that bounds their weights
+        # From any place between offsets 0 and 1, inputs outside the window of offsets −reach to reach + 1 are further
+        # away than `reach`, which bounds their weights
         bounds = self._bounds(torch.arange(1, inputs // 2, dtype=torch.float64))
         beyond = 2 * bounds.flip(0).cumsum(0).flip(0)
         cost = 2 * torch.arange(len(beyond)) + 2 + _POINT * beyond
@@ -118,7 +118,7 @@ class _Field:
         return torch.exp(self.log_unit - self.exponent * distance.log1p())
 
     def first(self, at: Tensor, part: Tensor, degrees: Tensor, generator: torch.Generator) -> Tensor:
-        """The first `degrees` inputs to arrive at outputs at place at + part, in order of arrival, and then others:
+        """The first `degrees` inputs to arrive at outputs at at + part, in order of arrival, and others after them:
         int64 (rows, n)."""
         offsets = torch.arange(self.low, self.low + self.width, device=at.device)
         log_time = self._log_times(_ring_distance(offsets, part, self.inputs), generator)
@@ -153,7 +153,7 @@ class _Field:
     def _points(self, part: Tensor, begin: float, until: float, generator: torch.Generator) -> Tensor:
         """The points outside the window from time `begin` to `until`: (row, offset, time), float64 (3, n).
 
-        Drawn by the bounds of the weights, and thinned to the weights themselves.
+        They are drawn by the bounds of the weights and thinned to the weights.
         """
         device = part.device
         expected = torch.full((len(part),), self.rate * (until - begin), dtype=torch.float64, device=device)
@@ -188,7 +188,7 @@ def _ring_distance(offsets: Tensor, part: Tensor, inputs: int, *, paired: bool =
 
 
 def _log_time_of(log_weight: Tensor, expected: float) -> float:
-    """The logarithm of the time by which `expected` inputs of these weights are to have arrived."""
+    """The logarithm of the time by which `expected` inputs of these weights arrive in the mean."""
     low, high = -float(log_weight.max()) - 60.0, -float(log_weight.min()) + 60.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -213,8 +213,8 @@ def _uniform_degrees(nodes: int, largest: int, total: int, generator: torch.Gene
     low, high = min(low + (low < mean - half_width), int(mean)), max(high, -int(-mean // 1))
     device = generator.device
     degrees = torch.randint(low, high + 1, (nodes,), generator=generator, device=device)
-    # The sum of independent draws misses the total by a few per mille: single links are added or taken, one per node
-    # and round, at random nodes that have room
+    # The sum of independent draws misses the total by a few per mille; add or remove single links at random nodes that
+    # have room, one per node and round
     while error := total - int(degrees.sum()):
         room = (degrees < high if error > 0 else degrees > low).nonzero().squeeze(1)
         order = torch.randperm(room.numel(), generator=generator, device=device)

@@ -1,7 +1,7 @@
 """Choosing exactly k of n links without replacement: the k best, or at random in proportion to a score.
 
-`torch.multinomial` stops at 2^24 candidates, and a 4096x11008 layer has 45 million, so both samplers here are written
-over cumulative sums and exponential races, in float64, with no limit on n.
+`torch.multinomial` takes at most 2^24 candidates, and a 4096x11008 layer has 45 million. So the two samplers here work
+with cumulative sums and exponential races in float64, without a limit.
 """
 
 import torch
@@ -23,7 +23,7 @@ def choose(
 
     Hard keeps the k highest scores, ties broken uniformly at random. Soft draws one candidate after another without
     replacement, each with probability proportional to score^temperature among those left (arXiv 2501.19107, §3.1).
-    Either way a candidate with score 0 is chosen only once no other is left, and then uniformly.
+    Either way, candidates with score 0 are chosen only when no others are left, and then uniformly.
 
     Args:
         scores: any shape, floating point, finite and >= 0 on the candidates.
@@ -37,7 +37,7 @@ def choose(
         bool tensor of the shape of `scores`, exactly k True, all of them candidates.
 
     Raises:
-        ValueError: fewer than k candidates, a negative or non-finite score, or a negative temperature.
+        ValueError: there are fewer than k candidates, a score is negative or not finite, or `temperature` is < 0.
     """
     if scores.shape != candidates.shape or candidates.dtype != torch.bool:
         raise ValueError(
@@ -56,7 +56,7 @@ def choose(
         return candidates.clone()
 
     weights = scores.flatten()[index]
-    del scores  # frees it where the caller keeps no name for it: one copy of a layer less at the peak
+    del scores  # frees a copy of the layer, unless the caller keeps a reference
     low, high = torch.aminmax(weights)
     if not (low >= 0 and torch.isfinite(high)):
         raise ValueError(
@@ -79,7 +79,7 @@ def choose(
     return chosen.view(candidates.shape)
 
 
-# Below, weights are (n,), and a choice is bool (n,) or a list of distinct indices (k,).
+# Below, weights are (n,), and a choice is bool (n,) or distinct indices (k,).
 
 
 def _highest(weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -94,9 +94,9 @@ def _uniform(among: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 def _draws(weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Independent draws in proportion to `weights`, repeats thrown away: one after another without replacement.
+    """Sampling without replacement by independent draws ∝ `weights`, of which repeats are thrown away.
 
-    For k much smaller than n it takes one pass over the weights and about k random numbers, where the race takes n.
+    For k much smaller than n it takes one pass over the weights and about k random numbers; the race takes n.
     """
     cumulative = weights.cumsum(0, dtype=torch.float64)
     picked = torch.zeros_like(weights, dtype=torch.bool)
@@ -104,23 +104,23 @@ def _draws(weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
     for _ in range(20):
         points = torch.rand(remaining, dtype=torch.float64, device=weights.device, generator=generator)
         drawn = torch.searchsorted(cumulative, points.mul_(cumulative[-1]), right=True)
-        drawn = drawn[drawn < weights.numel()]  # rounding in the last place can end beyond the last weight
+        drawn = drawn[drawn < weights.numel()]  # rounding may point past the last weight
         picked[drawn] = True
         remaining = k - int(torch.count_nonzero(picked))
         if not remaining:
             return picked
-    # a few heavy weights catch most draws: what is left is a race among the others, exact given what is picked
+    # a few heavy weights catch most draws: a race among the others draws the rest, with the same distribution
     picked[_race(weights.masked_fill(picked, 0), remaining, 1.0, generator)] = True
     return picked
 
 
 def _race(weights: Tensor, k: int, temperature: float, generator: torch.Generator) -> Tensor:
-    """Indices of the k smallest arrival times, which are exponential with rate weight^temperature.
+    """Indices of the k smallest arrival times, exponential with rate weight^temperature; weights of 0 never arrive.
 
-    In logarithms, so that weight^temperature neither overflows nor underflows. Weights of 0 never arrive.
+    In logarithms, so that weight^temperature neither overflows nor underflows.
     """
     uniform = torch.rand(weights.shape, dtype=torch.float64, device=weights.device, generator=generator)
-    # the time −log(1 − u) is 0 for u = 0, once in 2^53 draws; its logarithm −inf wins, as it should
+    # for u = 0, once in 2^53 draws, the time −log(1 − u) is 0, and its logarithm −inf wins, as it should
     log_time = uniform.neg_().log1p_().neg_().log_()
     log_rate = weights.to(torch.float64).log_()
     if temperature != 1.0:

@@ -25,23 +25,23 @@ def bipartite_scale_free(
 
     A Barabási-Albert network is grown on out + in nodes with about as many links as the layer, and its nodes are dealt
     to the two sides at random. The paper then rewires the links inside a side so that they join the sides and all nodes
-    keep their degrees. Here the degrees are kept and all links drawn anew: each side's degrees are scaled to add up to
-    the number of links (their own sum is another, above all where the sides differ in size) and cut off at the size of
-    the other side, with the excess shared among the others; then a network with exactly these degrees is drawn at
-    random. In dense or tiny layers there may be none, and some nodes of the larger side get a few links more or fewer.
-    Above half density the cut-off leaves little of the heavy tail.
+    keep their degrees. Here only the degrees are kept: those of each side are scaled to add up to `links` (they do not
+    by themselves, least of all if the sides differ in size) and cut off at the size of the other side, with the excess
+    shared among the others; then a network with exactly these degrees is drawn at random. A dense or tiny layer may
+    have no such network; then some nodes of the larger side get a few links more or fewer. Above half density the
+    cut-off leaves little of the heavy tail.
 
     Args:
-        equal_partition: every input has the same degree (to within one link), and outputs keep theirs; for a layer
-            that sees raw input, where no feature should be a hub by chance.
-        resort: nodes in order of degree on both sides, the largest first, instead of at random, so that the hubs of
-            one layer's output meet those of the next one's input, if that is resorted too.
+        equal_partition: give every input the same degree (to within one link); for a layer that sees raw input, where
+            no feature should be a hub by chance.
+        resort: order the nodes of both sides by degree, the largest first, so that the hubs among one layer's outputs
+            meet those among the next one's inputs.
 
     Returns:
         bool (out, in) with exactly `links` links, on the generator's device.
 
     Raises:
-        ValueError: a size or `links` out of range.
+        ValueError: a size or `links` is out of range.
     """
     total = check_links(out_features, in_features, links)
     degrees = _barabasi_albert_degrees(out_features + in_features, total, generator)
@@ -52,7 +52,7 @@ def bipartite_scale_free(
     if resort:
         outs, ins = outs.sort(descending=True).values, ins.sort(descending=True).values
     elif equal_partition:
-        # else the inputs with one link more would be the first ones
+        # else the first inputs would have one link more
         ins = ins[torch.randperm(in_features, generator=generator, device=ins.device)]
     if out_features <= in_features:
         return _connect(outs, ins, generator)
@@ -60,8 +60,8 @@ def bipartite_scale_free(
 
 
 def _barabasi_albert_degrees(nodes: int, links: int, generator: torch.Generator) -> Tensor:
-    """Degrees, oldest node first, of a Barabási-Albert network with the whole number k of links for each new node that
-    comes nearest to `links` in all. It grows from a star of k + 1 nodes.
+    """Degrees, oldest node first, of a Barabási-Albert network that grows from a star of k + 1 nodes by k links for
+    each new node; k is chosen to come nearest to `links` links in all.
 
     Returns:
         int64 (nodes,), at least 1 each, 2·k·(nodes − k) in all.
@@ -77,12 +77,11 @@ def _barabasi_albert_degrees(nodes: int, links: int, generator: torch.Generator)
 
 
 def _connect(rows: Tensor, columns: Tensor, generator: torch.Generator) -> Tensor:
-    """A random bool matrix with the row sums `rows` and the column sums `columns`. Where there is none, some columns
-    get a few links more or fewer.
+    """A random bool matrix with row sums `rows` and column sums `columns`; if none exists, some columns get a few links
+    more or fewer.
 
-    Sequential sampling after Chen, Diaconis, Holmes and Liu (JASA 100, 2005): row by row, the largest first, each draws
-    its columns without replacement in proportion to the odds of a column to be one of its own, which are open links
-    over rows that could do without.
+    Sequential sampling after Chen, Diaconis, Holmes and Liu (JASA 100, 2005): each row, the largest first, draws its
+    columns without replacement, in proportion to the odds (open links of a column) / (rows left that it can skip).
     """
     by_size, order = rows.sort(descending=True)
     mask = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
@@ -91,7 +90,7 @@ def _connect(rows: Tensor, columns: Tensor, generator: torch.Generator) -> Tenso
     if not _can_be_connected(sums, open_links):
         open_links -= _unplaced(by_size, open_links)
     for done, (row, degree) in enumerate(zip(order.tolist(), by_size.tolist(), strict=True)):
-        # log 0 = −inf keeps a finished column out; division by 0 gives +inf to one that needs all rows left
+        # log 0 = −inf excludes a finished column; division by 0 gives +inf to a column that needs all rows left
         odds = open_links / (len(rows) - done - open_links)
         chosen = _draw(odds.log(), degree, generator)
         left = open_links.clone()
@@ -106,12 +105,12 @@ def _connect(rows: Tensor, columns: Tensor, generator: torch.Generator) -> Tenso
 
 
 def _fullest(open_links: Tensor, degree: int) -> Tensor:
-    """The columns with most open links: a choice that never leads to a dead end where there is a way out (Ryser)."""
+    """The columns with most open links: never a dead end if there is a solution (Ryser)."""
     return open_links.argsort(descending=True, stable=True)[:degree]
 
 
 def _unplaced(by_size: Tensor, columns: Tensor) -> Tensor:
-    """What remains open of the columns (below 0: what they have too many) once all rows took the fullest ones."""
+    """Links that stay open (below 0: too many) in each column after all rows took the fullest columns."""
     left = columns.clone()
     for degree in by_size.tolist():
         left[_fullest(left, degree)] -= 1
@@ -119,14 +118,14 @@ def _unplaced(by_size: Tensor, columns: Tensor) -> Tensor:
 
 
 def _can_be_connected(sums: Tensor, columns: Tensor) -> bool:
-    """Gale and Ryser's condition: the k largest rows together, `sums[k - 1]`, find as many links as they need in
-    Σ min(column, k), for all k."""
+    """Gale and Ryser's condition: for all k, the sum of the k largest rows, `sums[k - 1]`, is at most
+    Σ min(column, k)."""
     counts = torch.bincount(columns.to(torch.int64), minlength=len(sums) + 1)
     or_more = counts.flip(0).cumsum(0).flip(0)[1 : len(sums) + 1]  # columns of degree 1, 2, … or more
     return bool((sums <= or_more.cumsum(0)).all())
 
 
 def _draw(log_weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k distinct indices, drawn one after another in proportion to the weights; +inf goes first, −inf last."""
+    """k distinct indices, drawn one after another in proportion to the weights; +inf comes first, −inf last."""
     uniform = torch.rand(log_weights.shape, dtype=torch.float64, device=log_weights.device, generator=generator)
     return (log_weights - uniform.neg_().log1p_().neg_().log_()).topk(k, sorted=False).indices

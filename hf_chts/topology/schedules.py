@@ -1,6 +1,7 @@
-"""Functions of the step: sparsity, drop fraction, softness. Plain floats in and out, constant outside [start, end]."""
+"""Functions of the step: sparsity, drop fraction, softness. Floats in and out, constant outside [start, end]."""
 
 import math
+from collections.abc import Callable, Mapping
 
 from hf_chts.topology.parts import register
 
@@ -56,7 +57,7 @@ def elastic(step: float, end: float, final: float) -> float:
     return final - (0.05 if t < 0.6 else 0.025)
 
 
-@register.sparsity_schedule("constant")
+@register.sparsity_schedule("constant", starts_below=0.0)
 def _constant(final: float) -> float:
     return final
 
@@ -64,3 +65,11 @@ def _constant(final: float) -> float:
 @register.sparsity_schedule("elastic", starts_below=0.05)
 def _elastic(step: float, end: float, final: float) -> float:
     return elastic(step, end, final)
+
+
+# ζ from `initial` at step 0 to its value at `end`: (step, end, initial)
+DROP_SCHEDULES: Mapping[str, Callable[[float, float, float], float]] = {
+    "constant": lambda step, end, initial: initial,
+    "linear": lambda step, end, initial: linear(step, 0, end, initial, 0.0),
+    "cosine": cosine_anneal,
+}

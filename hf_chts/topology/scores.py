@@ -1,4 +1,4 @@
-"""How much a link is worth: scores by which links are removed or pruned (the highest stay), and random regrowth."""
+"""Scores by which links are removed or pruned (the highest stay), and simple ones by which they are regrown."""
 
 import torch
 from torch import Tensor
@@ -14,13 +14,14 @@ def magnitude(weight: Tensor, mask: Tensor) -> Tensor:
 
 @register.removal("magnitude_by_sign")
 def magnitude_by_sign(weight: Tensor, mask: Tensor) -> Tensor:
-    """Where |w| ranks among the links of its sign, in (0, 1), so that the lowest share of all is that of either sign.
+    """The rank of |w| among the links of its sign, in (0, 1); float64 (out, in).
 
-    SET removes a fraction of the smallest positive weights and one of the largest negative ones (arXiv 1707.04780).
-    Equal weights rank equally; links of weight 0, which have no sign, and what is no link have 0. float64 (out, in).
+    So the lowest ones are a fraction of the smallest positive weights and the same fraction of the largest negative
+    ones, as SET removes them (arXiv 1707.04780). Equal weights rank equally; missing links, and links of weight 0,
+    which has no sign, score 0.
     """
     size = magnitude(weight, mask)
-    # no rank may hide a weight that is none
+    # NaN and infinity stay, for `choose` to refuse
     scores = torch.where(torch.isfinite(size), 0.0, size).to(torch.float64)
     for side in (weight > 0, weight < 0):
         chosen = side & mask & torch.isfinite(size)
@@ -33,10 +34,9 @@ def magnitude_by_sign(weight: Tensor, mask: Tensor) -> Tensor:
 
 @register.removal("relative_importance")
 def relative_importance(weight: Tensor, mask: Tensor, eps: float = 1e-5) -> Tensor:
-    """A link's share of the weight of its output node plus its share of that of its input node.
+    """|w_ij| / (sum of row i + eps) + |w_ij| / (sum of column j + eps) on the links, 0 elsewhere, with sums over |w|.
 
-    |w_ij| / (sum of row i + eps) + |w_ij| / (sum of column j + eps) on the links, 0 elsewhere; shape (out, in), in
-    float32 at least. From arXiv 2501.19107 (§3.3, CHTss's pruning), after RIA (arXiv 2310.15929).
+    Shape (out, in), at least float32. From arXiv 2501.19107 (§3.3, CHTss's pruning), after RIA (arXiv 2310.15929).
     """
     size = magnitude(weight, mask)
     size = size.to(torch.promote_types(size.dtype, torch.float32))
@@ -57,5 +57,5 @@ def gradient(mask: Tensor, grad: Tensor) -> Tensor:
 
 @register.regrowth("random")
 def random(mask: Tensor) -> Tensor:
-    """The same score for every missing link, so that any choice among them is uniform (SET, arXiv 1707.04780)."""
+    """1 for every missing link, so that any choice among them is uniform (SET, arXiv 1707.04780); float32 (out, in)."""
     return (~mask).to(torch.float32)

@@ -7,7 +7,7 @@ from hf_chts.topology.allocation import check_links
 from hf_chts.topology.parts import register
 from hf_chts.topology.sampling import choose
 
-# Rows rewired at a time: float64 keys for all rows of a large layer would be gigabytes
+# Elements of rows to rewire at a time: float64 keys for all rows of a large layer would be gigabytes
 _BLOCK_ELEMENTS = 1 << 24
 
 
@@ -22,19 +22,19 @@ def bipartite_small_world(
 ) -> Tensor:
     """BSW: nearest inputs on a ring, with a fraction β of the links rewired (arXiv 2501.19107, App. D).
 
-    In the lattice, output i sits at i·in/out on the ring of inputs and has the inputs nearest to it, the lower one
-    first among equals. All outputs have the same degree to within one link, and those with one more are spread evenly.
-    Then round(β·links) links, drawn uniformly, are taken away, and each output that lost some draws as many inputs
-    uniformly from all that it now lacks; one it has just lost may come back.
+    In the lattice, output i sits at i·in/out on the ring of inputs and takes the nearest ones, of two equally near the
+    lower. Output degrees differ by at most one link, and the higher ones are spread evenly. Then round(β·links) links,
+    drawn uniformly, are removed, and each output draws as many inputs as it lost, uniformly from all that it lacks,
+    including those just lost.
 
     Args:
-        beta: 0 is the lattice, 1 an Erdős-Rényi network with equal output degrees. The paper's best is 0.25.
+        beta: in [0, 1]; 0 is the lattice, 1 an Erdős-Rényi network with equal output degrees. The paper's best is 0.25.
 
     Returns:
         bool (out, in) with exactly `links` links, on the generator's device.
 
     Raises:
-        ValueError: a size, `links` or `beta` out of range.
+        ValueError: a size, `links` or `beta` is out of range.
     """
     total = check_links(out_features, in_features, links)
     if not 0 <= beta <= 1:
@@ -48,7 +48,7 @@ def bipartite_small_world(
         keys = torch.rand(block.shape, dtype=torch.float64, device=block.device, generator=generator)
         order = keys.masked_fill_(block, -1).topk(most, dim=1).indices  # (rows, most)
         wanted = torch.arange(most, device=block.device) < lost[:, None]
-        # the places of `order` beyond a row's number may be links, and stay as they are
+        # beyond a row's number `order` may point at links, which stay
         block.scatter_(1, order, wanted | block.gather(1, order))
     return mask
 
@@ -56,7 +56,7 @@ def bipartite_small_world(
 def _ring_lattice(outs: int, ins: int, total: int, device: torch.device) -> Tensor:
     i = torch.arange(outs, device=device)
     degrees = (i + 1) * total // outs - i * total // outs
-    # the nearest k inputs to i·in/out go from ceil(i·in/out − k/2) on, around the ring; −(−a // b) rounds up
+    # the nearest k inputs to i·in/out start at ceil(i·in/out − k/2) and go around the ring; −(−a // b) rounds up
     first = -((degrees * outs - 2 * i * ins) // (2 * outs))
     most = int(degrees.max())
     steps = torch.arange(most, device=device)

@@ -1,4 +1,4 @@
-"""The softness of removal that a layer finds by itself.
+"""Adaptive softness: each layer finds its own softness of removal.
 
 Links are removed by sampling those that stay with probability ∝ score^T, T = δ/(1−δ) (arXiv 2501.19107, §3.1): δ = 0
 draws uniformly, δ → 1 keeps the strongest. So a *lower* δ is a *softer* removal, which explores more.

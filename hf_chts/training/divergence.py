@@ -12,7 +12,7 @@ from transformers import Trainer
 from hf_chts.checkpoint.run_folder import last_sealed
 from hf_chts.evolution.held_tensors import MASTER, weights_and_moments, weights_of
 from hf_chts.finite import not_finite
-from hf_chts.layers.shares import some
+from hf_chts.names import listed
 from hf_chts.sharding.ranks import rank_and_world
 from hf_chts.training.unlabelled import UnlabelledEvaluation, excused, without_labels
 
@@ -40,7 +40,7 @@ def diverged(step: int, names: list[str], output_dir: str | None, what: str) -> 
         what: what is not done because of them, such as "nothing is pushed".
     """
     return FloatingPointError(
-        f"after step {step} these hold NaN or infinity, so {what}: {some(names)}. Go on from an earlier checkpoint, "
+        f"after step {step} these hold NaN or infinity, so {what}: {listed(names)}. Go on from an earlier checkpoint, "
         f"and {_REMEDY}. {last_whole(last_sealed(output_dir or '.'))}"
     )
 
@@ -107,7 +107,7 @@ class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
             if bad := not_finite(weights_of(cast(nn.Module, self.model), frozen=True), device=self.args.device):
                 raise FloatingPointError(
                     f"these weights hold NaN or infinity before step {self.state.global_step + 1}, so nothing is "
-                    f"trained: {some(bad)}. Load or initialize them again"
+                    f"trained: {listed(bad)}. Load or initialize them again"
                 )
         super()._run_epoch(*args, **kwargs)
 

@@ -29,8 +29,8 @@ from hf_chts.evolution.update_warmup import PAPER_WARMUP, add_update_warmup, war
 from hf_chts.export.checksums import forget_checksums
 from hf_chts.files.full_disk import explain_failed_write
 from hf_chts.files.reading import directory_size
-from hf_chts.layers.shares import some
 from hf_chts.layers.wrappers import original_keys, original_name, saves_adapters_alone, uncompiled
+from hf_chts.names import listed
 from hf_chts.sparse_model import SparsityHandle, follow_masks, sparsify
 from hf_chts.training.attempts import FreshAttempts
 from hf_chts.training.best_model import BestAtTargetSparsity
@@ -203,7 +203,7 @@ class SparseTrainerMixin(
         if trained and self._saves_adapters_alone():
             raise ValueError(
                 "the model has PEFT adapters, which are all that its checkpoints would hold, and sparse layers that "
-                f"train: {some(trained)}. Freeze these (requires_grad_(False)), train them without adapters, or set "
+                f"train: {listed(trained)}. Freeze these (requires_grad_(False)), train them without adapters, or set "
                 "save_strategy to 'no' and write the model with export_sparse(…, adapters=…)"
             )
 

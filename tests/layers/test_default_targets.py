@@ -171,7 +171,7 @@ def test_excluded_among_those_that_are_named():
     [
         (["k_proj", "w2"], "exclude_modules has 'w2', which matches no linear layer"),
         ([r".*_proj"], "leaves no layer to make sparse"),
-        (["("], "exclude_modules has '\\(', which is no regular expression"),
+        (["("], "exclude_modules has '\\(', which is not a regular expression"),
         ([3], "exclude_modules is .*3.*; it must be a list"),
     ],
 )

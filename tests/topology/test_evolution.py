@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from hf_chts.topology.evolution import Choice, evolve, selected
+from hf_chts.topology.evolution import Choice, regrow, remove, selected
 from hf_chts.topology.gmp import largest_weights
 from hf_chts.topology.link_prediction import ch2_l3n
 from hf_chts.topology.random_streams import random_stream
@@ -23,16 +23,14 @@ MASK = WEIGHT != 0  # 9 links
 
 
 def step(weight=WEIGHT, mask=MASK, *, links=9, drop_fraction=0.3, removal=None, regrowth=None, pruning=None, key=0):
-    return evolve(
-        weight,
-        mask,
-        links=links,
-        drop_fraction=drop_fraction,
-        removal=removal or Choice(magnitude),
-        regrowth=regrowth or Choice(random),
-        pruning=pruning or Choice(magnitude),
-        streams=lambda purpose: random_stream(key, purpose),
-    )
+    def streams(purpose):
+        return random_stream(key, purpose)
+
+    stay, kept = remove(
+        weight, mask, links=links, drop_fraction=drop_fraction, removal=removal or Choice(magnitude),
+        pruning=pruning or Choice(magnitude), streams=streams,
+    )  # fmt: skip
+    return regrow(mask, stay, kept, links=links, regrowth=regrowth or Choice(random), streams=streams)
 
 
 # ζ·9 links to the nearest whole, and which go: -0.1, then -0.2, 0.3, 0.4, …

@@ -1,4 +1,4 @@
-"""Figures about a topology, worked out by hand; masks as bits there and back."""
+"""Masks as bits there and back, and random streams."""
 
 import numpy as np
 import pytest
@@ -14,19 +14,9 @@ from hf_chts.topology.bits import (
     pack_rows,
     unpack_bits,
 )
-from hf_chts.topology.metrics import active_neuron_rate, density, itop_rate, overlap_rate
 from hf_chts.topology.random_streams import random_stream
 
 MASK = torch.tensor([[True, False, False, True], [False] * 4, [False, False, False, True]])
-
-
-def test_rates_by_hand():
-    assert density(MASK) == 3 / 12
-    assert itop_rate(MASK | MASK.roll(1, 1)) == 5 / 12  # (0,1), (0,0)←(0,3), (2,0) join
-    assert active_neuron_rate(MASK) == (2 + 2) / 7
-    removed = torch.tensor([True, True, False, False])
-    assert overlap_rate(removed, torch.tensor([True, False, True, True])) == 1 / 3
-    assert overlap_rate(removed, torch.zeros(4, dtype=torch.bool)) == 0.0
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (1, 8), (5, 7), (0, 3), (16, 33)])
