@@ -212,3 +212,14 @@ def test_a_run_whose_config_was_lost_is_not_taken_for_a_dense_one(run):
     assert table == TABLE | {"Method": "not known"}
     assert set(drawn) == TITLES - {"Schedules"}
     assert "dense" not in said
+
+
+def test_nothing_that_a_record_names_is_imported(run, tmp_path, monkeypatch):
+    (tmp_path / "named_by_a_record.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for parts in (["named_by_a_record"], [str(tmp_path / "named_by_a_record.py")]):
+        # in a version that is read in part, and in one that is read whole
+        for changes in ({"version": 99}, {}):
+            change_json(run / "sparsity_config.json", lambda config, new=changes | {"parts": parts}: config | new)
+            _, table, _, _ = read(run)
+            assert table["Method"] == "chts"
