@@ -51,12 +51,15 @@ class RegrownAdam:
     @staticmethod
     def check(optimizer: Any) -> None:
         """Raises ValueError, naming it, for an optimizer whose steps cannot be corrected from outside."""
-        inner = getattr(optimizer, "optimizer", optimizer)
+        inner = optimizer
+        while type(inner).__module__.startswith("accelerate."):  # DeepSpeed's own stays: it steps on other tensors
+            inner = inner.optimizer
         kind = f"{type(inner).__module__}.{type(inner).__qualname__}"
         if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):
             raise ValueError(
                 f"regrown_adam is 'per_weight_steps', which knows torch.optim.Adam and AdamW, and the optimizer is "
-                f"{kind}: set regrown_adam to global_steps, or optim to adamw_torch"
+                f"{kind}: set regrown_adam to global_steps, or use torch.optim.AdamW (optim: adamw_torch) without "
+                "DeepSpeed"
             )
         if any(group["amsgrad"] or group["maximize"] for group in inner.param_groups):
             raise ValueError(

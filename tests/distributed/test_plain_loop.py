@@ -7,7 +7,7 @@ import torch
 
 # beside this file
 from launching import torchrun  # isort: skip
-from plain_loop_worker import METHODS, train  # isort: skip
+from plain_loop_worker import METHODS, PER_WEIGHT, train  # isort: skip
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.distributed
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def one_process():
-    return {method: train("one", method) for method in METHODS}
+    return {method: train("one", method) for method in [*METHODS, PER_WEIGHT]}
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
