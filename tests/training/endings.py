@@ -171,6 +171,8 @@ def in_child(work, *args):
     process = os.fork()
     if not process:
         try:
+            # whoever starts the tests in the background may have them ignore SIGINT, and a child would do so too
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.alarm(TIME_LIMIT)
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
