@@ -12,23 +12,17 @@ import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_chts.layers.masked_layer import MaskedLayer
-
-if TYPE_CHECKING:
-    from hf_chts.training.callback import TopologyCallback
-
-    _AnyTrainer = Trainer
-else:
-    _AnyTrainer = object
+from hf_chts.training.any_trainer import AnyTrainer
+from hf_chts.training.callback import TopologyCallback
 
 _log = logging.getLogger(__name__)
 
@@ -72,10 +66,10 @@ class _Start:
         _set_random_numbers(trainer.args.device, self.random)
 
 
-class FreshAttempts(_AnyTrainer):
+class FreshAttempts(AnyTrainer):
     """The part of SparseTrainer that begins an attempt with a smaller batch anew, or from the checkpoint it resumes."""
 
-    topology_callback: "TopologyCallback | None"
+    topology_callback: TopologyCallback | None
     _attempts: int = 0  # of this `train()`
     _start: _Start | None = None
     _written: tuple[Path, ...] = ()  # the checkpoints of this attempt

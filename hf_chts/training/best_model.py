@@ -6,27 +6,20 @@ count, load_best_model_at_end and early stopping would return a denser model.
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
-
-from transformers import Trainer
+from typing import Any
 
 from hf_chts.sparse_model import SparsityHandle
-
-if TYPE_CHECKING:
-    from hf_chts.training.callback import TopologyCallback
-
-    _AnyTrainer = Trainer
-else:
-    _AnyTrainer = object
+from hf_chts.training.any_trainer import AnyTrainer
+from hf_chts.training.callback import TopologyCallback
 
 _log = logging.getLogger(__name__)
 
 
-class BestAtTargetSparsity(_AnyTrainer):
+class BestAtTargetSparsity(AnyTrainer):
     """The part of SparseTrainer that says when an evaluation counts for the best model."""
 
     sparse: SparsityHandle
-    topology_callback: "TopologyCallback | None"
+    topology_callback: TopologyCallback | None
     _said_when: bool = False
 
     def target_reached_at(self) -> int:

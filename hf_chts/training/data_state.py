@@ -5,19 +5,15 @@ A stream is any dataset with a method `loader` like that of `hf_chts.data.BlockS
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_chts.files.atomic import write_json
 from hf_chts.files.reading import read_json, reading
-
-if TYPE_CHECKING:
-    _AnyTrainer = Trainer
-else:
-    _AnyTrainer = object
+from hf_chts.training.any_trainer import AnyTrainer
 
 DATA_STATE = "data_state_{rank}.json"
 _FORMAT = "hf_chts data state, 1"
@@ -64,7 +60,7 @@ class ResumableDataset(Protocol):
     ) -> ResumableLoader: ...
 
 
-class ResumableDataMixin(_AnyTrainer):
+class ResumableDataMixin(AnyTrainer):
     """The part of SparseTrainer that reads such datasets: each rank its own share, exactly resumed."""
 
     _stream: ResumableLoader | None = None

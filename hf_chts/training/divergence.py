@@ -2,24 +2,19 @@
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer
 
 from hf_chts.checkpoint.run_folder import last_sealed
 from hf_chts.evolution.held_tensors import MASTER, weights_and_moments, weights_of
 from hf_chts.finite import not_finite
 from hf_chts.names import listed
 from hf_chts.sharding.ranks import rank_and_world
+from hf_chts.training.any_trainer import AnyTrainer
 from hf_chts.training.unlabelled import UnlabelledEvaluation, excused, without_labels
-
-if TYPE_CHECKING:
-    _AnyTrainer = Trainer
-else:
-    _AnyTrainer = object
 
 _NEVER = 1 << 31
 _REMEDY = "lower the learning rate, lengthen the warm-up or set max_grad_norm"
@@ -83,7 +78,7 @@ class Watch:
         return min(losses), min(gradients), sum(unlabelled)
 
 
-class StopsOnDivergence(UnlabelledEvaluation, _AnyTrainer):
+class StopsOnDivergence(UnlabelledEvaluation, AnyTrainer):
     """The part of SparseTrainer that looks for NaN and infinity.
 
     Every loss and gradient is recorded on the device. The host looks at the record where it waits for the device

@@ -10,11 +10,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitInfo
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
@@ -27,19 +26,15 @@ from hf_chts.export.model_card import model_card
 from hf_chts.export.model_facts import ModelFacts
 from hf_chts.files.atomic import write_whole
 from hf_chts.sparse_model import SparsityHandle
+from hf_chts.training.any_trainer import AnyTrainer
 from hf_chts.training.hub_contents import STAGED, model_contents, push_checkpoint, stage, tensorboard_logs
-
-if TYPE_CHECKING:
-    _AnyTrainer = Trainer
-else:
-    _AnyTrainer = object
 
 logger = logging.getLogger(__name__)
 
 _LAST_CHECKPOINT = "last-checkpoint"
 
 
-class HubPushes(_AnyTrainer):
+class HubPushes(AnyTrainer):
     """The part of `SparseTrainerMixin` that pushes; rank 0 alone does.
 
     Attributes:

@@ -4,10 +4,10 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, sort_checkpoints
 
@@ -26,19 +26,14 @@ from hf_chts.layers.wrappers import original_name
 from hf_chts.machine import version_of
 from hf_chts.sharding.ranks import together
 from hf_chts.sparse_model import SparsityHandle
+from hf_chts.training.any_trainer import AnyTrainer
+from hf_chts.training.callback import TopologyCallback
 from hf_chts.training.same_on_ranks import decisive_arguments
-
-if TYPE_CHECKING:
-    from hf_chts.training.callback import TopologyCallback
-
-    _AnyTrainer = Trainer
-else:
-    _AnyTrainer = object
 
 _log = logging.getLogger(__name__)
 
 
-class BeginsRuns(_AnyTrainer):
+class BeginsRuns(AnyTrainer):
     """The part of SparseTrainer that knows which run it trains, and takes its folder.
 
     Attributes:
@@ -50,7 +45,7 @@ class BeginsRuns(_AnyTrainer):
     """
 
     sparse: SparsityHandle
-    topology_callback: "TopologyCallback | None"
+    topology_callback: TopologyCallback | None
     made_of: dict[str, Any]
     identity: RunIdentity | None = None
     run_dir: str | None = None

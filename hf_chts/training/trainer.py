@@ -6,7 +6,7 @@ import shutil
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from hf_chts.files.reading import directory_size
 from hf_chts.layers.wrappers import original_keys, original_name, saves_adapters_alone, uncompiled
 from hf_chts.names import listed
 from hf_chts.sparse_model import SparsityHandle, follow_masks, sparsify
+from hf_chts.training.any_trainer import AnyTrainer
 from hf_chts.training.attempts import FreshAttempts
 from hf_chts.training.best_model import BestAtTargetSparsity
 from hf_chts.training.callback import TopologyCallback
@@ -43,19 +44,12 @@ from hf_chts.training.other_trainers import by_name, refuse_unloaded, start_refe
 from hf_chts.training.run_start import BeginsRuns, check_state_is_there
 from hf_chts.training.stored_names import names_of_model
 
-# The mixin goes before any Trainer class, and is not one itself
-if TYPE_CHECKING:
-    _AnyTrainer = Trainer
-else:
-    _AnyTrainer = object
-
-
 # What gloo and NCCL say where another rank is gone
 _LOST = re.compile(r"closed by peer|connection (was )?(reset|closed|refused)|timed? ?out|remote process", re.IGNORECASE)
 
 
 class SparseTrainerMixin(
-    StopsOnDivergence, BestAtTargetSparsity, FreshAttempts, BeginsRuns, HubPushes, ResumableDataMixin, _AnyTrainer
+    StopsOnDivergence, BestAtTargetSparsity, FreshAttempts, BeginsRuns, HubPushes, ResumableDataMixin, AnyTrainer
 ):
     """Sparse training for any `Trainer` subclass: `class MyTrainer(SparseTrainerMixin, Seq2SeqTrainer): pass`.
 

@@ -7,18 +7,14 @@ loss that diverges; they are compared on the device, because the host would have
 import logging
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
 
-if TYPE_CHECKING:
-    _AnyTrainer = Trainer
-else:
-    _AnyTrainer = object
+from hf_chts.training.any_trainer import AnyTrainer
 
 _IGNORED = -100
 
@@ -52,7 +48,7 @@ def excused(loss: Tensor, unlabelled: Tensor | None) -> Tensor:
     return torch.where(unlabelled.to(loss.device) & ~torch.isfinite(loss), torch.zeros_like(loss), loss)
 
 
-class UnlabelledEvaluation(_AnyTrainer):
+class UnlabelledEvaluation(AnyTrainer):
     """The part of SparseTrainer that leaves batches without labels out of an evaluation's loss."""
 
     # for each batch (3,): whether it has no labels, its rows if it has, and their loss
