@@ -1,4 +1,4 @@
-"""What a checkpoint is: the topology beside the weights, the seal that tells whether it is complete, and its run."""
+"""Checkpoints: the topology beside the weights, the seal of a complete checkpoint, and the run it belongs to."""
 
 from hf_chts.checkpoint.topology_state import (
     HISTORY_NAME,

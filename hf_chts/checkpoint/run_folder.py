@@ -1,4 +1,4 @@
-"""The folder of a run: which of its checkpoints can be resumed from, whose they are, and a lock while it trains."""
+"""The output folder of a run: its complete checkpoints, the run that each belongs to, and a lock during training."""
 
 import logging
 import warnings
@@ -22,13 +22,13 @@ _log = logging.getLogger(__name__)
 
 
 def sealed(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints of the run in a folder, by step; without those that it has passed over."""
+    """The complete checkpoints of the run in a folder, by step, without superseded ones."""
     passed_over = superseded(output_dir)
     return [path for path in all_sealed(output_dir) if passed_over.get(path.name) != crc32(path / SEAL_NAME)]
 
 
 def all_sealed(output_dir: str | Path) -> list[Path]:
-    """All complete checkpoints in a folder, by step, those of other runs too."""
+    """All complete checkpoints in a folder, by step, including those of other runs."""
     found = sort_checkpoints(str(output_dir)) if Path(output_dir).is_dir() else []
     return [Path(path) for path in found if (Path(path) / SEAL_NAME).is_file()]
 
@@ -39,9 +39,10 @@ def last_sealed(output_dir: str | Path) -> str | None:
 
 
 def superseded(output_dir: str | Path) -> dict[str, int]:
-    """The checkpoints that the run in a folder has passed over: of another run, or later than where it resumed.
+    """Checkpoints in a folder that its run ignores: those of another run, or of later steps than it resumed from.
 
-    By name, with the checksum of the seal: a checkpoint written later under the same name belongs to the run.
+    Returns:
+        The CRC-32 of the seal by checkpoint name. With another seal, the run has written that checkpoint anew.
     """
     try:
         return {str(name): int(value) for name, value in read_json(Path(output_dir) / RUN_NAME)["superseded"].items()}
@@ -50,7 +51,7 @@ def superseded(output_dir: str | Path) -> dict[str, int]:
 
 
 def take_folder(output_dir: str | Path, run: Mapping[str, Any], passed_over: list[Path]) -> None:
-    """Record which run a folder belongs to, and which checkpoints in it do not."""
+    """Record the run that a folder belongs to, and the checkpoints in it that do not belong to this run."""
     marks = {path.name: crc32(path / SEAL_NAME) for path in passed_over}
     write_json(Path(output_dir) / RUN_NAME, {"format": _FORMAT, "run": dict(run), "superseded": marks})
 
@@ -59,7 +60,7 @@ def refuse_folder_of_another_run(output_dir: str, mine: set[str | None], *, over
     """Raises ValueError if a folder has complete checkpoints of another run, unless `overwrite` is set.
 
     Args:
-        mine: the ids of this run, and of those that the same trainer has trained before.
+        mine: the ids of this run and of earlier runs of the same trainer.
     """
     foreign = [path for path in sealed(output_dir) if (sealed_run(path) or {}).get("id") not in mine]
     if foreign and not overwrite:
@@ -69,7 +70,7 @@ def refuse_folder_of_another_run(output_dir: str, mine: set[str | None], *, over
         raise ValueError(
             f"{output_dir} has checkpoints of another run{of}, up to {last.name}, and this run would mix with it: "
             "continue that run (resume_from_checkpoint true), choose another output_dir, or start over in this folder "
-            "with overwrite_output_dir true (SparseTrainingArguments), which leaves its checkpoints aside"
+            "with overwrite_output_dir true (SparseTrainingArguments), which ignores its checkpoints"
         )
 
 
@@ -92,16 +93,16 @@ def passed_over(output_dir: str, checkpoint: str | None, step: int) -> list[Path
 
 
 class OutputLock:
-    """The operating system's lock on a folder, held while training, so that two runs never write there at once.
+    """A lock of the operating system on a folder, so that two runs never train there at once.
 
-    It ends with the process that holds it, however that ends. The ranks of a job are one run: rank 0 takes it.
+    It is released when its process ends, even by SIGKILL. Rank 0 takes it for all ranks of a job.
     """
 
     def __init__(self) -> None:
         self._lock: FileLock | None = None
 
     def take(self, output_dir: str | Path) -> None:
-        """Take the lock. Where that is impossible, as on some network file systems, a warning says so.
+        """Take the lock; log a warning if the file system has no locks, as some network file systems.
 
         Raises:
             ValueError: another run holds it.
@@ -112,7 +113,7 @@ class OutputLock:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(str(path))
             with warnings.catch_warnings():
-                # filelock would fall back to a file that outlives a killed run, and only warn
+                # with this warning filelock falls back to a file that a killed run would leave behind
                 warnings.filterwarnings("error", message="flock not supported")
                 lock.acquire(timeout=0)
         except Timeout as error:

@@ -1,7 +1,7 @@
-"""Which run this is. Made when a run begins, and kept in its checkpoints' seals, its topology state and its records.
+"""The identity of a run, kept in the seals of its checkpoints, its topology state and its records.
 
-Two runs may have the same settings; the id tells them apart. The seeds, which order the data, and what a script adds
-(`SparseTrainer.made_of`) tell whether a resumed run is still the same.
+The id tells apart runs with the same settings. The seeds, which order the data, and the settings that a script adds
+(`SparseTrainer.made_of`) must not change when a run is resumed.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ _SEEDS = ("seed", "data_seed")  # they decide the order of the data
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """One run, in however many sessions it is trained.
+    """One run, from its start through all resumes.
 
     Attributes:
         id: unique.
-        begun: when, in UTC; "" if a version without identities began it.
+        begun: the time in UTC; "" if a version without identities began the run.
         seed, data_seed: of its TrainingArguments.
-        sparsity: a digest of its SparsityConfig.
-        made_of: what else must stay the same on resume, by name, as JSON can hold it.
+        sparsity: digest of its SparsityConfig.
+        made_of: further settings that must stay the same on resume, name → JSON value.
     """
 
     id: str
@@ -45,7 +45,7 @@ class RunIdentity:
         cls, args: TrainingArguments, config: SparsityConfig, made_of: Mapping[str, Any], *, begun: bool = True
     ) -> "RunIdentity":
         now = datetime.now(timezone.utc).isoformat(timespec="seconds") if begun else ""
-        plain = json.loads(json.dumps(dict(made_of)))  # as it is read back later: tuples become lists
+        plain = json.loads(json.dumps(dict(made_of)))  # as read back later: tuples become lists
         return cls(uuid4().hex, now, args.seed, args.data_seed, config_digest(config), plain)
 
     @classmethod
@@ -66,12 +66,12 @@ class RunIdentity:
         return f"run {self.id[:8]}, {when}seed {self.seed}"
 
     def check_same(self, now: "RunIdentity", directory: str, *, data_anew: bool) -> "RunIdentity":
-        """This run as it continues, with `made_of` as it is by now.
+        """The identity of this run as it continues, with the entries of `now.made_of`.
 
         Args:
-            now: the identity of a run that would begin now.
+            now: the identity that a new run would have.
             directory: the checkpoint, for the message.
-            data_anew: the data start over (`ignore_data_skip`), so the seeds may differ.
+            data_anew: whether the data start over (`ignore_data_skip`), so that seeds may differ.
 
         Raises:
             ValueError: a seed or an entry of `made_of` differs; the message names all that do.

@@ -1,6 +1,6 @@
-"""The seal of a checkpoint: written last, it lists every file with its size and checksum, and names the run.
+"""The seal of a checkpoint: written last, it names the run and lists every file with its size and checksum.
 
-A checkpoint of hf_chts without it is incomplete, and is never resumed from. CRC-32 finds damage, not forgery.
+A checkpoint without a seal is incomplete, and cannot be resumed. CRC-32 detects damage, not forgery.
 """
 
 import json
@@ -22,7 +22,7 @@ _REMEDY = "Use an earlier checkpoint"
 
 
 def seal(directory: str | Path, step: int, run: Mapping[str, Any] | None = None) -> None:
-    """Seal what is in `directory` as the complete checkpoint after `step` of `run` (`RunIdentity.to_dict`)."""
+    """Mark `directory` as the complete checkpoint after `step` of `run` (`RunIdentity.to_dict`)."""
     directory = Path(directory)
     files = {}
     for path in sorted(directory.rglob("*")):
@@ -37,11 +37,11 @@ def verify_seal(directory: str | Path, concerns: Callable[[str], bool] = lambda 
     """Read every file of a checkpoint and compare it with the seal.
 
     Args:
-        concerns: tells by its name, relative to `directory`, whether a file is checked.
+        concerns: whether to check the file of this name, relative to `directory`.
 
     Raises:
         FileNotFoundError: the seal, or a file that it lists, is missing.
-        ValueError: a file, or the seal, is not as it was written; the message names the file.
+        ValueError: a file or the seal has changed since it was written; the message names it.
     """
     directory = Path(directory)
     path = directory / SEAL_NAME
@@ -65,7 +65,7 @@ def verify_seal(directory: str | Path, concerns: Callable[[str], bool] = lambda 
 
 
 def what_is_unsealed(directory: str | Path) -> str:
-    """What a directory without a seal is, and what to do about it, as the end of a sentence."""
+    """What a directory without a seal is and how to continue from it, as the end of a sentence."""
     state, masks, history = (
         (Path(directory) / name).is_file() for name in (TRAINER_STATE_NAME, MASKS_NAME, HISTORY_NAME)
     )
@@ -83,7 +83,7 @@ def what_is_unsealed(directory: str | Path) -> str:
 
 
 def sealed_run(directory: str | Path) -> dict[str, Any] | None:
-    """The run that a checkpoint's seal names; None if it is unreadable or, as in early versions, names none."""
+    """The run that a checkpoint's seal names; None if it is unreadable or, as in early versions, names no run."""
     try:
         run = read_json(Path(directory) / SEAL_NAME).get("run")
     except (OSError, ValueError):  # verify_seal reports the damage to whoever uses the checkpoint
@@ -105,6 +105,6 @@ def _sealed_files(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def _checksum(contents: Mapping[str, Any]) -> int:
-    """The CRC-32 of a seal's own contents, whatever the order and spaces of its text."""
+    """The CRC-32 of a seal's contents, independent of order and spaces in its text."""
     others = {name: value for name, value in contents.items() if name != "checksum"}
     return zlib.crc32(json.dumps(others, sort_keys=True).encode())

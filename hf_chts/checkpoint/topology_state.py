@@ -1,7 +1,7 @@
-"""Masks and counters on disk: saved with every checkpoint, and verified before anything is loaded.
+"""The topology on disk: saved with every checkpoint, and verified before anything is loaded.
 
 `masks.safetensors` holds `<layer>.mask`, and in training checkpoints `<layer>.explored`, both bit-packed
-(topology/bits.py). Where a method keeps them, it also holds `<layer>.stored`, the weights of removed links, and
+(topology/bits.py). Depending on the method it also holds `<layer>.stored`, the weights of removed links, and
 `<layer>.born`, the update that regrew each link. Its metadata has the shapes, the step and a digest of the contents.
 `topology_history.json` holds the figures of each update.
 """
@@ -34,16 +34,16 @@ _REMEDY = "Restore it from a backup, or use an earlier checkpoint"
 
 @dataclass
 class TopologyState:
-    """What a run knows about its topology beyond the weights.
+    """The state of a run's topology beyond the weights.
 
     Attributes:
         masks: bool (out, in) by layer name.
-        explored: the links that were ever active, bit-packed uint8 by layer name; empty where nothing evolves.
-        stored: the weights of removed links, (out, in) by layer name; empty where they are not kept.
+        explored: the links that were ever active, bit-packed uint8 by layer name; empty for static topologies.
+        stored: the weights of removed links, (out, in) by layer name; empty unless the method keeps them.
         step: finished optimizer steps.
         history: one dict of figures for each update so far.
-        born: the number of the update that regrew each link, int16 by layer name; empty where it is not kept.
-        softness: δ of each layer's next removal, by name; empty where it does not adapt.
+        born: the number of the update that regrew each link, int16 by layer name; empty unless Adam needs it.
+        softness: δ of each layer's next removal, by name; empty unless it adapts.
         loss_before_update: the loss of the step just finished, if an update followed it.
         sparsity: the scheduled sparsity, or the run's floor, at the last update; None if it is not known.
         run: the id of the run (run_identity.py); None if it is not known.
@@ -62,7 +62,7 @@ class TopologyState:
 
 
 def save_masks(directory: str | Path, state: TopologyState) -> None:
-    """Write masks.safetensors into `directory`: all tensors of the state, without the history."""
+    """Write masks.safetensors, with all tensors of the state, into `directory`."""
     tensors = {f"{name}.mask": pack_bits(mask).cpu() for name, mask in state.masks.items()}
     for kind in _OPTIONAL:
         values: dict[str, Tensor] = getattr(state, kind)
@@ -74,7 +74,7 @@ def save_masks(directory: str | Path, state: TopologyState) -> None:
 def mask_metadata(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], step: int = 0
 ) -> dict[str, str]:
-    """The metadata of a masks.safetensors with these tensors. Each tensor is read once, one at a time.
+    """The metadata of a masks.safetensors with these tensors, which are read one at a time.
 
     Args:
         tensors: by `<layer>.<kind>`.
@@ -96,13 +96,13 @@ def save_topology(directory: str | Path, state: TopologyState) -> None:
 
 
 class MaskFile:
-    """The verified masks.safetensors of an export or a checkpoint. A tensor is read when it is asked for.
+    """The verified masks.safetensors of an export or a checkpoint. Tensors are read on access.
 
     Attributes:
         shapes: (out, in) by layer name.
         step: finished optimizer steps.
-        kinds: which of mask, explored, stored and born it holds; each of them for every layer.
-        tensors: by `<layer>.<kind>`, as they are stored.
+        kinds: which of mask, explored, stored and born it holds, each for every layer.
+        tensors: by `<layer>.<kind>`, masks bit-packed.
 
     Raises:
         FileNotFoundError: `directory` has no such file.
@@ -142,13 +142,13 @@ class MaskFile:
         if not self.kinds <= {"mask", *_OPTIONAL} or set(self.tensors) != expected:
             raise ValueError("its tensors are not those of the layers that its metadata lists")
         for name, shape in self.shapes.items():
-            # as Python integers, which do not overflow
+            # math.prod of Python integers does not overflow, whatever the file says
             if min(shape) < 1 or self.tensors[f"{name}.mask"].shape != ((math.prod(shape) + 7) // 8,):
                 raise ValueError(f"the mask of {name} does not have the bits of its shape {shape}")
 
 
 def load_masks(directory: str | Path) -> TopologyState:
-    """Read and verify masks.safetensors of an export or a checkpoint; the history stays empty.
+    """Read and verify masks.safetensors of an export or a checkpoint, without the history.
 
     Raises:
         FileNotFoundError, ValueError: see `MaskFile`.
@@ -165,7 +165,7 @@ def load_topology(directory: str | Path) -> TopologyState:
     """Read and verify what `save_topology` wrote.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_masks`, and likewise for the history.
+        FileNotFoundError, ValueError: masks or history are missing, damaged or of different steps.
     """
     state = load_masks(directory)
     path = Path(directory) / HISTORY_NAME
@@ -187,7 +187,7 @@ def load_topology(directory: str | Path) -> TopologyState:
 
 
 def with_original_names(state: TopologyState, layers: Iterable[str]) -> TopologyState:
-    """The state under the names of `layers`. Early versions saved the names that layers have in a wrapped model."""
+    """The state with the names of `layers`. Early versions saved the names that layers have in a wrapped model."""
     first, saved = next(iter(layers), ""), original_name(next(iter(state.masks), ""))
     prefix = saved.removesuffix(first) if saved.endswith(f".{first}") else ""
 

@@ -1,4 +1,4 @@
-"""Writing files and directories whole or not at all, so that no reader and no crash ever sees half of one."""
+"""Atomic writes of files and directories: neither a reader nor a crash ever leaves half of one."""
 
 import json
 import math
@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write into. It replaces `path` when the block ends, and is removed if the block raises.
+    """A temporary file to write into, which replaces `path` when the block ends. If the block raises, it is removed.
 
-    Until then it lies beside `path` under a hidden name. Its bytes are on the disk before it takes its place. Missing
-    parent directories are made. An OSError that names no file, as those of a write do, gets the name of `path`.
+    It is a hidden file beside `path`, and is flushed to the disk before it replaces `path`. Missing parent directories
+    are made. OSErrors of writes, which name no file, get the name of `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def write_json(path: str | Path, contents: Any, *, indent: int = 1) -> None:
 
 
 def finite_or_null(contents: Any) -> Any:
-    """What JSON can hold of nested `contents`: NaN and infinity, for which it has no word, become None."""
+    """Nested `contents` with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(contents, Mapping):
         return {name: finite_or_null(value) for name, value in contents.items()}
     if isinstance(contents, list | tuple):
@@ -55,7 +55,7 @@ def finite_or_null(contents: Any) -> Any:
 
 @contextmanager
 def whole_directory(target: str | Path) -> Iterator[Path]:
-    """A new directory to write into. It becomes `target` when the block ends, and is removed if the block raises.
+    """A temporary directory to write into, which becomes `target` when the block ends. If it raises, it is removed.
 
     Raises:
         FileExistsError: `target` exists and is not an empty directory.

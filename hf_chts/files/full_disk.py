@@ -1,6 +1,6 @@
-"""A failed write, on a full disk for example, is raised again with its place, the free space and what is missing.
+"""Explains failed writes, for example on a full disk: where, how much space is free, and how much is missing.
 
-Python's own errors of a write name no file, and safetensors and torch.save raise kinds of their own.
+Python's own errors of a write name no file, and safetensors and torch.save raise errors of other types.
 """
 
 import errno
@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 
 from hf_chts.files.reading import directory_size
 
-# What torch's writer of archives says, whatever went wrong below it
+# the messages of torch's archive writer for any failed write
 _TORCH = re.compile(r"inline_container|PytorchStreamWriter|unexpected pos|iostream error|No space left", re.IGNORECASE)
-_SYSTEM = re.compile(r"\(os error (\d+)\)")  # which safetensors adds
+_SYSTEM = re.compile(r"\(os error (\d+)\)")  # in messages of safetensors
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,12 +27,12 @@ def explain_failed_write(
     """If a write into `directory` fails in the block, raise an OSError that says where, why and what to do.
 
     Args:
-        then: a sentence on the consequence and the remedy.
-        needs: the bytes that the complete directory takes; 0 if that is not known.
+        then: a sentence with the consequence and the remedy, or a function that returns it.
+        needs: returns the size of the complete directory in bytes; 0 if it is not known.
     """
     try:
         yield
-    except BaseException as error:  # torch.distributed.checkpoint raises one that is no Exception
+    except BaseException as error:  # torch.distributed.checkpoint raises a BaseException
         if not _is_failed_write(error):
             raise
         number = _number(error, Path(directory))
@@ -63,7 +63,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _space(directory: Path, number: int, needs: int) -> str:
-    """The free space and what is missing; "" if the error is not about a full disk."""
+    """The last file, the free space and the missing space; "" if the error is not about a full disk."""
     if number not in _FULL:
         return ""
     written = _last_written(directory)

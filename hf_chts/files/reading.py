@@ -13,7 +13,7 @@ _CHUNK = 1 << 20  # bytes
 
 
 def crc32(path: str | Path) -> int:
-    """The CRC-32 of a file of any size. It finds damage, not forgery."""
+    """The CRC-32 of a file of any size. It detects damage, not forgery."""
     checksum = 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -22,7 +22,7 @@ def crc32(path: str | Path) -> int:
 
 
 def directory_size(directory: str | Path) -> int:
-    """The bytes of all files in a directory and below."""
+    """The bytes of all files in a directory and its subdirectories."""
     return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
 
 
@@ -30,7 +30,7 @@ def read_json(path: str | Path, format: str | None = None) -> dict[str, Any]:
     """The JSON object in a file; if `format` is given, the object must have it as its "format".
 
     Raises:
-        ValueError: the file holds something else; the message is a reason for `reading`, without the file's name.
+        ValueError: the file holds something else. The message lacks the file's name, which `reading` adds.
         OSError: the file cannot be read.
     """
     try:
@@ -46,7 +46,7 @@ def read_json(path: str | Path, format: str | None = None) -> dict[str, Any]:
 
 @contextmanager
 def reading(path: str | Path, remedy: str) -> Iterator[None]:
-    """Turn whatever damaged contents raise in the block into a ValueError that names the file and the remedy."""
+    """Turn errors that damaged contents raise in the block into a ValueError that names the file and the remedy."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -55,10 +55,10 @@ def reading(path: str | Path, remedy: str) -> Iterator[None]:
 
 
 class LazyMapping(Mapping[str, T]):
-    """Values that are read or made each time they are asked for, so that only one needs to be in memory at a time.
+    """A mapping that reads or computes a value on each access, so that only one is in memory at a time.
 
     Args:
-        read: makes the value of a key.
+        read: returns the value of a key.
         keys: in their order.
     """
 

@@ -8,8 +8,8 @@ the plan holds, the length of the run, its last update, and the lower bound on s
 `snapshot-STEP.safetensors`: some layers before the first, after the middle and after the last update (snapshots.py).
 
 A run that is resumed from step s drops what was written after s and continues, so that its records end up the same as
-those of an uninterrupted run, byte for byte, except for the seconds. Training never reads the records, and goes on
-without them if they cannot be written.
+those of an uninterrupted run, byte for byte, except for the seconds. Training never reads the records, and continues
+if they cannot be written.
 """
 
 import json
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class RunRecord:
-    """Writes the record of one run; used on rank 0 alone, which holds all masks.
+    """Writes the record of one run, on rank 0.
 
     Args:
         output_dir: of the run.
@@ -115,7 +115,7 @@ class RunRecord:
         plans = read_lines(self.directory / PLANS_NAME) if same_run else []
         plans = [line for line in plans if line["step"] <= step]
         last = plans[-1] if plans else {}
-        # a schedule that has caught up with its earlier lower bound has none any more, and is the same plan
+        # still the same plan if the schedule has caught up with its earlier lower bound and so has none any more
         same_plan = last.get("max_steps") == self.plan["max_steps"]
         if not (same_plan and self.plan["sparsity_floor"] in (0, last.get("sparsity_floor"))):
             plans.append({"step": step, **self.plan})
@@ -127,7 +127,7 @@ class RunRecord:
             self._snapshot(step, masks)
 
     def _is_mine(self, header: Mapping[str, Any]) -> bool:
-        """Whether records with this header belong to this run. Early versions had no ids."""
+        """Whether records with this header belong to this run; those of early versions have no ids."""
         ids = {header.get("run"), self.header.get("run")} - {None}
         return len(ids) < 2 and {**self.header, "run": None} == {**header, "run": None}
 
@@ -154,7 +154,7 @@ class RunRecord:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record up to the first incomplete one, where its run died; [] without a file."""
+    """The lines of a record up to the first incomplete one, where its run was killed; [] without a file."""
     if not path.is_file():
         return []
     lines: list[dict[str, Any]] = []

@@ -22,7 +22,7 @@ _NAME = re.compile(r"snapshot-(\d+)\.safetensors")
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """A layer at one step; None where the version that wrote the snapshot did not keep it.
+    """A layer at one step. Early versions did not write all three tensors; those are None.
 
     Attributes:
         picture: float16 (rows, columns), at most 256 each: the density of each cell of the mask. Row i of h covers the
@@ -37,10 +37,10 @@ class LayerSnapshot:
 
     @classmethod
     def of(cls, mask: Tensor) -> "LayerSnapshot":
-        """Of a mask, bool (out, in)."""
+        """The snapshot of a mask, bool (out, in)."""
         outputs, inputs = mask.shape
         rows, columns = _edges(outputs), _edges(inputs).to(mask.device)
-        # (rows, in): links in each column of each block of rows, without a copy of the whole mask as integers
+        # (rows, in): links in each column of each block of rows, without an integer copy of the whole mask
         blocks = [mask[a:b].sum(0, dtype=torch.int32) for a, b in pairwise(rows)]
         counts = torch.stack(blocks)
         until = torch.nn.functional.pad(counts.cumsum(1), (1, 0))
@@ -59,14 +59,14 @@ def _edges(nodes: int) -> Tensor:
 
 
 def snapshot_steps(plan: SchedulePlan) -> list[int]:
-    """Before the first update, after the middle one and after the last."""
+    """The steps of snapshots: before the first update, after the middle one and after the last."""
     interval = plan.config.update_interval
     updates = plan.number_of_updates(plan.last_update)
     return sorted({0, (updates + 1) // 2 * interval, plan.last_update})
 
 
 def snapshot_layers(names: list[str]) -> list[str]:
-    """The layers to record: of the first and of the last kind, those nearest to the input and to the output.
+    """The layers to record: the first and the last layer of the first and of the last kind.
 
     In LLaMA these are q_proj and down_proj of the first and the last block.
     """

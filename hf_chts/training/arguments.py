@@ -10,18 +10,18 @@ class SparseTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the paper's learning-rate schedule as the default.
 
     Parameters that control the learning rate around topology updates:
-        update_warmup_steps: after each update the rate climbs back over this many optimizer steps. None: 20 (paper
-            Table 6), or a fifth of update_interval where that is less.
+        update_warmup_steps: optimizer steps over which the rate climbs back after each update. None: 20 (paper
+            Table 6), or a fifth of update_interval if that is less.
 
     Parameters that control which model is the best:
-        best_at_any_sparsity: whether evaluations count for `load_best_model_at_end`, early stopping and save_strategy
-            "best" from the first on, and not only from the step on at which the model is as sparse as was asked for.
+        best_at_any_sparsity: whether evaluations before the target sparsity is reached count for
+            `load_best_model_at_end`, early stopping and save_strategy "best".
 
-    Parameters that control what becomes of checkpoints that are there already:
-        overwrite_output_dir: whether a run may begin in a folder with whole checkpoints of another run. They are
-            passed over, also by resume_from_checkpoint=True, and overwritten where the run comes to the same steps.
-        skip_damaged_checkpoints: whether resume_from_checkpoint=True passes over checkpoints that are damaged, and
-            takes the newest one that is whole. Damaged ones are kept under another name.
+    Parameters that control existing checkpoints in the output folder:
+        overwrite_output_dir: whether a new run may begin in a folder with complete checkpoints of another run. They
+            are ignored, also by resume_from_checkpoint=True, and overwritten when the run reaches the same steps.
+        skip_damaged_checkpoints: whether resume_from_checkpoint=True skips damaged checkpoints and takes the newest
+            complete one. Damaged ones are renamed.
     """
 
     _argument_group_name = "training, as in transformers.TrainingArguments"  # HfArgumentParser reads it
@@ -40,25 +40,25 @@ class SparseTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Let evaluations count for the best model (load_best_model_at_end, early stopping, save_strategy "
-            "best) while sparsity still rises; the best may be less sparse than was asked for. Default: they count "
-            "from the step on at which the schedule reaches the sparsity that was asked for."
+            "best) while sparsity still rises; the best model may then be less sparse than the target. Default: they "
+            "count from the step at which the schedule reaches the target sparsity."
         },
     )
 
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Begin anew in an output_dir that has whole checkpoints of another run. They are passed over, also "
-            "by resume_from_checkpoint true, and overwritten where this run comes to the same steps. Default: such a "
-            "folder is refused."
+            "help": "Begin anew in an output_dir that has complete checkpoints of another run. They are ignored, also "
+            "by resume_from_checkpoint true, and overwritten when this run reaches the same steps. Default: raise an "
+            "error."
         },
     )
     skip_damaged_checkpoints: bool = field(
         default=False,
         metadata={
-            "help": "With resume_from_checkpoint true: where the newest checkpoint is damaged, go on from the newest "
-            "one that is whole. Damaged ones are renamed to damaged-checkpoint-STEP. Default: a damaged one is refused "
-            "by name."
+            "help": "With resume_from_checkpoint true: if the newest checkpoint is damaged, resume from the newest "
+            "complete one. Damaged ones are renamed to damaged-checkpoint-STEP. Default: raise an error that names "
+            "the damaged file."
         },
     )
 

@@ -1,9 +1,9 @@
-"""auto_find_batch_size: each attempt begins as a run with that batch size would, with nothing of the one before.
+"""auto_find_batch_size for sparse runs: each attempt starts exactly as a run with that batch size would.
 
-The Trainer goes on with the weights and the moments that a failed attempt has left, under schedules that begin anew.
-For a sparse run that would be neither: masks grown by other batches, thinner than the schedule has them. So weights,
-masks, optimizer, random numbers and callbacks are those of the start again, and checkpoints of the failed attempt go.
-A dense run does what the Trainer does.
+The plain Trainer keeps the weights and moments of a failed attempt and only restarts the schedules. A sparse run would
+then continue with masks that are already sparser than its schedule. So weights, masks, optimizer, random numbers and
+callbacks are restored to their state before the first attempt, and checkpoints of the failed attempt are deleted. Dense
+runs behave as in the Trainer.
 """
 
 import copy
@@ -28,7 +28,11 @@ _log = logging.getLogger(__name__)
 
 
 class _Start:
-    """What a trainer has as its first attempt begins; of weights, where no checkpoint has them, a copy on the CPU."""
+    """The state of a trainer before its first attempt, on the CPU.
+
+    Args:
+        weights: whether to copy weights and masks; not needed where they are loaded from a checkpoint.
+    """
 
     def __init__(self, trainer: Any, *, weights: bool) -> None:
         self.tensors, self.masks = {}, {}
@@ -37,7 +41,7 @@ class _Start:
             self.tensors = {name: tensor.to("cpu", copy=True) for name, tensor in _tensors(trainer.model).items()}
         self.flos = trainer.current_flos
         self.optimizer = trainer.optimizer
-        # a schedule that the Trainer has made, it makes anew
+        # the Trainer makes its own schedule anew, but keeps one that the user passed
         self.schedule = None if trainer._created_lr_scheduler else trainer.lr_scheduler
         kept = [part for part in (self.optimizer, self.schedule) if part is not None]
         self.states = [(part, _on_cpu(part.state_dict())) for part in kept]
@@ -49,7 +53,7 @@ class _Start:
         self.random = _random_numbers(trainer.args.device)
 
     @torch.no_grad()
-    def again(self, trainer: Any) -> None:
+    def restore(self, trainer: Any) -> None:
         for name, tensor in _tensors(trainer.model).items() if self.tensors else ():
             tensor.copy_(self.tensors[name])
         for name, layer in trainer.sparse.layers.items() if self.masks else ():
@@ -67,7 +71,7 @@ class _Start:
 
 
 class FreshAttempts(AnyTrainer):
-    """The part of SparseTrainer that begins an attempt with a smaller batch anew, or from the checkpoint it resumes."""
+    """The part of SparseTrainer that restarts with a smaller batch, from the start or from the resumed checkpoint."""
 
     topology_callback: TopologyCallback | None
     _attempts: int = 0  # of this `train()`
@@ -75,14 +79,14 @@ class FreshAttempts(AnyTrainer):
     _written: tuple[Path, ...] = ()  # the checkpoints of this attempt
 
     def attempt_anew(self) -> None:
-        """`train()` begins."""
+        """Called when `train()` begins."""
         self._attempts, self._start, self._written = 0, None, ()
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, which calls it once for each attempt.
+        """As in the Trainer, which calls it once per attempt.
 
         Raises:
-            RuntimeError: a sharded engine holds the weights, so that those of the start cannot be put back.
+            RuntimeError: a second attempt is needed, but a sharded engine holds the weights, which cannot be restored.
         """
         self._attempts += 1
         if self.args.auto_find_batch_size and self.topology_callback is not None:
@@ -105,9 +109,9 @@ class FreshAttempts(AnyTrainer):
             )
         assert self._start is not None
         assert self.topology_callback is not None
-        self._start.again(self)
+        self._start.restore(self)
         if checkpoint is not None and not sharded:
-            self._load_from_checkpoint(checkpoint)  # masks and moments are the checkpoint's, and weights must be too
+            self._load_from_checkpoint(checkpoint)  # weights; masks and moments are its own already
         self.topology_callback.warmup = None
         if self.args.should_save:
             for directory in self._written:
@@ -132,7 +136,7 @@ class FreshAttempts(AnyTrainer):
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
-    """Weights and buffers by name, but for masks, which their owner writes."""
+    """Weights and buffers by name, without masks."""
     module = cast(nn.Module, model)
     masks = {id(layer.mask) for layer in module.modules() if isinstance(layer, MaskedLayer)}
     tensors = (*module.named_parameters(), *module.named_buffers())

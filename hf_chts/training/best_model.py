@@ -1,7 +1,7 @@
-"""Which evaluation may be the best of a run: one of a model as sparse as was asked for.
+"""Only evaluations at the target sparsity count for the best model.
 
-While sparsity still rises, models have more links than the one that was asked for, and lower losses. Were they to
-count, load_best_model_at_end and early stopping would return a denser model.
+While sparsity still rises, the model has more links and a lower loss, so load_best_model_at_end and early stopping
+would otherwise return a denser model than requested.
 """
 
 import logging
@@ -16,14 +16,14 @@ _log = logging.getLogger(__name__)
 
 
 class BestAtTargetSparsity(AnyTrainer):
-    """The part of SparseTrainer that says when an evaluation counts for the best model."""
+    """The part of SparseTrainer that decides whether an evaluation counts for the best model."""
 
     sparse: SparsityHandle
     topology_callback: TopologyCallback | None
     _said_when: bool = False
 
     def target_reached_at(self) -> int:
-        """The step from which on the run has the sparsity that was asked for, by its schedule; 0: all the time."""
+        """The step at which the schedule reaches the target sparsity; 0 if the run has it from the start."""
         plan = self.topology_callback.evolver.plan if self.topology_callback is not None else None
         if plan is None or not plan.decay_end or plan.floor >= plan.config.sparsity - 1e-12:
             return 0
@@ -38,21 +38,21 @@ class BestAtTargetSparsity(AnyTrainer):
             return super()._determine_best_metric(metrics, trial)
         self._forget_early_best(counts_from)
         value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
-        if value is not None and math.isinf(value):  # NaN is neither less nor greater than any
+        if value is not None and math.isinf(value):  # NaN is never better, as no comparison with it holds
             return False
         if value is not None and self.state.global_step < counts_from:
             if self.is_world_process_zero() and not self._said_when:
                 self._said_when = True
                 _log.warning(
-                    "The best model is looked for from step %d on, where the schedule reaches the sparsity of %.4g "
-                    "that was asked for; the model now has %.4g. With best_at_any_sparsity it is looked for at once",
+                    "Evaluations count for the best model from step %d on, where the schedule reaches the target "
+                    "sparsity of %.4g; the model now has %.4g. Set best_at_any_sparsity to count all of them",
                     counts_from, self.sparse.config.sparsity, self.sparse.sparsity(),
                 )  # fmt: skip
             return False
         return super()._determine_best_metric(metrics, trial)
 
     def _forget_early_best(self, counts_from: int) -> None:
-        """Forget a best from before, as states have it that were written with best_at_any_sparsity or long ago."""
+        """Forget a best model from before that step, which a resumed checkpoint may name."""
         best = self.state.best_global_step
         if best is not None and best < counts_from:
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
@@ -65,20 +65,20 @@ class BestAtTargetSparsity(AnyTrainer):
         if none and self.is_world_process_zero():
             _log.warning(
                 "No evaluation counts for the best model: there was none with a finite %s from step %d on, where the "
-                "schedule reaches the sparsity of %.4g. The model stays that of the last step, %d, with a sparsity of "
-                "%.4g",
+                "schedule reaches the target sparsity of %.4g. The model is that of the last step, %d, with a sparsity "
+                "of %.4g",
                 self.args.metric_for_best_model, counts_from, self.sparse.config.sparsity,
                 self.state.global_step, self.sparse.sparsity(),
             )  # fmt: skip
         return super()._finalize_training(*args, **kwargs)
 
     def say_best(self) -> None:
-        """That the best model has been loaded, masks and all, and how sparse it is."""
-        step, asked = self.state.best_global_step, self.sparse.config.sparsity
+        """Log that the best model has been loaded, and how sparse it is."""
+        step, target = self.state.best_global_step, self.sparse.config.sparsity
         early = step is not None and step < self.target_reached_at()
         if self.topology_callback is not None and self.is_world_process_zero():
             _log.log(
                 logging.WARNING if early else logging.INFO,
-                "The model is that of step %s, the best, with a sparsity of %.4g where %.4g was asked for",
-                step, self.sparse.sparsity(), asked,
+                "The best model, of step %s, has been loaded, with a sparsity of %.4g where %.4g was asked for",
+                step, self.sparse.sparsity(), target,
             )  # fmt: skip

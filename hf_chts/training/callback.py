@@ -1,4 +1,4 @@
-"""TopologyCallback: has an Evolver evolve the topology in transformers' Trainer, and tells what it did."""
+"""TopologyCallback: runs an Evolver in transformers' Trainer, and reports what it did."""
 
 import logging
 from collections.abc import Callable
@@ -14,9 +14,8 @@ from hf_chts.evolution.evolver import Evolver
 from hf_chts.evolution.update_ranks import NotFinite
 from hf_chts.layers.sparse_layers import SparseLayers
 from hf_chts.records.run_record import RunRecord
-from hf_chts.training.begin_lines import changed_lines, learning_rates, plan_line
+from hf_chts.training.begin_lines import changed_lines, layer_lines, learning_rates, plan_line
 from hf_chts.training.divergence import diverged
-from hf_chts.training.layer_lines import layer_lines
 from hf_chts.training.losses import UpdateLosses
 
 _log = logging.getLogger(__name__)
@@ -27,17 +26,18 @@ class TopologyCallback(TrainerCallback):
 
     Args:
         sparse: the handle of the model.
-        log: called with the figures of each update, for example `Trainer.log`. None: they wait for `take_figures`, and
-            the step is logged, so that they go with its loss.
-        say: called on rank 0 with lines about layers and plan as training begins; None: logged as an info.
+        log: called with the figures of each update, for example `Trainer.log`. None: the step is logged, and its log
+            gets them from `take_figures`, together with the loss.
+        say: called on rank 0 with lines about layers and plan as training begins; None: they are logged as infos.
 
     Attributes:
-        evolver: what evolves the model, attached as training begins.
+        evolver: attached to the optimizer when training begins.
         losses: of the steps around updates.
-        warmup: the steps over which the learning rate climbs back after an update; None: its schedule is not made yet.
-        learning_rate: what the line about the plan says of that.
-        record: what writes each layer's updates into the run's folder; on rank 0, from the begin of training.
-        identity, run_dir: of the run, and where it writes; None: not known, and into output_dir.
+        warmup: optimizer steps over which the learning rate climbs back after an update; None before the
+            learning-rate schedule is made.
+        learning_rate: the same as a phrase, for the line about the plan.
+        record: writes each layer's updates into the run's folder; on rank 0, from the start of training.
+        identity, run_dir: of the run, and where it writes; without a `run_dir`, into output_dir.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class TopologyCallback(TrainerCallback):
         self._waiting: dict[str, Any] = {}  # figures that are not logged yet
 
     def state(self, step: int) -> TopologyState:
-        """What a checkpoint after `step` keeps beyond weights and optimizer. Collective."""
+        """The state that a checkpoint after `step` needs beyond weights and optimizer. Collective."""
         run = self.identity.id if self.identity else None
         return replace(self.evolver.state(step), loss_before_update=self.losses.before, run=run)
 
     def restore(self, state: TopologyState | None, *, max_steps: int = 0) -> None:
-        """Have the next training go on with a checkpoint, whose masks are set at once; None takes that back.
+        """Make the next training continue from a checkpoint, and set its masks now. None makes it start anew.
 
         Args:
-            max_steps: the length of the run that wrote it, where that is known.
+            max_steps: the length of the run that wrote the checkpoint; 0 if it is not known.
         """
         self._restored, self._earlier_steps = state, max_steps
         self.evolver.restore(state)
@@ -131,13 +131,13 @@ class TopologyCallback(TrainerCallback):
             self.record.update(step, evolver.last_update, evolver.sparse.masks(), seconds, softness)
         if self.log is not None:
             if figures:
-                # Trainer.log takes the step as logged, and the loss of this step would never be
+                # Trainer.log marks the step as logged, and its loss would be skipped
                 should_log = control.should_log
                 self.log(figures)
                 control.should_log = should_log
             return
         self._waiting |= figures
-        # the losses around an update wait for the next log, unless the run ends or a checkpoint would be without
+        # the losses around an update wait for the next log, or for the next checkpoint or the end if that comes first
         last = control.should_save or step >= state.max_steps
         control.should_log |= bool(self._waiting) and (last or evolver.plan.is_update(step))
 
@@ -147,7 +147,7 @@ class TopologyCallback(TrainerCallback):
         control.should_log |= bool(self._waiting) and control.should_save
 
     def take_figures(self) -> dict[str, Any]:
-        """The figures that are to be logged with the loss of this step; they are given once."""
+        """Return the figures to log with the loss of this step, and forget them."""
         figures, self._waiting = self._waiting, {}
         return figures
 
@@ -158,7 +158,7 @@ class TopologyCallback(TrainerCallback):
         self.say(plan_line(plan, self.learning_rate))
         earlier = None
         if self._restored is not None and self._earlier_steps not in (0, plan.max_steps):
-            with suppress(ValueError):  # its length is refused today
+            with suppress(ValueError):  # an earlier version may have allowed that length
                 earlier = plan.config.plan(self._earlier_steps)
         layers = evolver.sparse.layers
         trained = evolver.trained or list(layers)

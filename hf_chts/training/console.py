@@ -15,7 +15,7 @@ COLUMNS = 100
 
 _log = logging.getLogger(__name__)
 
-# printed in another form, or of no use on a console
+# printed in another form, or of no use in a console
 _LEFT_OUT = ("epoch", "step", "total_flos", "num_input_tokens_seen")
 _LOSSES = ("loss_before_update", "loss_after_update")
 
@@ -42,10 +42,10 @@ _EVALUATION = {
 }
 _EVALUATION_LEFT_OUT = ("loss_per_token", "samples_per_second", "steps_per_second")  # the seconds say the same
 
-# a log with all of these is that of a topology update
+# a log with all of these keys is of a topology update
 _UPDATE = {"sparsity", "links_removed", "links_regrown", "overlap", "itop", "active_neurons", "topology_seconds"}
 
-# and these belong to it too; whatever else it holds is printed as a log of training
+# the keys of an update's line; other keys of the same log are printed as a log of training
 _OF_UPDATE = {*_UPDATE, "softness", "active_neurons_percolated"}
 
 
@@ -65,7 +65,7 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         self.update: tuple[int, dict[str, Any]] | None = None
 
     def _bar(self, **settings: Any) -> Any:
-        # disable=None: drawn only where stderr is a terminal; in a file a bar is one line of thousands of columns
+        # disable=None draws only on a terminal: in a file a bar is one line of thousands of columns
         return tqdm(dynamic_ncols=True, disable=None if self.bars else True, **settings)
 
     def on_train_begin(
@@ -74,7 +74,7 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         self.update = None
         self.current_step = 0
         if state.is_world_process_zero:
-            # an update in the very step of a checkpoint has not been printed yet
+            # an update in the step of the checkpoint is printed after the next step, so not yet
             logged = [x for x in state.log_history if x.get("step") == state.global_step and x.keys() >= _UPDATE]
             self.update = (state.global_step, logged[-1]) if logged else None
             self.training_bar: Any = self._bar(total=state.max_steps)
@@ -123,7 +123,7 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._print_update({}, state.global_step)  # after an update in the last step no loss follows
+        self._print_update({}, state.global_step)  # no loss follows an update in the last step
         super().on_train_end(args, state, control, **kwargs)
 
     def _print_update(self, losses: Mapping[str, float], step: int) -> None:
@@ -174,10 +174,10 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
 
 
 def _title(logs: Mapping[str, Any]) -> tuple[str, Mapping[str, tuple[str, str]], Collection[str]]:
-    """(the beginning of a log's line; name and format of its known keys; the keys to leave out)
+    """Beginning of a log's line, name and format of its known keys, and the keys to leave out.
 
-    A single key does not tell what kind of log it is: with `include_num_input_tokens_seen` every log has a
-    `train_runtime`, and users may call their own figures train_… or eval_…, and their evaluation data anything.
+    No single key tells the kind of log: with `include_num_input_tokens_seen` every log has a `train_runtime`, and
+    users may call their figures train_… or eval_…, and their evaluation data anything.
     """
     if "total_flos" in logs and "train_runtime" in logs:  # logged once, at the end of training
         return "done: ", _END, _LEFT_OUT

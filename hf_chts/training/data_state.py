@@ -1,4 +1,4 @@
-"""Where each rank is in a stream of training data: saved in checkpoints, and resumed from them.
+"""The position of each rank in a stream of training data, saved in checkpoints and restored from them.
 
 A stream is any dataset with a method `loader` like that of `hf_chts.data.BlockStream`. The Trainer handles all others.
 """
@@ -30,21 +30,21 @@ class ResumableLoader(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the batches that were taken end; JSON."""
+        """The position after the last batch that was taken, as JSON."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there. Raise ValueError if the state is of other data or readers."""
+        """Continue from that position. Raises ValueError if it is of other data or another number of readers."""
         ...
 
     def restart(self, number: int) -> None:
-        """Begin anew, in an order that belongs to `number`; a first run has 0."""
+        """Start from the beginning in another order, which depends on `number`; the default is 0."""
         ...
 
 
 @runtime_checkable
 class ResumableDataset(Protocol):
-    """A dataset of which each rank reads its share, and that resumes where it was left."""
+    """A dataset of which each rank reads its share, and that can be resumed."""
 
     def loader(
         self,
@@ -61,14 +61,14 @@ class ResumableDataset(Protocol):
 
 
 class ResumableDataMixin(AnyTrainer):
-    """The part of SparseTrainer that reads such datasets: each rank its own share, exactly resumed."""
+    """The part of SparseTrainer that reads streams: each rank its own share, resumed exactly."""
 
     _stream: ResumableLoader | None = None
     _data_state: dict[str, Any] | None = None
     _restart: int = 0
 
     def follow_stream(self) -> None:
-        """Called when the Trainer is made, before other callbacks are added."""
+        """Have the epoch of a stream follow the step. Called before other callbacks are added."""
         if isinstance(self.train_dataset, ResumableDataset):
             self.add_callback(_EpochOfStep)
 
@@ -96,13 +96,14 @@ class ResumableDataMixin(AnyTrainer):
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Like `Trainer.train`; a stream goes on after the batches that were trained on before the checkpoint."""
+        """Like `Trainer.train`; a stream continues after the last batch before the checkpoint."""
         self._data_state, self._restart = None, 0
         ignore_data_skip = self.args.ignore_data_skip
         if isinstance(resume_from_checkpoint, str) and isinstance(self.train_dataset, ResumableDataset):
             self._data_state = self.data_state(resume_from_checkpoint)
             if ignore_data_skip:
-                self._restart = max(1, _last_step(resume_from_checkpoint))
+                state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+                self._restart = max(1, state.global_step)
             self.args.ignore_data_skip = True  # else the Trainer would read those batches again to skip them
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -110,8 +111,8 @@ class ResumableDataMixin(AnyTrainer):
             self.args.ignore_data_skip = ignore_data_skip
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Like `Trainer.log`; a log of training has the number of documents that all ranks have skipped, if any."""
-        # these are logged by all ranks at once
+        """Like `Trainer.log`; adds the number of documents that all ranks skipped, if any, to logs of training."""
+        # only these are logged by all ranks at once
         together = ("loss" in logs and self.control.should_log) or "train_loss" in logs
         if together and self._stream is not None and isinstance(self.train_dataset, ResumableDataset):
             mine = torch.tensor(self._stream.skipped, device=self.args.device)
@@ -121,10 +122,10 @@ class ResumableDataMixin(AnyTrainer):
         super().log(logs, *args, **kwargs)
 
     def data_state(self, directory: str) -> dict[str, Any] | None:
-        """This rank's state in a checkpoint; None if the data do not go on from there.
+        """This rank's state in a checkpoint; None for data other than streams, and with `ignore_data_skip`.
 
         Raises:
-            FileNotFoundError, ValueError: there is none, or it is of other data or another number of readers.
+            FileNotFoundError, ValueError: it is missing, or of other data or another number of readers.
         """
         if self.args.ignore_data_skip:
             return None
@@ -138,8 +139,8 @@ class ResumableDataMixin(AnyTrainer):
         if not path.is_file():
             now = f"this is rank {self.args.process_index} of {self.args.world_size}"
             raise FileNotFoundError(
-                f"{path} is missing: {directory} has the data states of {ranks} ranks, and {now}; use as many ranks "
-                f"as wrote it, {advice}"
+                f"{path} is missing: {directory} has the data states of {ranks} ranks, and {now}; use {ranks} ranks, "
+                f"{advice}"
                 if ranks
                 else f"{directory} was not trained on a stream, this run reads one: use the data that it had, {advice}"
             )
@@ -159,13 +160,8 @@ class ResumableDataMixin(AnyTrainer):
             write_json(path, {"format": _FORMAT, **self._stream.state_dict()})
 
 
-def _last_step(directory: str) -> int:
-    """The number of finished optimizer steps of a checkpoint."""
-    return TrainerState.load_from_json(str(Path(directory) / TRAINER_STATE_NAME)).global_step
-
-
 class _EpochOfStep(TrainerCallback):
-    """A stream has no length, so the epoch is the share of max_steps; a resumed Trainer would start it at 0 again."""
+    """Sets the epoch to the fraction of max_steps: a stream has no length, and a resumed Trainer would restart at 0."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.epoch = state.global_step / state.max_steps

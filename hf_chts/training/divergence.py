@@ -1,4 +1,4 @@
-"""A run that has diverged stops: NaN and infinity are never evolved, saved, chosen as the best model or pushed."""
+"""Stops a run that has diverged, before NaN or infinity is evolved, saved, chosen as the best model or pushed."""
 
 import logging
 import math
@@ -41,7 +41,7 @@ def diverged(step: int, names: list[str], output_dir: str | None, what: str) -> 
 
 
 class Watch:
-    """The first step whose loss, or whose gradient, is not finite, and the number of batches without labels.
+    """Records the first step with a loss or gradient that is not finite, and counts batches without labels.
 
     All of it stays on the device, so that the host does not wait for every loss.
     """
@@ -65,9 +65,10 @@ class Watch:
         return torch.where(finite, first, first.clamp(max=step))
 
     def look(self, *, together: bool) -> tuple[int, int, int]:
-        """First steps of a bad loss and gradient (`_NEVER` if none), and batches without labels.
+        """First step of a bad loss, first step of a bad gradient (`_NEVER` if none), number of batches without labels.
 
-        Of this rank, or, if `together`, of all ranks; that is collective.
+        Args:
+            together: over all ranks, not this one alone; collective.
         """
         mine = torch.stack([self.loss, self.gradient, self.unlabelled])
         of_ranks = [mine]
@@ -81,28 +82,28 @@ class Watch:
 class StopsOnDivergence(UnlabelledEvaluation, AnyTrainer):
     """The part of SparseTrainer that looks for NaN and infinity.
 
-    Every loss and gradient is recorded on the device. The host looks at the record where it waits for the device
+    Every loss and gradient norm is recorded on the device. The host reads the record where it waits for the device
     anyway: at each log of training and before each save; on a CPU and under DeepSpeed also after each backward pass.
-    Weights and optimizer state are read before they are saved or pushed, and at the end of training.
+    Weights and optimizer state are checked before they are saved or pushed, and at the end of training.
     """
 
     topology_callback: Any  # the TopologyCallback, or None for a dense run
     _watch: Watch | None = None
-    _begun: bool = False  # the weights that training starts from have been read
+    _begun: bool = False  # the initial weights have been checked
     unlabelled: Tensor | None = None  # bool (): the labels of the last micro-batch are all -100
     _unlabelled_said: int = 0
 
     def watch_anew(self) -> None:
-        """Forget what was recorded, as training begins."""
+        """Forget the record; called as training begins."""
         self._watch, self.unlabelled, self._unlabelled_said, self._begun = None, None, 0, False
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if not self._begun:  # the first call after the checkpoint is loaded and the model prepared
+        if not self._begun:  # the first call once the checkpoint is loaded and the model prepared
             self._begun = True
             if bad := not_finite(weights_of(cast(nn.Module, self.model), frozen=True), device=self.args.device):
                 raise FloatingPointError(
                     f"these weights hold NaN or infinity before step {self.state.global_step + 1}, so nothing is "
-                    f"trained: {listed(bad)}. Load or initialize them again"
+                    f"trained: {listed(bad)}. Load or initialize the model again"
                 )
         super()._run_epoch(*args, **kwargs)
 
@@ -118,40 +119,41 @@ class StopsOnDivergence(UnlabelledEvaluation, AnyTrainer):
         norm = super()._get_grad_norm(*args, **kwargs)
         # with fp16 an infinite gradient is no divergence: the loss scaler skips the step
         if norm is not None and self.accelerator.mixed_precision != "fp16":
-            split = hasattr(norm, "to_local")  # under FSDP2 each rank has the norm of its own part
+            split = hasattr(norm, "to_local")  # FSDP2: each rank has the norm of its own part
             seen = norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64)
             seen = cast(Any, seen).to_local() if split else seen
             seen = torch.where(seen < 0, math.nan, seen)  # DeepSpeed returns -1 for NaN and infinity
             self._watched().add_gradient(self.state.global_step + 1, seen)
-            # only where the host has it already, and all ranks have the same
+            # only if the host has the norm already, and all ranks have the same one
             if not split and seen.device.type == "cpu" and not seen.isfinite().all():
                 self._refuse_divergence(together=False)
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; checks the losses and gradients so far before a log of training."""
-        if "train_loss" in logs or ("loss" in logs and self.control.should_log):  # logs that all ranks reach together
+        if "train_loss" in logs or ("loss" in logs and self.control.should_log):  # only these are logged by all ranks
             self._refuse_divergence(together=True)
         super().log(logs, *args, **kwargs)
 
     def refuse_not_finite(self, what: str) -> None:
-        """Check losses, gradients, weights and optimizer state; `what` is as in `diverged`. Collective.
+        """Check losses, gradients, weights and optimizer state on all ranks; `what` is as in `diverged`. Collective.
 
         Raises:
-            FloatingPointError: one of them is or was NaN or infinite on any rank; the message has its name, the step
-                and the last complete checkpoint.
+            FloatingPointError: one of them is or was NaN or infinite; the message has its name, the step and the last
+                complete checkpoint.
         """
         self._refuse_divergence(together=True)
         held = weights_and_moments(cast(nn.Module, self.model), self.optimizer)
         if bad := not_finite(held, device=self.args.device):
             evolver = self.topology_callback.evolver if self.topology_callback is not None else None
             if MASTER in bad and evolver is not None and (engine := evolver.engine) is not None:
+                # flat master weights name no layer
                 parts = {name: list(engine.held(layer).values()) for name, layer in evolver.sparse.layers.items()}
-                bad = [*not_finite(parts, device=self.args.device), *bad]  # the layers, where they are known
+                bad = [*not_finite(parts, device=self.args.device), *bad]
             raise diverged(self.state.global_step, bad, self.args.output_dir, what)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self.refuse_not_finite("training does not end as if all were well")
+        self.refuse_not_finite("the run does not end as a success")
         _, _, unlabelled = self._watched().look(together=True)
         if unlabelled > self._unlabelled_said:
             self._say_unlabelled(unlabelled, "in all")
@@ -178,7 +180,7 @@ class StopsOnDivergence(UnlabelledEvaluation, AnyTrainer):
         if min(loss, gradient) < _NEVER:
             what = "the loss" if loss <= gradient else "the gradient (with a finite loss)"
             if self._unlabelled_said or unlabelled:
-                what += ", as it may be where a loss of your own divides by the number of labels and a batch has none,"
+                what += ", maybe because a loss of your own divides by the number of labels of a batch without any,"
             raise FloatingPointError(
                 f"{what} was NaN or infinite in step {min(loss, gradient)}: {_REMEDY}. "
                 f"{last_whole(last_sealed(self.args.output_dir or '.'))}"

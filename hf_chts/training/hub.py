@@ -1,8 +1,8 @@
-"""Pushes of a run to the Hub: masks, configs and a model card go along with the weights, also from checkpoints.
+"""Pushes of a run to the Hub, with masks, configs and a model card beside the weights.
 
-The Trainer copies a checkpoint's weights into output_dir, uploads that folder in the background, and forgets what
-became of it. Here a checkpoint is pushed as it is, in one commit; what failed is said, and the last checkpoint goes at
-the end of training where its push had to be skipped or failed.
+The Trainer copies a checkpoint's weights into output_dir and uploads that folder in the background, without checking
+the result. Here a checkpoint is pushed as it is, in one commit, and failures are logged. If the push of the last
+checkpoint failed or was skipped, it is repeated at the end of training.
 """
 
 import logging
@@ -38,27 +38,27 @@ class HubPushes(AnyTrainer):
     """The part of `SparseTrainerMixin` that pushes; rank 0 alone does.
 
     Attributes:
-        recipe: what model cards say about the training beyond what the arguments say: name → value. Its `dataset`, if
-            that is a Hub id, goes into their metadata.
+        recipe: entries of model cards about the training, beside those from the arguments: name → value. A `dataset`
+            that is a Hub id also goes into the card's metadata.
     """
 
     sparse: SparsityHandle
     recipe: Mapping[str, Any] | None = None
-    hub_model_id: Any  # the Trainer's own, which says None of both
+    hub_model_id: Any  # this and the next are the Trainer's, which annotates both as None
     push_in_progress: Any
     _repository: HubRepository
     _background: ThreadPoolExecutor | None = None
-    _newest: str | None = None  # the checkpoint whose push was asked for last
-    _unpushed: str | None = None  # the same, where it was skipped or failed
+    _newest: str | None = None  # the last checkpoint that was to be pushed
+    _unpushed: str | None = None  # the same, if its push was skipped or failed
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As the Trainer's, before training; asks for the token and the right to write while nothing is lost yet.
+        """As in the Trainer; checks the token and the permission to write before training starts.
 
-        Collective: what rank 0 is refused, all ranks raise.
+        Collective: an error of rank 0 is raised on all ranks.
 
         Raises:
             PushFailed: the Hub refuses, or cannot be reached.
-            ValueError: FSDP saves weights in parts, which nobody could load from the Hub.
+            ValueError: FSDP saves sharded weights, which `from_pretrained` could not load from the Hub.
         """
         if self.is_fsdp_enabled:
             kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
@@ -73,7 +73,7 @@ class HubPushes(AnyTrainer):
                 self._repository = self._open(token, private, None)
             except PushFailed as error:
                 refused = [str(error)]
-        # else the others would train on until they miss rank 0
+        # otherwise the others would train on until they wait for rank 0
         (reason,) = broadcast_object_list(refused)
         if reason is not None:
             raise PushFailed(reason)
@@ -82,7 +82,7 @@ class HubPushes(AnyTrainer):
         output_dir = Path(self.args.output_dir or ".")
         self.hub_model_id = self._repository.repo_id
         self.push_in_progress = None
-        for left in output_dir.glob(f"{STAGED}*"):  # by a run that was killed
+        for left in output_dir.glob(f"{STAGED}*"):  # left by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
 
     def create_model_card(
@@ -123,13 +123,12 @@ class HubPushes(AnyTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Save the model into output_dir and push it from there: what an export has, and the TensorBoard logs.
+        """Save the model into output_dir and push it with the files of an export and the TensorBoard logs. Collective.
 
-        All ranks call it. Arguments and returned values are the Trainer's: the commit, or a Future of it if not
-        `blocking`, on rank 0.
+        Arguments are as in the Trainer. Returns, on rank 0, the commit, or a Future of it if not `blocking`.
 
         Raises:
-            PushFailed: the Hub refuses, or cannot be reached. What was saved stays in output_dir.
+            PushFailed: the Hub refuses, or cannot be reached. The saved files stay in output_dir.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -168,7 +167,7 @@ class HubPushes(AnyTrainer):
         self._start_push(checkpoint_folder, strategy)
 
     def _start_push(self, checkpoint: str, strategy: HubStrategy) -> None:
-        """Push a checkpoint in the background; whatever goes wrong is logged, and training goes on."""
+        """Push a checkpoint in the background. Errors are logged, and training goes on."""
         by_step = self.args.save_strategy != SaveStrategy.EPOCH
         message = f"Training in progress, {Path(checkpoint).name.replace('checkpoint-', 'step ')}"
         if not by_step and self.state.epoch is not None:
@@ -190,9 +189,8 @@ class HubPushes(AnyTrainer):
                 with explained(what, repository.repo_id, "Training goes on, and the checkpoint is whole"):
                     return push_checkpoint(staged, names.get(strategy), repository, sparsity, training, message)
             except BaseException as error:
-                # nobody asks the future
-                logger.error("%s", error)
-                if self._newest == checkpoint:  # else it is out of date
+                logger.error("%s", error)  # nobody reads the future
+                if self._newest == checkpoint:
                     self._unpushed = checkpoint
                 raise
             finally:
@@ -205,7 +203,7 @@ class HubPushes(AnyTrainer):
             self.push_in_progress.jobs.append(future)
 
     def _finish_current_push(self) -> None:
-        """At the end of training: wait, push the last checkpoint if it has not been, and say so if it cannot be."""
+        """At the end of training, wait for pushes, and push the last checkpoint if that has not succeeded yet."""
         if not hasattr(self, "push_in_progress"):
             return
         self._wait_for_push()
@@ -226,7 +224,7 @@ class HubPushes(AnyTrainer):
             self.push_in_progress.wait_until_done()
 
     def _in_background(self, push: Callable[[], CommitInfo]) -> "Future[CommitInfo]":
-        # one after the other, and none is cut off when the process ends
+        # in order, and not interrupted when the process ends
         if self._background is None:
             self._background = ThreadPoolExecutor(1, "hub push")
         return self._background.submit(push)
@@ -243,7 +241,7 @@ class HubPushes(AnyTrainer):
             )
 
     def training_facts(self) -> dict[str, Any]:
-        """What model cards say about the training: `recipe`, and what it does not name of the arguments."""
+        """Entries of model cards about the training: those of `recipe`, then those of the arguments."""
         args, recipe = self.args, self.recipe or {}
         facts = {
             "sequences per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -255,9 +253,9 @@ class HubPushes(AnyTrainer):
             "weight decay": args.weight_decay,
             "seed": args.seed,
         }
-        return {**recipe, **facts, **recipe}
+        return {**recipe, **facts, **recipe}  # in this order, with the values of `recipe`
 
 
 def _in_progress(future: "Future[CommitInfo]") -> PushInProgress:
-    jobs: Any = [future]  # its annotation is of one
+    jobs: Any = [future]  # annotated as a single one
     return PushInProgress(jobs)

@@ -1,4 +1,4 @@
-"""What a push of the Trainer holds: a model, a checkpoint that can be resumed from, and logs."""
+"""The files of a push of the Trainer: model, checkpoint and logs."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from hf_chts.export.hub_files import CARD, export_files, stale
 from hf_chts.export.pushed_card import with_repository
 from hf_chts.export.zero_shot_results import RESULTS_NAME
 
-STAGED = ".hub_push."  # what the folders begin with that hold a checkpoint while it is pushed
+STAGED = ".hub_push."  # prefix of folders that hold a checkpoint while it is pushed
 
 
 def push_checkpoint(
@@ -28,7 +28,7 @@ def push_checkpoint(
     training: Mapping[str, Any],
     message: str,
 ) -> CommitInfo:
-    """The model of a checkpoint at the top of the repository, and all of it in the folder `name`, in one commit."""
+    """Commit a checkpoint's model at the top of the repository, and all its files in the folder `name` if given."""
     contents = model_contents(directory, sparsity, repository, training)
     if name is None:
         return repository.commit(contents, message)
@@ -46,9 +46,9 @@ def push_checkpoint(
 def model_contents(
     directory: Path, sparsity: SparsityConfig, repository: HubRepository, training: Mapping[str, Any] | None
 ) -> dict[str, Contents]:
-    """What an export has, of a directory that the Trainer wrote; `training`: for a card, where it has none."""
+    """The files of an export, from a directory that the Trainer wrote. `training` is for a card, if it has none."""
     contents: dict[str, Contents] = dict(export_files(directory).paths)
-    contents.pop(RESULTS_NAME, None)  # of an earlier model, which had been trained
+    contents.pop(RESULTS_NAME, None)  # results of an earlier export
     contents.setdefault(CONFIG_NAME, (json.dumps(sparsity.to_dict(), indent=2) + "\n").encode())  # a dense run has none
     path = directory / CARD
     card = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -58,13 +58,13 @@ def model_contents(
 
 
 def tensorboard_logs(output_dir: Path) -> dict[str, Contents]:
-    """What the Hub shows as training metrics; as bytes, since they grow."""
+    """The logs that the Hub shows as training metrics, read now because they grow during the push."""
     found = sorted((output_dir / "runs").rglob("events.out.tfevents.*"))
     return {path.relative_to(output_dir).as_posix(): path.read_bytes() for path in found}
 
 
 def stage(checkpoint: Path) -> Path:
-    """A folder beside a checkpoint with all its files: hard links, or copies where there are none."""
+    """A temporary folder beside a checkpoint with all its files, as hard links if the file system has them."""
     staged = Path(tempfile.mkdtemp(prefix=STAGED, dir=checkpoint.parent))
     try:
         shutil.copytree(checkpoint, staged, copy_function=_linked, dirs_exist_ok=True)

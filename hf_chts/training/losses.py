@@ -9,12 +9,12 @@ from hf_chts.training.unlabelled import excused
 
 
 class UpdateLosses:
-    """Keeps the loss of the step that an update follows, and that of the next step.
+    """The loss of the last step before an update and of the first step after it.
 
     They come from different batches, so one pair says little; the mean over many updates tells what updates cost.
 
     Attributes:
-        before: the loss of the step that the last update followed, until the next step has ended.
+        before: the loss before the last update, until the next step has ended.
     """
 
     def __init__(self, before: float | None = None) -> None:
@@ -23,7 +23,7 @@ class UpdateLosses:
         self.before = before
 
     def begin(self, finished: int, plan: SchedulePlan) -> None:
-        """Called when a step begins after `finished` steps."""
+        """Called when a step begins, after `finished` steps."""
         self._adding = plan.is_update(finished + 1) or (self.before is not None and plan.is_update(finished))
         self._sum = None
 
@@ -36,13 +36,13 @@ class UpdateLosses:
             self._sum = both if self._sum is None else self._sum + both
 
     def end(self, finished: int, plan: SchedulePlan) -> dict[str, float]:
-        """Called when step number `finished` ends; the figures to log if it is the first after an update."""
+        """Called when step number `finished` ends. Returns the figures to log if it is the first after an update."""
         if not self._adding or self._sum is None:
             return {}
         loss, labelled = mean_over_ranks(self._sum.clone()).tolist()
         figures = {}
         if plan.is_update(finished - 1) and self.before is not None and labelled:
             figures = {"loss_before_update": self.before, "loss_after_update": loss}
-        # without labels the loss is 0 and says nothing
+        # without labels the loss is 0 and means nothing
         self.before = loss if plan.is_update(finished) and labelled else None
         return figures

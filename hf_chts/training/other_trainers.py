@@ -1,5 +1,7 @@
-"""What Trainer classes of other libraries do differently: the order of their arguments, models that they load
-themselves, and reference models, which stay as the model was when its training began."""
+"""Trainer classes of other libraries: their order of arguments, models that they load by name, reference models.
+
+A reference model, as trl's DPOTrainer has one, is a frozen copy of the model as it was before training.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -17,9 +19,9 @@ from hf_chts.sparse_model import SparsityHandle
 def by_name(
     trainer: type, mixin: type, positional: Sequence[Any], named: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The arguments of a trainer by their names, as the class after `mixin` has them.
+    """The arguments of a trainer by their names, as the class after `mixin` takes them.
 
-    A class that hands `*args` on is taken to hand them on to the next one.
+    A class that takes `*args` is assumed to pass them on to the next one.
     """
     names: list[str] = []
     order = trainer.__mro__
@@ -34,7 +36,7 @@ def by_name(
 
 
 def refuse_unloaded(model: str, sparsity: Any) -> None:
-    """Raises ValueError where the name of a model that the trainer is to load cannot stand for a sparse one."""
+    """Raises ValueError if a trainer that loads `model` by name would lose its masks, or got a handle."""
     if isinstance(sparsity, SparsityHandle):
         raise ValueError(
             f"sparsity is the handle of a model, but {model!r} is yet to be loaded: pass a SparsityConfig, or "
@@ -48,19 +50,19 @@ def refuse_unloaded(model: str, sparsity: Any) -> None:
 
 
 def start_reference(trainer: Any, sparse: SparsityHandle, given: bool) -> None:
-    """Give the reference model that a trainer loaded by the name of its model the weights of that model as they are.
+    """Copy the model's weights into a reference model that a trainer loaded by name.
 
-    The name stands for the weights before the model was made sparse, or trained here. A reference that the user
-    passed stays as it is.
+    Under that name are the weights from before the model was made sparse or trained here. A reference that the user
+    passed (`given`) stays as it is.
 
     Raises:
-        ValueError: the reference is of another architecture, or in parts already.
+        ValueError: the reference has another architecture, or is sharded already.
     """
     if given or not sparse.layers:
         return
     reference = getattr(trainer, "ref_model", None)
     weights = list(reference.parameters()) if isinstance(reference, nn.Module) else []
-    # under FSDP, trl has let go of it by now, if it computed what it needs of it ahead
+    # under FSDP, trl has deleted a reference whose log probabilities it computed ahead
     ahead = trainer.is_fsdp_enabled and getattr(trainer.args, "precompute_ref_log_probs", False)
     if ahead or any(hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") for weight in weights):
         name = getattr(trainer.model.config, "_name_or_path", "")
@@ -86,9 +88,9 @@ def start_reference(trainer: Any, sparse: SparsityHandle, given: bool) -> None:
 
 
 def _is_sparse(model: str) -> bool:
-    """Whether the name of a model, a directory or a Hub id, is that of an export or a checkpoint with masks."""
+    """Whether `model`, a directory or a Hub id, is an export or a checkpoint with masks."""
     try:
         path = cached_file(model, CONFIG_NAME)
-    except (OSError, ValueError):  # there is none, or there is no such model, which whoever loads it will say
+    except (OSError, ValueError):  # not there; if the model is missing too, loading it will say so
         return False
     return path is not None and not SparsityConfig.load(path).is_dense

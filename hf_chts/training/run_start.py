@@ -1,4 +1,4 @@
-"""How a run begins: which one it is, whether its folder is its own, and whether all ranks are about to do the same."""
+"""How a run begins: which run it is, whether the output folder is its own, and whether all ranks agree."""
 
 import hashlib
 import logging
@@ -28,20 +28,30 @@ from hf_chts.sharding.ranks import together
 from hf_chts.sparse_model import SparsityHandle
 from hf_chts.training.any_trainer import AnyTrainer
 from hf_chts.training.callback import TopologyCallback
-from hf_chts.training.same_on_ranks import decisive_arguments
 
 _log = logging.getLogger(__name__)
 
+# Arguments that decide when ranks communicate and how weights change. Ranks with different ones would wait for each
+# other forever or drift apart. Others, such as seeds of dropout, may differ.
+_SAME_ON_RANKS = (
+    "max_steps", "num_train_epochs", "gradient_accumulation_steps", "auto_find_batch_size",
+    "logging_strategy", "logging_steps", "logging_first_step", "eval_strategy", "eval_steps", "eval_delay",
+    "eval_on_start", "save_strategy", "save_steps", "save_only_model", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "best_at_any_sparsity", "update_warmup_steps",
+    "optim", "optim_args", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "ignore_data_skip",
+)  # fmt: skip
+
 
 class BeginsRuns(AnyTrainer):
-    """The part of SparseTrainer that knows which run it trains, and takes its folder.
+    """The part of SparseTrainer that identifies the run and claims its output folder.
 
     Attributes:
-        made_of: what the run is made of beyond config and seeds, by name, as JSON can hold it: a run that is resumed
-            has to have the same. A script that builds model and data from options of its own says them here.
+        made_of: settings beyond config and seeds that must be the same on resume, name → JSON value. Set by scripts
+            that build model and data from their own options.
         identity: of the run; None before it begins.
-        run_dir: where it writes: output_dir, or a folder in it for each trial of a hyperparameter search.
-        resumed_from: the checkpoint that this training goes on from; None before and after.
+        run_dir: where the run writes: output_dir, or a folder in it for each trial of a hyperparameter search.
+        resumed_from: the checkpoint that `train` is resuming from; None outside of `train`.
     """
 
     sparse: SparsityHandle
@@ -52,22 +62,21 @@ class BeginsRuns(AnyTrainer):
     resumed_from: str | None = None
     _own_runs: frozenset[str | None] = frozenset()
     _lock: OutputLock | None = None
-    _resumed_at: int | None = None  # on rank 0, after which step
+    _resumed_at: int | None = None  # the step of the checkpoint, on rank 0
 
     def begin_run(self, resume: str | bool | None, trial: Any, prepare: Callable[[str | None], None]) -> str | None:
-        """Find out what to train, and take the folder for it. Collective.
+        """Choose the checkpoint to resume from, and claim the output folder. Collective.
 
         Args:
             resume: as in `train`.
-            prepare: what else can refuse the checkpoint, and then makes it the topology's; called before any rank has
-                written anything.
+            prepare: checks the checkpoint and restores its topology, before any rank has written anything.
 
         Returns:
             The checkpoint to resume from, or None.
 
         Raises:
-            FileNotFoundError, ValueError: it cannot be resumed, this would be another run than that of the folder,
-                another one is training there, or ranks differ.
+            FileNotFoundError, ValueError: the checkpoint cannot be resumed, the folder belongs to another run, another
+                process trains there, or ranks differ.
             OSError: the folder cannot be written.
         """
         run_dir = self._get_output_dir(trial) or "."
@@ -82,7 +91,7 @@ class BeginsRuns(AnyTrainer):
             identity = self._identity(checkpoint, run_dir)
             prepare(checkpoint)
             facts = self._in_common(checkpoint)
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        except Exception as error:  # of any kind: the other ranks must not wait for this one
             problem = error
         self.identity, self.run_dir = together(facts, problem, identity), run_dir
         assert self.identity is not None
@@ -97,7 +106,7 @@ class BeginsRuns(AnyTrainer):
         return checkpoint
 
     def end_run(self) -> None:
-        """Training has ended, one way or another."""
+        """Release the output folder, whether training succeeded or failed."""
         self.resumed_from = None
         if self._lock is not None:
             self._lock.release()
@@ -107,7 +116,7 @@ class BeginsRuns(AnyTrainer):
         return self.topology_callback is not None or self.args.save_strategy != SaveStrategy.NO
 
     def _whole_checkpoint(self, resume: str | bool | None, run_dir: str) -> tuple[str | None, list[Path]]:
-        """The checkpoint to resume from, every file of it read; and newer ones that are damaged, if they may be."""
+        """The verified checkpoint to resume from, and newer damaged ones if `skip_damaged_checkpoints` allows them."""
         if not resume:
             return None, []
         if not isinstance(resume, bool):
@@ -155,7 +164,7 @@ class BeginsRuns(AnyTrainer):
                 # ranks may have seeds of their own, and rank 0's is the run's
                 data_anew = self.args.ignore_data_skip or not self.is_world_process_zero()
                 now = before.check_same(now, checkpoint, data_anew=data_anew)
-                mine.add(None)  # earlier checkpoints of a run that a version without identities began
+                mine.add(None)  # versions without identities may have written its earlier checkpoints
         if self._writes() and self.is_world_process_zero():
             refuse_folder_of_another_run(run_dir, mine, overwrite=getattr(self.args, "overwrite_output_dir", False))
         self._own_runs = frozenset({*mine, now.id})
@@ -170,7 +179,7 @@ class BeginsRuns(AnyTrainer):
             "hf_chts": version_of("hf_chts"),
             "the model": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
             "the checkpoint to resume from": f"{Path(checkpoint).name} of {saved or 'a run'}" if checkpoint else "none",
-            **decisive_arguments(self.args),
+            **{name: repr(getattr(self.args, name)) for name in _SAME_ON_RANKS if hasattr(self.args, name)},
             **config,
         }
 
@@ -205,7 +214,7 @@ class BeginsRuns(AnyTrainer):
             )
 
     def _say_other_length(self, earlier: int) -> None:
-        """Where updates of a topology depend on the length, the plan says more (begin_lines.py)."""
+        """Warn of another length, unless topology updates depend on it: then begin_lines.py says more."""
         now = self.args.max_steps
         if now > 0 and earlier not in (0, now) and not (self.topology_callback and self.sparse.config.evolves):
             _log.warning(
@@ -228,7 +237,7 @@ class BeginsRuns(AnyTrainer):
 
 
 def check_state_is_there(directory: str | Path, *, deepspeed: bool) -> None:
-    """Raises ValueError for a checkpoint without the state of its optimizer or schedule, as of save_only_model."""
+    """Raises ValueError if a checkpoint has no state of the optimizer or schedule, as save_only_model leaves it."""
     there = [path.name for path in Path(directory).iterdir()]
     has_optimizer = any(name.startswith(("optimizer", "global_step", "rank")) and "rng" not in name for name in there)
     has_schedule = deepspeed or SCHEDULER_NAME in there
@@ -244,7 +253,7 @@ def check_state_is_there(directory: str | Path, *, deepspeed: bool) -> None:
 
 
 def _set_aside(damaged: Path, whole: str | None) -> None:
-    """Under another name, for whoever wants to see what is left of it; its own is needed for a whole one."""
+    """Rename a damaged checkpoint: its name is needed for a new one, and its files may still be of use."""
     number = 0
     while (target := damaged.with_name(f"damaged-{damaged.name}" + (f"-{number}" if number else ""))).exists():
         number += 1

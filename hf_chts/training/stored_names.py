@@ -1,8 +1,8 @@
 """Load the weights of a checkpoint under the names that they have in the model.
 
-`save_pretrained` writes the weights of some models under the names, and in the pieces, of their first checkpoints:
-Mixtral's experts one by one, ViT's queries as `attention.attention.query`. `from_pretrained` converts them back. The
-Trainer reads the file itself to resume, does not convert them, and would leave such weights as they were initialized.
+`save_pretrained` writes some models in the format of their first checkpoints: Mixtral's experts one by one, ViT's
+queries as `attention.attention.query`. `from_pretrained` converts them back. The Trainer, to resume, reads the file
+without converting, and would leave such weights as they were initialized.
 """
 
 import copy
@@ -19,9 +19,9 @@ from hf_chts.layers.wrappers import original_name, unwrap
 
 @contextmanager
 def names_of_model(model: nn.Module, directory: str | Path) -> Iterator[None]:
-    """In the block, `model`, wrapped or not, can load state dicts with the names of the files in `directory`.
+    """In the block, `model`, wrapped or not, accepts state dicts with the names of the files in `directory`.
 
-    Weights that are not in `directory` do not change, and count as missing.
+    Weights that `directory` lacks keep their values, and are reported as missing.
     """
     inner = unwrap(model)
     read: dict[str, Tensor] | None = None  # kept, because a checkpoint in several files is loaded file by file

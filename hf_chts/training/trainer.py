@@ -1,4 +1,4 @@
-"""SparseTrainer: a Trainer that makes its model sparse, evolves it, and keeps masks with weights."""
+"""SparseTrainer: a Trainer that makes its model sparse, evolves the topology, and saves masks with the weights."""
 
 import inspect
 import re
@@ -44,7 +44,7 @@ from hf_chts.training.other_trainers import by_name, refuse_unloaded, start_refe
 from hf_chts.training.run_start import BeginsRuns, check_state_is_there
 from hf_chts.training.stored_names import names_of_model
 
-# What gloo and NCCL say where another rank is gone
+# messages of gloo and NCCL when another rank has died or hangs
 _LOST = re.compile(r"closed by peer|connection (was )?(reset|closed|refused)|timed? ?out|remote process", re.IGNORECASE)
 
 
@@ -54,24 +54,24 @@ class SparseTrainerMixin(
     """Sparse training for any `Trainer` subclass: `class MyTrainer(SparseTrainerMixin, Seq2SeqTrainer): pass`.
 
     Args (beside the Trainer's own):
-        sparsity: the config to sparsify the model with, or the handle that `sparsify` returned for it; None takes the
-            handle of a model that is sparse already, and the defaults of SparsityConfig for one that is not.
+        sparsity: the config to sparsify the model with, or the handle that `sparsify` returned for it. None: the
+            handle of a model that is already sparse, otherwise the defaults of SparsityConfig.
 
-    `train()` a second time goes on with the weights, the masks and, as the Trainer's, the optimizer of the first, and
-    begins the schedules anew; sparsity does not fall back, but stays until they have caught up.
+    A second `train()` continues with the weights, the masks and, as in the Trainer, the optimizer of the first, but
+    restarts the schedules. Sparsity never falls: it stays until the schedule has caught up.
 
     Raises:
         ValueError: the config does not fit the model, its schedules do not fit `args.max_steps`, or
-            `args.update_warmup_steps` does not fit them.
+            `args.update_warmup_steps` does not fit `update_interval`.
     """
 
     sparse: SparsityHandle
     topology_callback: TopologyCallback | None
-    _saved: Path | None = None  # the last checkpoint of this training
+    _saved: Path | None = None  # the last checkpoint of this call of `train`
 
     def __init__(self, *positional: Any, sparsity: SparsityConfig | SparsityHandle | None = None, **named: Any) -> None:
         self._sparsity = sparsity
-        # handed on as they came: other classes have other arguments between model and args
+        # passed on as they came: other classes have other arguments between model and args
         given = by_name(type(self), SparseTrainerMixin, positional, named)
         model, args = given.get("model"), given.get("args")
         if isinstance(model, str):
@@ -79,7 +79,7 @@ class SparseTrainerMixin(
         existing = SparsityHandle.of(model) if isinstance(model, nn.Module) else None
         config = existing.config if existing is not None else sparsity
         if model is not None and isinstance(config, SparsityConfig) and args is not None:
-            if args.max_steps > 0:  # refuses before the model is touched
+            if args.max_steps > 0:  # raises before the model is changed
                 config.plan(args.max_steps)
             _update_warmup(args, config)
         if isinstance(model, nn.Module):
@@ -91,7 +91,7 @@ class SparseTrainerMixin(
         start_reference(self, self.sparse, given.get("ref_model") is not None)
         assert self.model is not None
         self.sparse.ignore_masks_in_ddp(self.model)
-        if uncompiled(self.model) is not self.model:  # the Trainer has looked at the wrapper's forward
+        if uncompiled(self.model) is not self.model:  # the Trainer has inspected the wrapper's forward
             kind = type(self._inspected())
             self.can_return_loss = can_return_loss(kind)
             if self.args.label_names is None:
@@ -101,7 +101,7 @@ class SparseTrainerMixin(
         self._follow_topology()
 
     def create_accelerator_and_postprocess(self) -> None:
-        # the first that a Trainer does with a model, which a class of trl has loaded by then from the name it was given
+        # the first method to see the model where a class of trl loads it by name
         if not hasattr(self, "sparse") and isinstance(self.model, nn.Module):
             self.sparse = self._sparsify(self.model)
         super().create_accelerator_and_postprocess()
@@ -129,7 +129,7 @@ class SparseTrainerMixin(
             self.topology_callback = TopologyCallback(self.sparse, say=partial(say, self))
             self.topology_callback.identity, self.topology_callback.run_dir = self.identity, self.run_dir
             self.add_callback(self.topology_callback)
-            # what saves at SIGTERM does so in on_step_end, and a step is whole with its update
+            # this one saves at SIGTERM in on_step_end, and must do so after the update of the step
             callbacks = self.callback_handler.callbacks
             callbacks.sort(key=lambda callback: isinstance(callback, JITCheckpointCallback))
 
@@ -141,16 +141,16 @@ class SparseTrainerMixin(
                 self.remove_callback(self.topology_callback)
             self.sparse = self._sparsify(model)
             self._follow_topology()
-            if self.resumed_from is not None:  # of which the model before this one has got the topology
+            if self.resumed_from is not None:  # its topology was restored into the previous model
                 self._restore_topology(self.resumed_from)
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; True resumes from the last checkpoint that was written whole.
+        """As `Trainer.train`; True resumes from the last complete checkpoint.
 
         Raises:
-            FileNotFoundError, ValueError: the checkpoint is not whole, damaged, or of another model or config, or the
-                weights are of half precision. Nothing has been loaded then.
+            FileNotFoundError, ValueError: the checkpoint is incomplete, damaged, or of another model or config, or the
+                weights have half precision. Nothing has been loaded then.
             FloatingPointError: a loss, a gradient, a weight or a moment became NaN or infinite.
             RuntimeError: another rank died or hangs.
         """
@@ -171,9 +171,9 @@ class SparseTrainerMixin(
             self.end_run()
 
     def _prepare(self, checkpoint: str | None) -> None:
-        """Refuse what cannot be trained, and make a checkpoint's topology the model's; the weights are not loaded."""
+        """Check that the model can be trained, and restore a checkpoint's topology, not yet its weights."""
         if self.topology_callback is not None:
-            if not self.is_deepspeed_enabled:  # which makes fp32 master weights of any
+            if not self.is_deepspeed_enabled:  # it keeps fp32 master weights
                 trained = {name: x.weight for name, x in self.sparse.layers.items() if x.weight.requires_grad}
                 refuse_half_precision(trained)
             if self.args.save_strategy != "no":
@@ -182,17 +182,17 @@ class SparseTrainerMixin(
             self.topology_callback.warmup = None
         if checkpoint is not None:
             check_state_is_there(checkpoint, deepspeed=self.is_deepspeed_enabled)
-            self.data_state(checkpoint)  # refuses other data before anything is restored
+            self.data_state(checkpoint)  # raises for other data before anything is restored
             self._restore_topology(checkpoint)
 
     def _saves_adapters_alone(self) -> bool:
         """Whether checkpoints have no weights of sparse layers."""
         if self.is_deepspeed_enabled and not self.args.save_only_model:
-            return False  # its own files have all that trains
+            return False  # its own files have all weights
         return saves_adapters_alone(cast(nn.Module, self.model))
 
     def _refuse_adapters_alone(self) -> None:
-        """Raises ValueError, naming them, for sparse layers that train, and whose weights checkpoints would lack."""
+        """Raises ValueError if sparse layers train whose weights would be missing from checkpoints."""
         trained = [name for name, layer in self.sparse.layers.items() if layer.weight.requires_grad]
         if trained and self._saves_adapters_alone():
             raise ValueError(
@@ -235,7 +235,7 @@ class SparseTrainerMixin(
         return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # the Trainer looks for the end after a step: resumed from its last checkpoint, a run would train one too many
+        # the Trainer checks for the end only after a step: resumed from its last checkpoint, it would do one too many
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -254,7 +254,7 @@ class SparseTrainerMixin(
         super().log(logs, *args, **kwargs)
 
     def _inspected(self) -> nn.Module:
-        """The model whose forward takes the columns of the data."""
+        """The model whose forward takes the columns of the data, inside its wrappers."""
         return unwrap_peft_model(uncompiled(cast(nn.Module, self.model)))
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -277,13 +277,13 @@ class SparseTrainerMixin(
         self._restore_topology(self.state.best_model_checkpoint)
         if self.topology_callback is not None:
             self.topology_callback.evolver.take_parts()
-            # no optimizer's state is loaded: its moments are those of the last step's links
+            # the optimizer's state is not loaded: its moments belong to the links of the last step
             self.topology_callback.evolver.forget_missing()
             self.say_best()
 
     @property
     def evolver(self) -> Evolver | None:
-        """What evolves the topology; None for a dense model."""
+        """Evolves the topology; None for a dense model."""
         return None if self.topology_callback is None else self.topology_callback.evolver
 
     @property
@@ -300,9 +300,9 @@ class SparseTrainerMixin(
         return _update_warmup(self.args, self.sparse.config)
 
     def whole_state_dict(self) -> dict[str, Tensor] | None:
-        """The whole weights on rank 0, for `export_sparse`, where ranks hold parts; None where the model has them.
+        """The full weights on rank 0, for `export_sparse`, if ranks hold shards; else None. Collective.
 
-        Collective. Other ranks may get parts of it, or nothing.
+        Other ranks may get some of them, or none.
         """
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             return None
@@ -322,7 +322,7 @@ class SparseTrainerMixin(
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:
             state_dict = {original_name(key): value for key, value in state_dict.items()}
-        forget_checksums(Path(output_dir or self.args.output_dir or "."))  # of an export that was there before
+        forget_checksums(Path(output_dir or self.args.output_dir or "."))  # of an earlier export into the same folder
         with original_keys(cast(nn.Module, self.model)):
             super()._save(output_dir, state_dict)
 
@@ -332,14 +332,14 @@ class SparseTrainerMixin(
             self._refuse_adapters_alone()
         run_dir = self._get_output_dir(trial=trial)
         directory = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self._saved == directory:  # of this very state, and whole; asked for once more at a signal, for example
+        if self._saved == directory:  # complete already; a signal may ask for it twice
             return
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this one is whole
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # delete none before this one is complete
         then = partial(self._after_failed_save, run_dir)
         try:
             with explain_failed_write(directory, then, needs=partial(self._size_of_checkpoint, run_dir)):
                 if self.args.should_save and directory.is_dir():
-                    shutil.rmtree(directory)  # what a run that died left there, temporary files too
+                    shutil.rmtree(directory)  # left by a run that was killed
                 self.accelerator.wait_for_everyone()
                 self.save_data_state(directory)
                 super()._save_checkpoint(model, trial)
@@ -356,7 +356,7 @@ class SparseTrainerMixin(
         return f"{last_whole(last)}. {remedy}; a checkpoint is written before an older one is removed"
 
     def _size_of_checkpoint(self, run_dir: str) -> int:
-        """The bytes of one, as far as they are known: those of the last, or of what this process holds itself."""
+        """The size of the last checkpoint in bytes, or of the weights and moments of this process."""
         if (last := last_sealed(run_dir)) is not None:
             return directory_size(last)
         weights, state = cast(nn.Module, self.model).state_dict(), getattr(self.optimizer, "state", {})
@@ -364,12 +364,12 @@ class SparseTrainerMixin(
         return sum(tensor.nbytes for tensor in (*weights.values(), *moments) if isinstance(tensor, Tensor))
 
     def _seal(self, directory: Path) -> None:
-        self.accelerator.wait_for_everyone()  # every rank has files of its own in there
+        self.accelerator.wait_for_everyone()  # every rank writes files of its own
         if self.args.should_save and not (directory / SEAL_NAME).exists():
             seal(directory, self.state.global_step, self.identity.to_dict() if self.identity else None)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._seal(Path(checkpoint_folder))  # what is pushed can be resumed from
+        self._seal(Path(checkpoint_folder))  # so that the pushed checkpoint can be resumed
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -382,14 +382,14 @@ class SparseTrainerMixin(
     def _warm_up_after_updates(self, scheduler: Any, fresh: bool, num_training_steps: int) -> None:
         topology, interval = self.topology_callback, self.sparse.config.update_interval
         assert topology is not None
-        if not fresh and topology.warmup is not None:  # DeepSpeed had it made by a copy of this trainer
+        if not fresh and topology.warmup is not None:  # made by a copy of this trainer, under DeepSpeed
             return
         asked, steps = getattr(self.args, "update_warmup_steps", 0), _update_warmup(self.args, self.sparse.config)
         obstacle = None
         if not fresh:
             obstacle = "the learning-rate schedule is not the Trainer's own"
         elif not isinstance(scheduler, LambdaLR):
-            obstacle = f"the schedule {self.args.lr_scheduler_type!r} is no function of the step"
+            obstacle = f"the schedule {self.args.lr_scheduler_type!r} is not a function of the step"
         if obstacle and asked:
             raise ValueError(
                 f"update_warmup_steps is {asked}, but {obstacle}: set update_warmup_steps to 0, or choose another "
@@ -397,7 +397,7 @@ class SparseTrainerMixin(
             )
         why = ""
         if not hasattr(self.args, "update_warmup_steps"):
-            why = ", which SparseTrainingArguments have"
+            why = " (use SparseTrainingArguments to have one)"
         elif obstacle and asked is None:
             steps, why = 0, f": {obstacle}"
         elif asked is None and steps < PAPER_WARMUP:
@@ -416,11 +416,11 @@ class SparseTrainerMixin(
 class SparseTrainer(SparseTrainerMixin, Trainer):
     """`transformers.Trainer` with sparse training; see `SparseTrainerMixin`.
 
-    With method "dense" it does what `transformers.Trainer` does, bit for bit, but for a loss or a gradient that is NaN
-    or infinite: that ends the run, where the Trainer would train on, and save what comes of it.
+    With method "dense" it equals `transformers.Trainer` bit for bit, except that a loss or gradient that is NaN or
+    infinite ends the run, where the Trainer would train on and save the result.
     """
 
 
 def _update_warmup(args: Any, config: SparsityConfig) -> int:
-    """The warm-up after updates that a run asks for, in steps. Raises ValueError where it does not fit the updates."""
+    """Optimizer steps of warm-up after each update. Raises ValueError if they do not fit `update_interval`."""
     return warmup_steps(getattr(args, "update_warmup_steps", 0), config.update_interval) if config.evolves else 0

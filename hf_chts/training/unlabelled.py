@@ -1,7 +1,7 @@
 """Batches without labels: every label is -100, for example because a prompt fills the whole window.
 
-Their loss, a mean over no labels, is 0 / 0 = NaN, but its gradient is 0, so training goes on. The labels tell it from a
-loss that diverges; they are compared on the device, because the host would have to wait for each batch.
+Their loss, a mean over no labels, is 0 / 0 = NaN, but its gradient is 0, so training goes on. Only the labels tell it
+from a loss that diverges. They are compared on the device, so that the host does not wait for each batch.
 """
 
 import logging
@@ -28,7 +28,7 @@ def without_labels(inputs: Any, *, shifted: bool) -> Tensor | None:
         inputs: of the model.
         shifted: whether the loss ignores the label of the first token, as in causal models.
     """
-    if not isinstance(inputs, Mapping):  # trainers that generate, such as trl's GRPOTrainer, get prompts in a list
+    if not isinstance(inputs, Mapping):  # trl's GRPOTrainer and others that generate get a list of prompts
         return None
     labels = inputs.get("shift_labels")
     if labels is None:
@@ -41,7 +41,7 @@ def without_labels(inputs: Any, *, shifted: bool) -> Tensor | None:
 
 
 def excused(loss: Tensor, unlabelled: Tensor | None) -> Tensor:
-    """The loss without its graph; 0 if it is not finite because there are no labels."""
+    """The detached loss; 0 if it is not finite because there are no labels."""
     loss = loss.detach()
     if unlabelled is None:
         return loss
@@ -51,7 +51,7 @@ def excused(loss: Tensor, unlabelled: Tensor | None) -> Tensor:
 class UnlabelledEvaluation(AnyTrainer):
     """The part of SparseTrainer that leaves batches without labels out of an evaluation's loss."""
 
-    # for each batch (3,): whether it has no labels, its rows if it has, and their loss
+    # (3,) for each batch: 1 if it has no labels, else its number of rows and their summed loss
     _evaluated: list[Tensor] | None = None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -68,7 +68,7 @@ class UnlabelledEvaluation(AnyTrainer):
         if self.is_world_process_zero():
             _log.warning("%d batches of %s have no labels (all are -100) and are left out of its loss", batches, prefix)
         assert output.metrics is not None
-        # NaN here; transformers' own filter would leave out any loss that is not finite
+        # transformers cannot tell this NaN from that of a model that has diverged
         loss = output.metrics.get(f"{prefix}_loss")
         if rows and isinstance(loss, float) and not math.isfinite(loss):
             output.metrics[f"{prefix}_loss"] = total / rows

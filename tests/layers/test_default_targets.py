@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_chts import SparsityConfig, SparsityHandle, sparsify
 from hf_chts.layers.targets import SMALLEST_SIDE, why_dense
-from hf_chts.training.layer_lines import layer_lines
+from hf_chts.training.begin_lines import layer_lines
 
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,

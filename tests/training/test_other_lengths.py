@@ -344,4 +344,4 @@ def test_it_is_said_where_no_warm_up_is_in_force(tmp_path, capsys):
         "update_warmup_steps": None,
     }
     run(arguments(tmp_path, **settings, **plateau)).train()
-    assert "no function of the step" in said(capsys)
+    assert "not a function of the step" in said(capsys)
