@@ -24,6 +24,9 @@ CASES = {name: {"method": name} for name in METHODS if name not in ("dense", "st
     "chts, regrowth by gradient": {"method": "chts", "regrowth": "gradient", "removal": "relative_importance"},
 }
 
+# without the rows that another row contains, as "rigl, historical weights" contains "rigl"
+VARIED = [name for name, fields in CASES.items() if not any(fields.items() < more.items() for more in CASES.values())]
+
 
 def case_config(case="chtss", **changes):
     """The config of a case; any config of a row that has a `method`."""
@@ -114,6 +117,16 @@ def check_links(sparse, sparsity):
     for name, blocks in sparse.blocks.items():
         parts = [int(rows.sum()) for rows in sparse.layers[name].topology.chunk(blocks)]
         assert max(parts) - min(parts) <= 1, name
+
+
+class Stop(TrainerCallback):
+    """Ends the run after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
 
 
 class Invariants(TrainerCallback):

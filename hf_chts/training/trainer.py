@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -25,7 +23,6 @@ from hf_chts.checkpoint.seal import SEAL_NAME, seal, verify_seal
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.evolution.evolver import Evolver, check_same_config
 from hf_chts.evolution.half_precision import refuse_half_precision
-from hf_chts.evolution.update_warmup import PAPER_WARMUP, add_update_warmup, warmup_steps
 from hf_chts.export.checksums import forget_checksums
 from hf_chts.files.full_disk import explain_failed_write
 from hf_chts.files.reading import directory_size
@@ -43,13 +40,21 @@ from hf_chts.training.hub import HubPushes
 from hf_chts.training.other_trainers import by_name, refuse_unloaded, start_reference
 from hf_chts.training.run_start import BeginsRuns, check_state_is_there
 from hf_chts.training.stored_names import names_of_model
+from hf_chts.training.warm_up import WarmsUpAfterUpdates, asked_warmup
 
 # messages of gloo and NCCL when another rank has died or hangs
 _LOST = re.compile(r"closed by peer|connection (was )?(reset|closed|refused)|timed? ?out|remote process", re.IGNORECASE)
 
 
 class SparseTrainerMixin(
-    StopsOnDivergence, BestAtTargetSparsity, FreshAttempts, BeginsRuns, HubPushes, ResumableDataMixin, AnyTrainer
+    StopsOnDivergence,
+    BestAtTargetSparsity,
+    FreshAttempts,
+    BeginsRuns,
+    HubPushes,
+    ResumableDataMixin,
+    WarmsUpAfterUpdates,
+    AnyTrainer,
 ):
     """Sparse training for any `Trainer` subclass: `class MyTrainer(SparseTrainerMixin, Seq2SeqTrainer): pass`.
 
@@ -81,7 +86,7 @@ class SparseTrainerMixin(
         if model is not None and isinstance(config, SparsityConfig) and args is not None:
             if args.max_steps > 0:  # raises before the model is changed
                 config.plan(args.max_steps)
-            _update_warmup(args, config)
+            asked_warmup(args, config)
         if isinstance(model, nn.Module):
             self.sparse = self._sparsify(model)
         super().__init__(*positional, **named)
@@ -292,13 +297,6 @@ class SparseTrainerMixin(
         warnings.warn("trainer.topology is called trainer.evolver now", DeprecationWarning, stacklevel=2)
         return self.evolver
 
-    @property
-    def update_warmup_steps(self) -> int:
-        """Optimizer steps over which the learning rate climbs back after each topology update; 0: none."""
-        if self.topology_callback is not None and self.topology_callback.warmup is not None:
-            return self.topology_callback.warmup
-        return _update_warmup(self.args, self.sparse.config)
-
     def whole_state_dict(self) -> dict[str, Tensor] | None:
         """The full weights on rank 0, for `export_sparse`, if ranks hold shards; else None. Collective.
 
@@ -372,46 +370,6 @@ class SparseTrainerMixin(
         self._seal(Path(checkpoint_folder))  # so that the pushed checkpoint can be resumed
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        fresh = self.lr_scheduler is None
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.topology_callback is not None and self.sparse.config.evolves:
-            self._warm_up_after_updates(scheduler, fresh, num_training_steps)
-        return scheduler
-
-    def _warm_up_after_updates(self, scheduler: Any, fresh: bool, num_training_steps: int) -> None:
-        topology, interval = self.topology_callback, self.sparse.config.update_interval
-        assert topology is not None
-        if not fresh and topology.warmup is not None:  # made by a copy of this trainer, under DeepSpeed
-            return
-        asked, steps = getattr(self.args, "update_warmup_steps", 0), _update_warmup(self.args, self.sparse.config)
-        obstacle = None
-        if not fresh:
-            obstacle = "the learning-rate schedule is not the Trainer's own"
-        elif not isinstance(scheduler, LambdaLR):
-            obstacle = f"the schedule {self.args.lr_scheduler_type!r} is not a function of the step"
-        if obstacle and asked:
-            raise ValueError(
-                f"update_warmup_steps is {asked}, but {obstacle}: set update_warmup_steps to 0, or choose another "
-                "lr_scheduler_type"
-            )
-        why = ""
-        if not hasattr(self.args, "update_warmup_steps"):
-            why = " (use SparseTrainingArguments to have one)"
-        elif obstacle and asked is None:
-            steps, why = 0, f": {obstacle}"
-        elif asked is None and steps < PAPER_WARMUP:
-            why = f", a fifth of update_interval ({interval}), where the paper's {PAPER_WARMUP} would be too many"
-        plan = topology.evolver.plan_from(self.state.global_step, num_training_steps)
-        own = self.args.get_warmup_steps(num_training_steps) if fresh else 0
-        if own >= plan.last_update:
-            why += f"; its own warm-up, {own} steps, ends after the last of them"
-        topology.warmup = steps
-        topology.learning_rate = f"the learning rate has no warm-up after them{why}"
-        if steps:
-            add_update_warmup(scheduler, plan, steps)
-            topology.learning_rate = f"the learning rate climbs back over {steps} steps after each{why}"
-
 
 class SparseTrainer(SparseTrainerMixin, Trainer):
     """`transformers.Trainer` with sparse training; see `SparseTrainerMixin`.
@@ -419,8 +377,3 @@ class SparseTrainer(SparseTrainerMixin, Trainer):
     With method "dense" it equals `transformers.Trainer` bit for bit, except that a loss or gradient that is NaN or
     infinite ends the run, where the Trainer would train on and save the result.
     """
-
-
-def _update_warmup(args: Any, config: SparsityConfig) -> int:
-    """Optimizer steps of warm-up after each update. Raises ValueError if they do not fit `update_interval`."""
-    return warmup_steps(getattr(args, "update_warmup_steps", 0), config.update_interval) if config.evolves else 0

@@ -61,9 +61,7 @@ def read(directory):
     return {path.name: path.read_bytes().split(b"\n")[path.suffix == ".jsonl" :] for path in files}
 
 
-@pytest.mark.parametrize(
-    "case", ["chtss", "rigl, historical weights", "gmp, global allocation", "chtss, per-weight Adam steps"]
-)
+@pytest.mark.parametrize("case", ["rigl, historical weights", "gmp, global allocation", "chtss, per-weight Adam steps"])
 def test_an_attempt_is_the_run_that_would_have_begun_with_it(tmp_path, monkeypatch, caplog, case):
     draws = [Draws(), Draws()]
     whole = run_of(tmp_path / "whole", 3, case, draws[0])

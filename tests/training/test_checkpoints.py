@@ -1,13 +1,11 @@
 """Checkpoints: whole or refused, whatever was done to them; and what a run that dies leaves behind."""
 
-import errno
 import json
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
-import torch
 from cases import arguments, case_config, losses, same_weights, trainer, weights
 from tiny import random_blocks, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -38,10 +36,6 @@ def remove(path):
     path.unlink()
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
@@ -62,8 +56,13 @@ def test_the_table_has_every_file(checkpoint):
     assert {path.name for path in checkpoint.iterdir()} == {*FILES, "generation_config.json", "training_args.bin"}
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, remove, empty])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, flip) for name in FILES),
+        *((name, how) for name in ("optimizer.pt", SEAL_NAME) for how in (truncate, remove)),
+    ],
+)
 def test_a_damaged_file_is_refused_by_name(tmp_path, checkpoint, name, damage):
     copy_of = shutil.copytree(checkpoint, tmp_path / "checkpoint-8")
     damage(copy_of / name)
@@ -77,7 +76,6 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, checkpoint, name, damage):
         ("masks.safetensors", remove, "masks.safetensors is missing"),
         ("masks.safetensors", truncate, "masks.safetensors cannot be used"),
         ("masks.safetensors", flip, "masks.safetensors cannot be used: its contents do not match the digest"),
-        ("masks.safetensors", empty, "masks.safetensors cannot be used"),
         ("topology_history.json", remove, "topology_history.json is missing"),
         ("topology_history.json", truncate, "topology_history.json cannot be used"),
         ("topology_history.json", lambda p: p.write_text('{"step": 3, "history": []}'), "of step 3, .* of step 8"),
@@ -170,13 +168,7 @@ def test_an_export_is_no_checkpoint(tmp_path):
     refused(run, exported, "is not a training checkpoint: it has masks.* load_sparse")
 
 
-def test_history_is_readable(checkpoint):
-    saved = json.loads((checkpoint / "topology_history.json").read_text())
-    assert saved["step"] == 8
-    assert [entry["step"] for entry in saved["history"]] == [4, 8]
-
-
-def test_resume_true_passes_over_what_is_not_whole(tmp_path, checkpoint):
+def test_resume_true_passes_over_what_is_not_whole(tmp_path):
     run_dir = tmp_path / "run"
     whole = trainer(run_dir, max_steps=16, save_steps=8)
     whole.train()
@@ -188,30 +180,6 @@ def test_resume_true_passes_over_what_is_not_whole(tmp_path, checkpoint):
     remove(run_dir / "checkpoint-16" / SEAL_NAME)
     with pytest.raises(ValueError, match="no whole checkpoint"):
         trainer(run_dir).train(resume_from_checkpoint=True)
-
-
-def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, monkeypatch):
-    save = torch.save
-
-    def full(contents, path, *args, **kwargs):
-        if "checkpoint-16" in str(path) and "optimizer" in str(path):
-            save(contents, path, *args, **kwargs)
-            truncate(Path(path))
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(contents, path, *args, **kwargs)
-
-    monkeypatch.setattr(torch, "save", full)
-    run = trainer(tmp_path, save_steps=8, save_total_limit=1)
-    with pytest.raises(OSError, match=r"checkpoint-16 could not be written: .*No space left.*The last whole .*-8"):
-        run.train()
-    assert last_sealed(tmp_path) == str(tmp_path / "checkpoint-8")
-    monkeypatch.setattr(torch, "save", save)
-    whole = trainer(tmp_path / "whole", save_steps=8)
-    whole.train()
-    again = trainer(tmp_path, model=tiny_llama(seed=5), save_steps=8, save_total_limit=1)
-    again.train(resume_from_checkpoint=True)
-    assert losses(again) == losses(whole)
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-24"]
 
 
 def test_a_best_checkpoint_that_was_damaged_meanwhile_is_refused(tmp_path):
@@ -242,64 +210,11 @@ def test_a_limit_keeps_the_last_and_the_best(tmp_path):
     assert all((tmp_path / name / SEAL_NAME).is_file() for name in kept)
 
 
-@pytest.mark.parametrize("case", ["chtss", "dense"])
-@pytest.mark.parametrize("logging_steps", [1, 100])
-def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(tmp_path, case, logging_steps):
-    run = trainer(tmp_path, case, save_steps=4, logging_steps=logging_steps)
-
-    class Poison(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 5:
-                with torch.no_grad():
-                    run.model.model.norm.weight.fill_(float("nan"))
-
-    run.add_callback(Poison())
-    with pytest.raises((FloatingPointError, ValueError), match="NaN|not finite|finite"):
-        run.train()
-    saved = {path.name for path in tmp_path.glob("checkpoint-*") if (path / SEAL_NAME).exists()}
-    assert saved == {"checkpoint-4"}
-
-
-def test_a_smaller_batch_is_found_and_the_run_begins_again(tmp_path, monkeypatch):
-    step = Trainer.training_step
-    tried = []
-
-    def with_little_memory(self, model, inputs, *args, **kwargs):
-        tried.append(len(inputs["input_ids"]))
-        if tried[-1] > 2:
-            raise RuntimeError("CUDA out of memory.")
-        return step(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", with_little_memory)
-    run = trainer(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4, save_strategy="no")
-    run.train()
-    assert tried[0] == 4
-    assert set(tried[3:]) == {tried[-1]}
-    assert [entry["step"] for entry in run.evolver.history] == [4, 8, 12, 16]
-    run.sparse.check()
-
-
-def test_dense_checkpoints_are_sealed_and_resumed_too(tmp_path):
-    whole = trainer(tmp_path, "dense")
-    whole.train()
-    again = trainer(tmp_path, "dense", model=tiny_llama(seed=5))
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert losses(again) == losses(whole)
-    flip(tmp_path / "checkpoint-20" / "model.safetensors")
-    again = trainer(tmp_path, "dense")
-    with pytest.raises(ValueError, match="model.safetensors is damaged"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
-
-
 def test_save_model_alone_writes_masks_beside_the_weights(tmp_path):
-    run = trainer(tmp_path / "run", "rigl, historical weights", save_strategy="no")
-    run.train()
+    run = trainer(tmp_path / "run", save_strategy="no")
     run.save_model(str(tmp_path / "model"))
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"masks.safetensors", "topology_history.json", "sparsity_config.json", "model.safetensors"} <= names
-    fresh = trainer(tmp_path / "fresh")
-    fresh.save_model(str(tmp_path / "untrained"))
-    assert (tmp_path / "untrained" / "masks.safetensors").is_file()
 
 
 @pytest.mark.parametrize("case", ["chtss", "dense"])
@@ -397,10 +312,16 @@ class Terminated(TrainerCallback):
         self.ask("after a save", state)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never stopped."""
+    run = trainer(tmp_path_factory.mktemp("whole"), save_strategy="no")
+    run.train()
+    return run
+
+
 @pytest.mark.parametrize(("step", "event"), [(8, "in a step"), (10, "after a save"), (11, "in a step")])
-def test_a_checkpoint_at_sigterm_is_whole_and_has_the_update_of_its_step(tmp_path, monkeypatch, step, event):
-    whole = trainer(tmp_path / "whole")
-    whole.train()
+def test_a_checkpoint_at_sigterm_is_whole_and_has_the_update_of_its_step(tmp_path, monkeypatch, whole, step, event):
     handler = signal.getsignal(signal.SIGTERM)
     sealed, rmtree = [], shutil.rmtree
 

@@ -1,8 +1,8 @@
-"""A table of argument sets. What a dense SparseTrainer does in each is what `Trainer` does, bit for bit; what sparse
-training does in each it does again, and sets that are no business of training's change nothing that is trained.
+"""A table of argument sets. In each, a dense SparseTrainer equals `Trainer` bit for bit, and a sparse run keeps its
+invariants; sets that do not concern training, such as those of logs, do not change a sparse run.
 
-Compared are the losses and all else that is logged but for times, the weights, what training, evaluation and prediction
-return, the files that are left behind, and the errors. To add a set is to add a row.
+Compared are logs without times, weights, the values that training, evaluation and prediction return, the files that are
+written, and errors. A new set is a new row.
 """
 
 import copy
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import arguments
+from cases import Stop, arguments
 from datasets import Dataset
 from tiny import VOCABULARY, random_blocks, tiny_llama
 from torch.utils.data import IterableDataset
@@ -28,7 +28,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    default_data_collator,
 )
 from transformers.trainer_callback import PrinterCallback
 
@@ -52,14 +51,6 @@ class Unsized(IterableDataset):
 
     def __iter__(self):
         return iter(self.blocks.with_format("torch"))
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
 
 
 class Commands(TrainerCallback):
@@ -111,11 +102,6 @@ def summed_loss(outputs, labels, num_items_in_batch=None):
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum") / num_items_in_batch
 
 
-def reversed_blocks(rows):
-    batch = default_data_collator(rows)
-    return {key: value.flip(1) for key, value in batch.items()}
-
-
 def lengths():
     """Blocks of different lengths, and of a column that the model does not take."""
     rows = random_blocks(24, 8)["input_ids"]
@@ -154,7 +140,7 @@ def resume(how, **changes):
 
     def do(run):
         run.train()
-        if how in ("true", "true by position"):
+        if how == "true by position":
             shutil.rmtree(Path(run.args.output_dir) / f"checkpoint-{STEPS}")
         again = fresh(run, **changes)
         checkpoint = Path(run.args.output_dir) / "checkpoint-4"
@@ -162,7 +148,6 @@ def resume(how, **changes):
             "text": lambda: again.train(resume_from_checkpoint=str(checkpoint)),
             "position": lambda: again.train(str(checkpoint), None, ["past_key_values"]),
             "path": lambda: again.train(resume_from_checkpoint=checkpoint),
-            "true": lambda: again.train(resume_from_checkpoint=True),
             "true by position": lambda: again.train(True),
             "end": lambda: again.train(resume_from_checkpoint=str(checkpoint.with_name(f"checkpoint-{STEPS}"))),
             "nowhere": lambda: again.train(resume_from_checkpoint=str(checkpoint / "nowhere")),
@@ -205,8 +190,8 @@ def saved(run):
 def without(kind):
     def do(run):
         run.remove_callback(kind)
-        run.add_callback(StopAt(7))
-        assert run.pop_callback(StopAt).step == 7
+        run.add_callback(Stop(7))
+        assert run.pop_callback(Stop).step == 7
         return run.train()
 
     return do
@@ -215,21 +200,11 @@ def without(kind):
 def added_later(run):
     run.add_callback(Commands)
     run.add_callback(PrinterCallback())
-    run.add_callback(StopAt(6))
+    run.add_callback(Stop(6))
     return run.train()
 
 
-def own_optimizer(run_model):
-    optimizer = torch.optim.SGD(run_model.parameters(), lr=0.05, momentum=0.9)
-    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3)
-
-
-def with_own_optimizer():
-    model = tiny_llama()
-    return {"model": model, "optimizers": own_optimizer(model)}
-
-
-def with_own_plateau():
+def own_optimizer():
     model = tiny_llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     return {"model": model, "optimizers": (optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))}
@@ -253,55 +228,26 @@ def metrics():
     return {"compute_metrics": right_answers}
 
 
-SCHEDULES = {
-    "linear": {},
-    "cosine": {},
-    "cosine_with_restarts": {"num_cycles": 2},
-    "polynomial": {"power": 2.0},
-    "constant": {},
-    "constant_with_warmup": {},
-    "inverse_sqrt": {},
-    "cosine_with_min_lr": {"min_lr_rate": 0.1},
-    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
-    "warmup_stable_decay": {"num_decay_steps": 2},
-}
-OPTIMIZERS = ("sgd", "adafactor", "rmsprop", "adagrad", "adamw_torch_fused")
-
 CASES = {
     "base": Case(neutral=True),
     # how long
-    "epochs": Case({"max_steps": -1, "num_train_epochs": 2}),
     "a part of an epoch": Case({"max_steps": -1, "num_train_epochs": 1.34}),
-    "accumulation": Case({"gradient_accumulation_steps": 3, "max_steps": 6}),
     "accumulation, epochs that it does not divide": Case(
         {"gradient_accumulation_steps": 4, "max_steps": -1, "num_train_epochs": 3}
     ),
-    "accumulation, tokens not averaged": Case(
-        {"gradient_accumulation_steps": 2, "average_tokens_across_devices": False, "max_steps": 6}
-    ),
-    "the last batch dropped": Case(
-        {"dataloader_drop_last": True, "per_device_train_batch_size": 5, "max_steps": -1, "num_train_epochs": 2}
-    ),
     # the optimizer
-    **{
-        f"schedule {name}": Case(
-            {"lr_scheduler_type": name, "lr_scheduler_kwargs": kwargs, "warmup_steps": 2, "logging_first_step": True}
-        )
-        for name, kwargs in SCHEDULES.items()
-    },
-    "schedule greedy": Case(EVALUATED | {"lr_scheduler_type": "greedy", "lr_scheduler_kwargs": {"patience": 0}}),
+    "a schedule with arguments": Case(
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2}, "warmup_steps": 2}
+    ),
     "schedule reduce_lr_on_plateau": Case(
         EVALUATED | {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}}
     ),
-    **{f"optimizer {name}": Case({"optim": name}) for name in OPTIMIZERS},
-    "optimizer and schedule of the user's": Case(made=with_own_optimizer, do=saved),
-    "AdamW and a schedule of the user's": Case(made=with_own_plateau, do=resume("text")),
+    "Adafactor": Case({"optim": "adafactor"}),
+    "optimizer and schedule of the user's": Case(made=own_optimizer, do=resume("text")),
     "optimizer by its class": Case(
         made=lambda: {"optimizer_cls_and_kwargs": (torch.optim.Adam, {"lr": 0.01, "betas": (0.5, 0.9)})}
     ),
     "no clipping": Case({"max_grad_norm": 0}),
-    "hard clipping": Case({"max_grad_norm": 1e-3}),
-    "no weight decay, other moments": Case({"weight_decay": 0.0, "adam_beta1": 0.5, "adam_beta2": 0.9}),
     # the loss
     "label smoothing": Case({"label_smoothing_factor": 0.1}),
     "a loss of the user's": Case(made=lambda: {"compute_loss_func": summed_loss}),
@@ -309,20 +255,13 @@ CASES = {
     "bf16": Case({"bf16": True} | EVALUATED),
     "bf16 in evaluation": Case({"bf16_full_eval": True}, do=predicted(lambda: random_blocks(6, 8))),
     "gradient checkpointing": Case({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}),
-    "compiled, eager": Case(EVALUATED | {"torch_compile": True, "torch_compile_backend": "eager"}),
-    "compiled, aot_eager": Case({"torch_compile": True, "torch_compile_backend": "aot_eager"}, do=saved),
+    "compiled": Case(EVALUATED | {"torch_compile": True, "torch_compile_backend": "eager"}),
     # the data
-    "seed": Case({"seed": 7}),
     "another order": Case({"data_seed": 7}),
     "grouped by length": Case(
         {"train_sampling_strategy": "group_by_length"},
         lambda: {"train_dataset": lengths(), "eval_dataset": lengths(), "data_collator": padded},
     ),
-    "read in order": Case({"train_sampling_strategy": "sequential"}),
-    "a worker": Case({"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3}, neutral=True),
-    "a sampler without a seed of its own": Case({"accelerator_config": {"use_seedable_sampler": False}}),
-    "batches split": Case({"accelerator_config": {"split_batches": True}}, neutral=True),
-    "a collator of the user's": Case(made=lambda: {"data_collator": reversed_blocks}),
     "all columns": Case(
         {"remove_unused_columns": False},
         lambda: {"train_dataset": lengths(), "eval_dataset": lengths(), "data_collator": padded},
@@ -332,22 +271,14 @@ CASES = {
     "iterable data of datasets, resumed": Case(
         made=lambda: {"train_dataset": random_blocks(40, 8).to_iterable_dataset()}, do=resume("text")
     ),
-    "iterable data, epochs": Case(
-        {"max_steps": -1, "num_train_epochs": 1}, lambda: {"train_dataset": Unsized()}, error=ValueError
-    ),
     "no data": Case(made=lambda: {"train_dataset": None}, error=ValueError),
     # logs
     "logs now and then": Case({"logging_steps": 3, "logging_first_step": True}, neutral=True),
-    "logs by the epoch": Case({"logging_strategy": "epoch"}, neutral=True),
     "no logs": Case({"logging_strategy": "no"}, neutral=True),
     "bars": Case(EVALUATED | {"disable_tqdm": False}, neutral=True),
-    "tokens counted": Case({"include_num_input_tokens_seen": "all"}, neutral=True),
     "tokens counted, resumed": Case({"include_num_input_tokens_seen": "non_padding"}, do=resume("text"), neutral=True),
     "NaN not filtered": Case({"logging_nan_inf_filter": False}, neutral=True),
-    "memory measured": Case({"skip_memory_metrics": True, "torch_empty_cache_steps": 2}, neutral=True),
     # evaluation
-    "evaluation": Case(EVALUATED, neutral=True),
-    "evaluation by the epoch": Case({"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1}),
     "evaluation from the start": Case(EVALUATED | {"eval_on_start": True, "eval_delay": 4}, neutral=True),
     "evaluation of several sets": Case(
         EVALUATED,
@@ -357,22 +288,8 @@ CASES = {
     "evaluation in batches": Case(
         EVALUATED | {"batch_eval_metrics": True, "per_device_eval_batch_size": 3}, metrics, neutral=True
     ),
-    "evaluation piece by piece": Case(
-        EVALUATED | {"eval_accumulation_steps": 1, "eval_do_concat_batches": True, "include_for_metrics": ["loss"]},
-        metrics,
-        neutral=True,
-    ),
     "losses only": Case(
         EVALUATED | {"prediction_loss_only": True}, metrics, predicted(lambda: random_blocks(6, 8)), neutral=True
-    ),
-    "logits reduced": Case(
-        EVALUATED,
-        lambda: {
-            "compute_metrics": lambda p: {"mean": float(np.mean(p.predictions))},
-            "preprocess_logits_for_metrics": lambda logits, labels: logits.amax(-1),
-        },
-        predicted(lambda: random_blocks(6, 8)),
-        neutral=True,
     ),
     "prediction": Case(made=metrics, do=predicted(lambda: random_blocks(6, 8)), neutral=True),
     "prediction without a length": Case(made=metrics, do=predicted(lambda: Unsized(6)), neutral=True),
@@ -381,17 +298,14 @@ CASES = {
     "nothing saved": Case({"save_strategy": "no"}, neutral=True),
     "saved by the epoch": Case({"save_strategy": "epoch", "save_total_limit": 1}, do=saved, neutral=True),
     "models only": Case({"save_only_model": True, "save_steps": 2, "save_total_limit": 2}, neutral=True),
-    "the best": Case(BEST, neutral=False),
     "the best by a figure of the user's": Case(
         BEST | {"metric_for_best_model": "right", "greater_is_better": True, "save_total_limit": 1}, metrics
     ),
     "the best alone saved": Case(
         BEST | {"save_strategy": "best", "metric_for_best_model": "loss", "greater_is_better": False}
     ),
-    "resumed": Case(do=resume("text"), neutral=True),
     "resumed, by position": Case(do=resume("position"), neutral=True),
     "resumed, by a Path": Case(do=resume("path"), neutral=True),
-    "resumed from the last": Case(do=resume("true"), neutral=True),
     "resumed from the last, by position": Case(do=resume("true by position"), neutral=True),
     "resumed with the best": Case(BEST, do=resume("text")),
     "resumed, data from the beginning": Case(do=resume("text", ignore_data_skip=True)),
@@ -402,15 +316,12 @@ CASES = {
     ),
     "not resumed": Case(do=lambda run: run.train(resume_from_checkpoint=False), neutral=True),
     # callbacks
-    "stopped early": Case(BEST, early),
-    "stopped by a callback": Case(made=lambda: {"callbacks": [StopAt(5)]}),
+    "stopped by a callback": Case(made=lambda: {"callbacks": [Stop(5)]}),
     "a callback that commands": Case(made=lambda: {"callbacks": [Commands]}, neutral=True),
-    "printer removed": Case(do=without(PrinterCallback), neutral=True),
     "bars removed": Case({"disable_tqdm": False}, do=without(ProgressCallback), neutral=True),
     "printer given": Case(made=lambda: {"callbacks": [PrinterCallback]}, neutral=True),
     "callbacks added later": Case(do=added_later),
     # the rest
-    "a batch too large": Case({"auto_find_batch_size": True}, lambda: {"callbacks": [TooLarge(0)]}),
     "a batch too large in the middle": Case({"auto_find_batch_size": True}, lambda: {"callbacks": [TooLarge(3)]}),
     "model_init": Case(made=lambda: {"model": None, "model_init": lambda: tiny_llama()}, do=trained_twice),
     "arguments of train by name": Case(
@@ -420,7 +331,6 @@ CASES = {
     ),
     "trained twice": Case(do=trained_twice),
     "saved by hand": Case(do=saved, neutral=True),
-    "underflow looked for": Case({"debug": "underflow_overflow"}, neutral=True),
 }
 
 
@@ -549,16 +459,14 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path, kind, error):
 
 
 SPARSE = {method: SparsityConfig(method=method, sparsity=0.8, update_interval=2) for method in ("chtss", "rigl")}
-# All sets with one of the two, but those of the schedules, of which sparse training knows nothing; with both, what
-# begins a run again, in the middle or anew. RigL would compile its update steps too, which takes as long as all else
+# All sets with one of the two, and with both those that begin a run again, in the middle or anew
 SPARSE_CASES = [
     (name, method)
     for name, case in CASES.items()
     for method in SPARSE
-    if ("resumed" in name or "too large" in name or "twice" in name)
-    or (
-        (method == "chtss") == (case.neutral or "compiled" in name) and name not in {f"schedule {s}" for s in SCHEDULES}
-    )
+    # RigL would compile its update steps too, which takes as long as all else
+    if any(word in name for word in ("resumed", "too large", "twice"))
+    or (method == "chtss") == (case.neutral or name == "compiled")
 ]
 
 
@@ -572,14 +480,12 @@ def bases(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "method"), SPARSE_CASES)
-def test_sparse_training_does_it_again_in(tmp_path, bases, name, method):
+def test_a_sparse_run_keeps_its_invariants_in(tmp_path, bases, name, method):
     case = CASES[name]
     first = outcome(tmp_path / "first", case, SparseTrainer, SPARSE[method])
     if case.neutral:
         for part in ("weights", "masks", "updates"):
             same({part: bases[method][part]}, {part: first[part]})
-    else:
-        same(first, outcome(tmp_path / "again", case, SparseTrainer, SPARSE[method]), but=("contents",))
     ours = {Path(file).name for file in first["files"] if not file.startswith("topology/")}
     plainly = {"model.safetensors", "config.json", "generation_config.json", "training_args.bin", "trainer_state.json",
                "optimizer.pt", "scheduler.pt", "rng_state.pth", "train_results.json", "all_results.json"}  # fmt: skip

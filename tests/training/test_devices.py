@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, INTERVAL, STEPS, case_config
+from cases import INTERVAL, STEPS, VARIED, case_config
 from played_device import MixedDevices, Played, PlayedDevice, move
 from tiny import random_blocks, tiny_llama
 
@@ -39,8 +39,8 @@ def test_the_played_device_refuses_to_mix(played):
 
 
 def train(directory, case, place, *, resume=False):
-    """Masks, stored weights and figures after 12 steps with 3 updates, on the CPU. Saves the topology after step 8, or
-    goes on from there; with weights and moments of its own, which is enough to see where things are."""
+    """Masks, stored weights and figures after 8 steps with 2 updates, on the CPU. Saves the topology after step 4, or
+    resumes from there, with new weights and moments, which is enough to see on which device tensors are."""
     model = tiny_llama(use_cache=False, num_hidden_layers=1, attn_implementation="eager")
     sparse = sparsify(model, case_config(case))
     evolver = Evolver(sparse)
@@ -55,26 +55,26 @@ def train(directory, case, place, *, resume=False):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
     evolver.begin(STEPS, optimizer, first)
     ids = torch.tensor(random_blocks(4)["input_ids"]).to(model.lm_head.weight.device)
-    for step in range(first, 12):
+    for step in range(first, 8):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         evolver.step()
         evolver.check()
-        if step + 1 == 8 and not resume:
+        if step + 1 == 4 and not resume:
             save_topology(directory, evolver.state())
     state = evolver.state()
     figures = [{k: v for k, v in entry.items() if k != "topology_seconds"} for entry in state.history]
     return {name: mask.cpu() for name, mask in state.masks.items()}, figures
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", VARIED)
 def test_topologies_evolve_where_the_layers_are(case, played, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     masks, figures = train(there, case, move)
     expected, expected_figures = train(here, case, lambda model: model)
-    assert len(figures) == 12 // INTERVAL
+    assert len(figures) == 8 // INTERVAL
     assert figures == expected_figures
     assert all(mask.equal(expected[name]) for name, mask in masks.items())
     _, resumed = train(there, case, move, resume=True)
-    assert [entry["step"] for entry in resumed] == [4, 8, 12]
+    assert [entry["step"] for entry in resumed] == [4, 8]

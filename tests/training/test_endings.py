@@ -8,14 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from endings import FULL_AT_STAGE, NAN, SIGNALS, STAGES
+from endings import FULL_AT_STAGE, NAN, SIGNALLED, STAGES
 
 HERE = Path(__file__).parent
-MOUNTS = [
-    "unshare",
-    "--map-root-user",
-    "--mount",
-]  # a namespace in which, if allowed, anyone may mount a tmpfs
+MOUNTS = ["unshare", "--map-root-user", "--mount"]  # where this is allowed, anyone may mount a tmpfs
 
 
 def mounts():
@@ -40,8 +36,7 @@ def one(endings, way, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", SIGNALS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("way", "stage"), SIGNALLED)
 def test_a_run_ended_by_a_signal_resumes_bit_for_bit(endings, stage, way):
     ending = one(endings, way, stage)
     expected = {"error": "KeyboardInterrupt"} if way == "SIGINT" else {"signal": way}

@@ -1,4 +1,4 @@
-"""engine_of: what is recognized without a launcher, and what is refused by name."""
+"""engine_of: the engines that it recognizes without a launcher, and the set-ups that it refuses."""
 
 import subprocess
 import sys
@@ -72,7 +72,7 @@ def test_fsdp1_and_unknown_layouts_are_refused():
         engine_of(model, layers, optimizer)
 
 
-def test_other_optimizers_of_deepspeed_are_refused_by_name():
+def test_other_optimizers_of_deepspeed_are_refused():
     class FP16_Optimizer:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
 

@@ -11,7 +11,7 @@ from hf_chts.evolution.evolver import Evolver
 from hf_chts.sharding.replicated import ReplicatedWeights
 
 
-@pytest.mark.parametrize("case", ["static", "chtss", "gmp, global allocation", "chtss, per-weight Adam steps"])
+@pytest.mark.parametrize("case", ["static", "chtss"])
 def test_float16_weights_are_refused(tmp_path, case):
     model = tiny_llama(num_hidden_layers=1).half()
     run = trainer(tmp_path, case, model=model)
@@ -41,9 +41,8 @@ def test_the_callback_alone_refuses_them_too(tmp_path):
     assert run.state.global_step == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_weights_are_not(tmp_path, dtype):
-    model = tiny_llama(num_hidden_layers=1).to(dtype)
+def test_bfloat16_weights_are_not(tmp_path):
+    model = tiny_llama(num_hidden_layers=1).to(torch.bfloat16)
     trainer(tmp_path, "set", model=model, max_steps=8, save_strategy="no").train()
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import same_weights, trainer, weights
+from cases import Stop, same_weights, trainer, weights
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
@@ -73,11 +73,7 @@ def test_checkpoint_is_resumed_by_another(hub, waits, tmp_path):
 
     hub.create("me/run", {"last-checkpoint/rng_state_7.pth": b"of eight ranks"})
 
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 8
-
-    run(tmp_path / "first", hub_strategy="checkpoint", callbacks=[Stop()]).train()
+    run(tmp_path / "first", hub_strategy="checkpoint", callbacks=[Stop(8)]).train()
     files = hub.files("me/run")
     assert files.keys() >= MODEL
     assert folder(files, "last-checkpoint") == contents(tmp_path / "first/checkpoint-8")

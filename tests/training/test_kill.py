@@ -10,13 +10,13 @@ from tiny import tiny_llama
 
 
 def test_killed_runs_end_as_uninterrupted_ones():
-    command = [sys.executable, str(Path(__file__).with_name("kill_trials.py")), "--trials", "3", "--cases", "1"]
+    command = [sys.executable, str(Path(__file__).with_name("kill_trials.py")), "--trials", "2", "--cases", "1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     *trials, figures = map(json.loads, result.stdout.splitlines())
     assert all(trial["equal"] for trial in trials), result.stdout
     assert result.returncode == 0, result.stderr[-4000:]
-    assert figures["trials"] == figures["equal"] == 3
-    assert figures["half_written"] >= 2  # trials 0 and 2 have one each
+    assert figures["trials"] == figures["equal"] == 2
+    assert figures["half_written"] >= 1  # in the first trial
 
 
 def test_a_finished_run_that_is_resumed_trains_no_step_more(tmp_path):

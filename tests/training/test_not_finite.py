@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import INTERVAL, STEPS, arguments, case_config, losses, same_weights, trainer, weights
+from cases import INTERVAL, STEPS, arguments, case_config, losses, trainer, weights
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
@@ -75,9 +75,10 @@ def sealed(directory):
     return sorted(path.name for path in directory.glob("checkpoint-*") if (path / SEAL_NAME).is_file())
 
 
-@pytest.mark.parametrize("case", ["chtss", "dense"])
-@pytest.mark.parametrize("on_a_device", [False, True])
-@pytest.mark.parametrize("logging_steps", [1, 100])
+@pytest.mark.parametrize(
+    ("case", "on_a_device", "logging_steps"),
+    [("chtss", False, 100), ("chtss", True, 1), ("chtss", True, 100), ("dense", False, 1), ("dense", True, 100)],
+)
 def test_a_gradient_that_is_nan_costs_no_checkpoint(tmp_path, monkeypatch, case, on_a_device, logging_steps):
     if on_a_device:
         as_on_a_device(monkeypatch)
@@ -90,16 +91,9 @@ def test_a_gradient_that_is_nan_costs_no_checkpoint(tmp_path, monkeypatch, case,
     verify_seal(tmp_path / "checkpoint-3")
     if not on_a_device:  # the optimizer has not stepped
         assert all(weight.isfinite().all() for weight in weights(run).values())
-    # a resumed run ends with the weights of an undisturbed one
-    again = poisoned(tmp_path, case, 0, model=tiny_llama(seed=5), **settings)
-    again.train(resume_from_checkpoint=True)
-    whole = poisoned(tmp_path / "whole", case, 0, **settings)
-    whole.train()
-    assert same_weights(weights(again), weights(whole))
 
 
-@pytest.mark.parametrize("case", ["chtss", "dense"])
-@pytest.mark.parametrize("on_a_device", [False, True])
+@pytest.mark.parametrize(("case", "on_a_device"), [("chtss", True), ("dense", False)])
 def test_a_gradient_that_is_nan_in_the_last_step_fails_the_run(tmp_path, monkeypatch, case, on_a_device):
     if on_a_device:
         as_on_a_device(monkeypatch)
@@ -108,9 +102,15 @@ def test_a_gradient_that_is_nan_in_the_last_step_fails_the_run(tmp_path, monkeyp
         run.train()
 
 
-@pytest.mark.parametrize("case", ["chtss", "dense"])
-@pytest.mark.parametrize(("do", "named"), [(spoil_weight, ""), (spoil_moment, "optimizer state of ")])
-@pytest.mark.parametrize("save", ["steps", "no"])
+@pytest.mark.parametrize(
+    ("case", "do", "named", "save"),
+    [
+        ("chtss", spoil_weight, "", "steps"),
+        ("chtss", spoil_moment, "optimizer state of ", "no"),
+        ("dense", spoil_moment, "optimizer state of ", "steps"),
+        ("dense", spoil_weight, "", "no"),
+    ],
+)
 def test_weights_and_moments_are_checked_before_a_save_and_at_the_end(tmp_path, case, do, named, save):
     step = 10 if save == "steps" else STEPS
     run = trainer(
@@ -163,7 +163,7 @@ def spoil_dense_gradient(run):
 @pytest.mark.parametrize(
     ("case", "what", "spoil"),
     [
-        *((case, "weight", lambda run: spoil_weight) for case in ("chtss", "set", "gmp, global allocation", "mest")),
+        *((case, "weight", lambda run: spoil_weight) for case in ("chtss", "gmp, global allocation")),
         ("set, percolation", "weight", lambda run: spoil_weight),
         ("rigl, historical weights", "stored weights", spoil_stored),
         ("rigl", "dense gradient", spoil_dense_gradient),

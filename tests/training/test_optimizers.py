@@ -90,8 +90,10 @@ def run_of(directory, name, case, seed=0):
     )
 
 
-@pytest.mark.parametrize("case", ["chtss", "rigl, historical weights"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [*((name, "rigl, historical weights") for name in OPTIMIZERS), ("muon", "chtss"), ("adafactor", "chtss")],
+)
 def test_missing_links_stay_0_and_the_run_resumes(tmp_path, name, case):
     run = run_of(tmp_path, name, case)
     run.add_callback(Zeros(run))

@@ -147,7 +147,7 @@ def test_it_changes_the_run_and_only_after_the_first_update(tmp_path):
     ("changes", "message"),
     [({"optim": "sgd"}, "torch.optim.sgd.SGD"), ({"optim": "adafactor"}, "Adafactor")],
 )
-def test_other_optimizers_are_refused_by_name(tmp_path, changes, message):
+def test_other_optimizers_are_refused(tmp_path, changes, message):
     run = per_weight(tmp_path, **changes)
     before = weights(run)
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from cases import all_of, arguments, case_config, differences, losses, same_weights, trainer, weights
+from cases import Stop, all_of, arguments, case_config, differences, losses, same_weights, trainer, weights
 from filelock import FileLock
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, integrations
@@ -20,15 +20,6 @@ from hf_chts.records.run_record import read_lines
 from hf_chts.report.run import read_run
 from hf_chts.sharding import ranks as ranks_module
 from hf_chts.sharding.ranks import together
-
-
-class Stop(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_training_stop = True
 
 
 class At(TrainerCallback):
@@ -96,8 +87,7 @@ def test_an_identity_is_unique_and_kept_on_resume(tmp_path):
     assert ids(tmp_path / "c") == {first}
 
 
-@pytest.mark.parametrize("case", ["chtss", "dense"])
-@pytest.mark.parametrize("save", ["steps", "no"])
+@pytest.mark.parametrize(("case", "save"), [("chtss", "no"), ("dense", "steps"), ("dense", "no")])
 def test_a_new_run_in_the_folder_of_another_is_refused_and_changes_nothing(tmp_path, case, save):
     first = trainer(tmp_path, case)
     first.train()
@@ -258,13 +248,10 @@ def _read(path):
         return None
 
 
-def test_a_finished_run_says_that_nothing_is_left(tmp_path, caplog):
-    run = trainer(tmp_path)
-    run.train()
-    again = trainer(tmp_path, model=tiny_llama(seed=5), max_steps=15)
-    again.train(resume_from_checkpoint=True)
+def test_a_finished_run_says_that_nothing_is_left(tmp_path, caplog, trained):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    trainer(tmp_path, model=tiny_llama(seed=5), max_steps=15).train(resume_from_checkpoint=True)
     assert "of step 24, and this run has 15 steps: nothing was left to train" in caplog.text
-    assert same_weights(weights(again), weights(run))
 
 
 @pytest.mark.parametrize("case", ["static", "dense"])

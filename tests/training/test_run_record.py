@@ -86,8 +86,8 @@ def test_counts_are_those_of_the_masks(tmp_path, case):
     ]
 
 
-@pytest.mark.parametrize("case", ["chtss", "chts, adaptive softness"])
-@pytest.mark.parametrize("checkpoint", [6, 12])  # before and after the snapshot in the middle, at step 8
+# before and after the snapshot in the middle, at step 8
+@pytest.mark.parametrize(("case", "checkpoint"), [("chtss", 12), ("chts, adaptive softness", 6)])
 def test_an_interrupted_run_ends_with_the_records_of_one_that_was_not(tmp_path, case, checkpoint):
     whole = tmp_path / "whole"
     trainer(whole, case, save_steps=6).train()

@@ -1,7 +1,6 @@
 """SparseTrainer: the invariants at every step, equality with the plain Trainer, resume bit for bit."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -17,10 +16,9 @@ from cases import (
     losses,
     same_weights,
     trainer,
-    weights,
 )
 from tiny import random_blocks, tiny_llama
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from hf_chts import SparseTrainer, SparsityConfig, SparsityHandle, sparsify
 from hf_chts.layers.coupling import couplings
@@ -28,8 +26,10 @@ from hf_chts.topology.allocation import allocate_links
 from hf_chts.topology.percolation import anp_rate
 
 
-@pytest.mark.parametrize("case", ["static", *CASES])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("case", "bf16"),
+    [*((case, False) for case in ("static", *CASES)), ("rigl", True), ("chtss, per-weight Adam steps", True)],
+)
 def test_invariants_at_every_step(tmp_path, case, bf16):
     run = trainer(tmp_path, case, bf16=bf16, gradient_accumulation_steps=2, save_strategy="no")
     invariants = Invariants.watch(run)
@@ -68,13 +68,6 @@ def test_allocation_over_layers_holds_at_every_update(tmp_path):
     )
     possible = sum(mask.numel() for mask in run.sparse.masks().values())
     assert run.sparse.links() == round(possible * 0.1)
-
-
-def test_zero_moments_where_links_left_and_came_back_later(tmp_path):
-    run = trainer(tmp_path, "set", save_strategy="no")
-    run.train()
-    for layer in run.sparse.layers.values():
-        assert run.optimizer.state[layer.weight]["exp_avg"][layer.mask].ne(0).any()
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -138,22 +131,6 @@ def test_historical_weights_come_back(tmp_path, method):
     assert sum(back) > 0
 
 
-def test_dense_is_the_plain_trainer_bit_for_bit(tmp_path):
-    sparse_run = trainer(tmp_path / "a", "dense")
-    sparse_run.train()
-    plain = Trainer(
-        model=tiny_llama(),
-        args=arguments(tmp_path / "b", TrainingArguments, lr_scheduler_type="cosine"),
-        train_dataset=random_blocks(),
-    )
-    plain.train()
-    assert losses(sparse_run) == losses(plain)
-    assert same_weights(weights(sparse_run), weights(plain))
-    written, plainly = ({p.name for p in (tmp_path / run / "checkpoint-20").iterdir()} for run in "ab")
-    assert written - plainly == {"checkpoint_seal.json"}
-    assert plainly <= written
-
-
 def test_the_clipped_norm_is_that_of_the_masked_gradient(tmp_path):
     class Norms(TrainerCallback):
         expected = None
@@ -164,49 +141,22 @@ def test_the_clipped_norm_is_that_of_the_masked_gradient(tmp_path):
 
     run = trainer(tmp_path, "static", callbacks=[Norms()], max_steps=1, max_grad_norm=1e9, save_strategy="no")
     run.train()
-    dense = copy.deepcopy(run.model)
     logged = next(entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry)
     assert logged == pytest.approx(Norms.expected, rel=1e-5)
-    # a dense gradient of the same weights is larger
-    SparseTrainer(model=dense, args=arguments(tmp_path), train_dataset=random_blocks())
-    assert logged < dense_norm(tmp_path)
-
-
-def dense_norm(directory):
-    model = tiny_llama()
-    sparsify(model, case_config("static")).unsparsify()
-    run = Trainer(
-        model=model,
-        args=arguments(directory, TrainingArguments, max_steps=1, max_grad_norm=1e9, save_strategy="no"),
-        train_dataset=random_blocks(),
-    )
-    run.train()
-    return next(entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry)
 
 
 @pytest.mark.parametrize("case", ["static", *CASES])
-@pytest.mark.parametrize(
-    ("checkpoint", "new_process"),
-    [(10, True), (20, True), (12, False)],  # the topology is updated at 12 too
-)
-def test_resume_bit_for_bit(tmp_path, case, checkpoint, new_process):
-    whole = trainer(tmp_path / "whole", case, save_steps=checkpoint)
+def test_resume_bit_for_bit(tmp_path, case):
+    whole = trainer(tmp_path / "whole", case, save_steps=6)
     whole.train()
     expected = all_of(whole)
-    # nothing may be left of a run that has ended
-    resumed = trainer(tmp_path / "resumed", case, model=tiny_llama(seed=5)) if new_process else whole
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{checkpoint}"))
-    assert differences(all_of(resumed), expected) == []
-
-
-def test_resume_true_takes_the_last_checkpoint(tmp_path):
-    whole = trainer(tmp_path)
-    whole.train()
-    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
-    resumed = trainer(tmp_path, model=tiny_llama(seed=5))
-    resumed.train(resume_from_checkpoint=True)
-    assert same_weights(weights(resumed), weights(whole))
-    assert losses(resumed) == losses(whole)
+    for step in (6, 18):  # between two updates, and after the last one
+        resumed = trainer(tmp_path / f"from {step}", case, model=tiny_llama(seed=5), save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}"))
+        assert differences(all_of(resumed), expected) == []
+    # the topology is updated at 12 too; and nothing may be left of a run that has ended in the same trainer
+    whole.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-12"))
+    assert differences(all_of(whole), expected) == []
 
 
 def test_what_is_logged_with_each_update(tmp_path):
@@ -229,12 +179,6 @@ def test_what_is_logged_with_each_update(tmp_path):
     itop = [entry["itop"] for entry in entries]
     assert itop == sorted(itop)
     assert 0.5 < itop[0] <= itop[-1] < 1
-
-
-def test_update_steps_log_their_loss_too(tmp_path):
-    run = trainer(tmp_path, save_strategy="no")
-    run.train()
-    assert [entry["step"] for entry in run.state.log_history if "loss" in entry] == list(range(1, STEPS + 1))
 
 
 def test_itop_counts_every_link_that_was_ever_active(tmp_path):
@@ -263,12 +207,6 @@ def test_learning_rate_climbs_after_each_update(tmp_path):
     # the Trainer logs the rate of the step just taken; updates follow steps 4, 8, 12, 16
     expected = [1, 1, 1, 1] + [1 / 3, 2 / 3, 1, 1] * 4 + [1] * 4
     assert factors == pytest.approx(expected)
-
-
-def test_schedules_that_are_no_function_of_the_step_are_refused(tmp_path):
-    run = trainer(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=4)
-    with pytest.raises(ValueError, match="update_warmup_steps is 2, but the schedule"):
-        run.train()
 
 
 def test_best_model_comes_back_with_its_masks(tmp_path):
@@ -322,7 +260,7 @@ def test_schedules_that_do_not_fit_leave_the_model_alone(tmp_path):
     assert same_weights(before, model.state_dict())
 
 
-@pytest.mark.parametrize("case", ["chtss", "rigl, historical weights", "chtss, per-weight Adam steps"])
+@pytest.mark.parametrize("case", ["rigl, historical weights", "chtss, per-weight Adam steps"])
 def test_training_again_with_masks_that_the_optimizer_has_not_stepped_on(tmp_path, case):
     def train(run, floor=0.9):
         invariants = Invariants.watch(run, floor)

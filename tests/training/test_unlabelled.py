@@ -52,10 +52,9 @@ def pair(directory, unlabelled, kind=(Plain, Sparse), **changes):
     return runs
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("counted", [True, False])
-def test_dense_goes_on_as_the_plain_trainer_does(tmp_path, caplog, accumulation, counted):
-    size = 4
+def test_dense_goes_on_as_the_plain_trainer_does(tmp_path, caplog, counted):
+    size, accumulation = 4, 3
     # the very first micro-batch, all that the third step has, and the first of the fifth
     a_step = accumulation * size
     none = {*range(size), *range(2 * a_step, 3 * a_step), *range(4 * a_step, 4 * a_step + size)}
@@ -83,7 +82,7 @@ def test_the_loss_of_such_a_batch_is_0_where_nothing_is_filtered(tmp_path):
     assert losses(ours) == losses(plain)
 
 
-@pytest.mark.parametrize("case", ["chtss", "rigl", "mest"])
+@pytest.mark.parametrize("case", ["chtss", "rigl"])
 def test_updates_go_on_without_labels(tmp_path, case):
     # the batches of the first update, of the step after it, and of another
     none = {row for step in (INTERVAL, INTERVAL + 1, 3 * INTERVAL) for row in range(4 * step - 4, 4 * step)}

@@ -47,7 +47,6 @@ def each_step(tmp_path_factory):
     [
         ({"logging_steps": 1}, list(range(1, STEPS + 1))),
         ({"logging_steps": 3}, sorted({*range(3, STEPS + 1, 3), *UPDATES})),
-        ({"logging_steps": 100}, [*UPDATES, STEPS]),
         ({"logging_strategy": "no"}, [*UPDATES, STEPS]),
         ({"logging_steps": 100, "eval_strategy": "steps", "eval_steps": 3}, [*UPDATES, STEPS]),
     ],

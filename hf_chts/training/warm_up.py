@@ -1,0 +1,71 @@
+"""The learning rate climbs back after each topology update: a short warm-up on top of the Trainer's schedule."""
+
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from hf_chts.config import SparsityConfig
+from hf_chts.evolution.update_warmup import PAPER_WARMUP, add_update_warmup, warmup_steps
+from hf_chts.sparse_model import SparsityHandle
+from hf_chts.training.any_trainer import AnyTrainer
+from hf_chts.training.callback import TopologyCallback
+
+
+def asked_warmup(args: Any, config: SparsityConfig) -> int:
+    """Optimizer steps of warm-up after each update. Raises ValueError if they do not fit `update_interval`."""
+    return warmup_steps(getattr(args, "update_warmup_steps", 0), config.update_interval) if config.evolves else 0
+
+
+class WarmsUpAfterUpdates(AnyTrainer):
+    """The part of SparseTrainer that adds warm-ups after updates to the learning-rate schedule."""
+
+    sparse: SparsityHandle
+    topology_callback: TopologyCallback | None
+
+    @property
+    def update_warmup_steps(self) -> int:
+        """Optimizer steps over which the learning rate climbs back after each topology update; 0: none."""
+        if self.topology_callback is not None and self.topology_callback.warmup is not None:
+            return self.topology_callback.warmup
+        return asked_warmup(self.args, self.sparse.config)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        fresh = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.topology_callback is not None and self.sparse.config.evolves:
+            self._warm_up_after_updates(scheduler, fresh, num_training_steps)
+        return scheduler
+
+    def _warm_up_after_updates(self, scheduler: Any, fresh: bool, num_training_steps: int) -> None:
+        topology, interval = self.topology_callback, self.sparse.config.update_interval
+        assert topology is not None
+        if not fresh and topology.warmup is not None:  # made by a copy of this trainer, under DeepSpeed
+            return
+        asked, steps = getattr(self.args, "update_warmup_steps", 0), asked_warmup(self.args, self.sparse.config)
+        obstacle = None
+        if not fresh:
+            obstacle = "the learning-rate schedule is not the Trainer's own"
+        elif not isinstance(scheduler, LambdaLR):
+            obstacle = f"the schedule {self.args.lr_scheduler_type!r} is not a function of the step"
+        if obstacle and asked:
+            raise ValueError(
+                f"update_warmup_steps is {asked}, but {obstacle}: set update_warmup_steps to 0, or choose another "
+                "lr_scheduler_type"
+            )
+        why = ""
+        if not hasattr(self.args, "update_warmup_steps"):
+            why = " (use SparseTrainingArguments to have one)"
+        elif obstacle and asked is None:
+            steps, why = 0, f": {obstacle}"
+        elif asked is None and steps < PAPER_WARMUP:
+            why = f", a fifth of update_interval ({interval}), where the paper's {PAPER_WARMUP} would be too many"
+        plan = topology.evolver.plan_from(self.state.global_step, num_training_steps)
+        own = self.args.get_warmup_steps(num_training_steps) if fresh else 0
+        if own >= plan.last_update:
+            why += f"; its own warm-up, {own} steps, ends after the last of them"
+        topology.warmup = steps
+        topology.learning_rate = f"the learning rate has no warm-up after them{why}"
+        if steps:
+            add_update_warmup(scheduler, plan, steps)
+            topology.learning_rate = f"the learning rate climbs back over {steps} steps after each{why}"
