@@ -199,7 +199,7 @@ def with_original_names(state: TopologyState, layers: Iterable[str]) -> Topology
 
 
 def verify_fits(state: TopologyState, layers: Mapping[str, Any], directory: str | Path) -> None:
-    """Raises ValueError if the state is not that of a model with these masked layers."""
+    """Raises ValueError if the state does not fit these masked layers."""
     shapes = {name: tuple(layer.topology.shape) for name, layer in layers.items()}
     saved = {name: tuple(mask.shape) for name, mask in state.masks.items()}
     if shapes != saved:

@@ -39,9 +39,9 @@ def write_whole(path: str | Path, data: bytes | str) -> None:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
-def write_json(path: str | Path, contents: Any, *, indent: int = 1) -> None:
+def write_json(path: str | Path, contents: Any) -> None:
     """Write `contents` as JSON to `path`, as `whole_file` does."""
-    write_whole(path, json.dumps(contents, indent=indent))
+    write_whole(path, json.dumps(contents, indent=1))
 
 
 def finite_or_null(contents: Any) -> Any:

@@ -36,11 +36,10 @@ def explain_failed_write(
         if not _is_failed_write(error):
             raise
         number = _number(error, Path(directory))
+        reason = " ".join(str(error).split()) or type(error).__name__
+        space = _space(Path(directory), number, needs())
         after = then if isinstance(then, str) else then()
-        raise OSError(
-            number,
-            f"{directory} could not be written: {_reason(error)}{_space(Path(directory), number, needs())}. {after}",
-        ) from error
+        raise OSError(number, f"{directory} could not be written: {reason}{space}. {after}") from error
 
 
 def _is_failed_write(error: BaseException) -> bool:
@@ -56,10 +55,6 @@ def _number(error: BaseException, directory: Path) -> int:
     if found := _SYSTEM.search(str(error)):
         return int(found[1])
     return errno.ENOSPC if (free := _free(directory)) is not None and free < 1 << 20 else errno.EIO
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _space(directory: Path, number: int, needs: int) -> str:

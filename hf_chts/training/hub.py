@@ -64,8 +64,7 @@ class HubPushes(AnyTrainer):
             kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
             if "FULL_STATE_DICT" not in kind:
                 raise ValueError(
-                    f"fsdp_state_dict_type is {kind}, so what is saved has no whole weights to push: set it to "
-                    "FULL_STATE_DICT"
+                    f"fsdp_state_dict_type is {kind}, so the saved weights would be sharded: set it to FULL_STATE_DICT"
                 )
         refused: list[str | None] = [None]
         if self.is_world_process_zero():

@@ -134,24 +134,22 @@ class BeginsRuns(AnyTrainer):
                 f"there is no whole checkpoint of this run in {run_dir} to resume from: start without "
                 f"resume_from_checkpoint, or name a checkpoint.{last}"
             )
-        if not getattr(self.args, "skip_damaged_checkpoints", False):
-            try:
-                verify_seal(candidates[0])
-            except (ValueError, OSError) as error:
-                if len(candidates) == 1:
-                    raise
-                raise type(error)(
-                    f"{error}: name one, such as {candidates[1]}, or set skip_damaged_checkpoints, which takes the "
-                    "newest one that is whole"
-                ) from error
-            return str(candidates[0]), []
+        skip = getattr(self.args, "skip_damaged_checkpoints", False)
         found: list[str] = []
         for number, path in enumerate(candidates):
             try:
                 verify_seal(path)
                 return str(path), candidates[:number]
             except (ValueError, OSError) as error:
-                found.append(str(error))
+                if skip:
+                    found.append(str(error))
+                elif len(candidates) == 1:
+                    raise
+                else:
+                    raise type(error)(
+                        f"{error}: resume from another one, such as {candidates[1]}, or set skip_damaged_checkpoints "
+                        "to take the newest complete one"
+                    ) from error
         raise ValueError(f"all checkpoints in {run_dir} are damaged: {'; '.join(found)}")
 
     def _identity(self, checkpoint: str | None, run_dir: str) -> RunIdentity:

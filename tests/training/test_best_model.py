@@ -52,6 +52,7 @@ def test_at_any_sparsity_if_that_is_asked_for(tmp_path, caplog):
         run.train()
     assert (run.state.best_metric, run.state.best_global_step) == (9.0, 4)
     assert run.sparse.sparsity() < 0.85
+    run.sparse.check()  # the masks are those of its weights
     assert f"sparsity of {run.sparse.sparsity():.4g} where 0.9 was asked for" in caplog.text
 
 

@@ -41,7 +41,7 @@ def test_the_played_device_refuses_to_mix(played):
 def train(directory, case, place, *, resume=False):
     """Masks, stored weights and figures after 8 steps with 2 updates, on the CPU. Saves the topology after step 4, or
     resumes from there, with new weights and moments, which is enough to see on which device tensors are."""
-    model = tiny_llama(use_cache=False, num_hidden_layers=1, attn_implementation="eager")
+    model = tiny_llama(use_cache=False, num_hidden_layers=1, num_attention_heads=2, attn_implementation="eager")
     sparse = sparsify(model, case_config(case))
     evolver = Evolver(sparse)
     first = 0

@@ -203,22 +203,6 @@ def test_percolation_around_a_fixed_layer():
     assert kept["gate"].sum(1).tolist() == kept["down"].sum(0).tolist() == [0, 0, 3]
 
 
-def test_under_adapters_of_peft(tmp_path, caplog):
-    model = tiny_llama()
-    sparse = sparsify(model, case_config("chtss"))
-    before = snapshot(sparse, sparse.layers)
-    run = SparseTrainer(
-        model=get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"])),
-        args=arguments(tmp_path / "a"),
-        train_dataset=random_blocks(),
-    )
-    assert run.sparse is sparse
-    run.train()
-    assert unchanged(sparse, before)
-    assert len(said(caplog)) == 1
-    assert not next(p for n, p in run.model.named_parameters() if "lora_B" in n).eq(0).all()
-
-
 def test_layers_that_are_thawed_beside_adapters_evolve(tmp_path):
     model = tiny_llama()
     sparse = sparsify(model, case_config("chtss"))
@@ -280,18 +264,10 @@ def test_checkpoints_that_would_lack_what_trains_are_refused(tmp_path, adapt):
     assert run.state.global_step == 0
 
 
-def test_what_trains_beside_adapters_without_checkpoints_and_frozen(tmp_path):
-    unsaved = beside_adapters(tmp_path / "a", "get_peft_model", trains=True, save_strategy="no")
-    unsaved.train()
-    unsaved.sparse.check()
-    run = beside_adapters(tmp_path, "get_peft_model", trains=True)
-    run.sparse.model.requires_grad_(False)
-    for name, parameter in run.model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+def test_what_trains_beside_adapters_trains_without_checkpoints(tmp_path):
+    run = beside_adapters(tmp_path, "get_peft_model", trains=True, save_strategy="no")
     run.train()
-    again = beside_adapters(tmp_path / "b", "get_peft_model")
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-    assert same_weights(weights(run), weights(again))
+    run.sparse.check()
 
 
 def test_layers_that_begin_to_train_beside_adapters_end_the_run_at_its_next_checkpoint(tmp_path):

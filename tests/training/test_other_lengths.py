@@ -267,7 +267,7 @@ def rates(run):
     ("interval", "asked", "steps"), [(10, "default", 2), (INTERVAL, "default", 0), (10, 5, 5), (10, 0, 0)]
 )
 def test_the_rate_is_the_full_one_for_most_of_each_interval(tmp_path, capsys, interval, asked, steps):
-    settings = {"max_steps": 30, "save_strategy": "no", "lr_scheduler_type": "constant"}
+    settings = {"max_steps": 30, "save_strategy": "no"}
     args = arguments(tmp_path, **settings, update_warmup_steps=None if asked == "default" else asked)
     run = SparseTrainer(
         tiny_llama(num_hidden_layers=1), args, sparsity=case_config("set", update_interval=interval),
@@ -275,10 +275,10 @@ def test_the_rate_is_the_full_one_for_most_of_each_interval(tmp_path, capsys, in
     )  # fmt: skip
     run.train()
     assert run.update_warmup_steps == steps
-    expected = [1e-2] * 30
+    expected = [1e-2 * (1 + math.cos(math.pi * step / 30)) / 2 for step in range(30)]
     for update in (step for step in range(interval, 30, interval) if step <= 20):
         for n in range(1, steps + 1):
-            expected[update + n - 1] = 1e-2 * n / steps
+            expected[update + n - 1] *= n / steps
     assert rates(run) == pytest.approx(expected)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("topology:"))
     assert (f"over {steps} steps" if steps else "no warm-up") in line

@@ -6,6 +6,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
+from cases import losses, same_weights
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny import random_blocks, tiny_llama
@@ -175,10 +176,6 @@ def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def same(first, second):
-    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_train_resume_and_export(tmp_path, dense, name):
     case = CASES[name]
@@ -195,18 +192,14 @@ def test_train_resume_and_export(tmp_path, dense, name):
     if case.resumes:
         again = build(case, tmp_path / "run", model_of(case, dense), eval_strategy="steps", eval_steps=4)
         again.train(resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{SAVED}"))
-        assert same(state(again.model), trained)
-        assert same(again.sparse.masks(), masks)
+        assert same_weights(state(again.model), trained)
+        assert same_weights(again.sparse.masks(), masks)
 
     export_sparse(run.model, tmp_path / "export")
     written = load_file(tmp_path / "export/model.safetensors")
     assert all(value.equal(trained[key]) for key, value in written.items())
-    assert same(state(type(run.model).from_pretrained(tmp_path / "export")), trained)
-    assert same(SparsityHandle.of(load_sparse(tmp_path / "export")).masks(), masks)
-
-
-def losses(run):
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert same_weights(state(type(run.model).from_pretrained(tmp_path / "export")), trained)
+    assert same_weights(SparsityHandle.of(load_sparse(tmp_path / "export")).masks(), masks)
 
 
 def test_the_reference_is_the_policy_as_training_starts(tmp_path, dense):
@@ -233,7 +226,7 @@ def test_a_reference_of_the_users_own_stays_as_it_is(tmp_path, dense):
     case = replace(CASES["DPO"], options={"ref_model": reference})
     run = build(case, tmp_path, model_of(case, dense), max_steps=4)
     run.train()
-    assert same(state(reference), before)
+    assert same_weights(state(reference), before)
     assert abs(losses(run)[0] - math.log(2)) > 1e-4  # it is dense
 
 
@@ -268,8 +261,8 @@ def test_a_model_by_its_path(tmp_path, dense, name):
     expected.train()
     run = build(case, tmp_path / "path", path, max_steps=4)
     run.train()
-    assert same(state(run.model), state(expected.model))
-    assert same(run.sparse.masks(), expected.sparse.masks())
+    assert same_weights(state(run.model), state(expected.model))
+    assert same_weights(run.sparse.masks(), expected.sparse.masks())
 
 
 def test_paths_that_cannot_stand_for_a_sparse_model(tmp_path, dense):
@@ -284,7 +277,7 @@ def test_paths_that_cannot_stand_for_a_sparse_model(tmp_path, dense):
             build(case, tmp_path, place)
         # the remedy it names: the reference of trl comes from there too
         run = build(CASES["DPO"], tmp_path / f"run{packed}", load_sparse(place), max_steps=4)
-        assert same(run.sparse.masks(), handle.masks())
+        assert same_weights(run.sparse.masks(), handle.masks())
         run.train()
         assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -324,10 +317,10 @@ def test_adapters_on_a_sparse_model(tmp_path, dense):
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed
     assert all("lora" in name for name in changed)
-    assert same(first.sparse.masks(), masks)
+    assert same_weights(first.sparse.masks(), masks)
     again = run()
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVED}"))
-    assert same(state(again.sparse.model), after)
+    assert same_weights(state(again.sparse.model), after)
 
 
 class Weighted(Trainer):

@@ -78,6 +78,9 @@ def test_counts_are_those_of_the_masks(tmp_path, case):
             assert unseen >= 0 if case == "chtss" else unseen == 0
             assert ("softness" in row) == ("softness" in case)
     assert any(value for line in lines for value in line["returned"])
+    possible = sum(mask.numel() for mask in run.sparse.masks().values())
+    explored = sum(int(mask.sum()) for mask in counted.union.values())
+    assert run.evolver.history[-1]["itop"] == pytest.approx(explored / possible)
     seconds = read_lines(tmp_path / "topology/seconds.jsonl")
     assert [(line["step"], line["steps"]) for line in seconds] == [(4, 4), (8, 4), (12, 4), (16, 4), (24, 8)]
     assert all(0 <= line["topology_seconds"] <= line["seconds"] for line in seconds)
