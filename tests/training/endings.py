@@ -9,6 +9,8 @@ line for each case. A full disk is a real one (a small tmpfs) where this is star
 
 import errno
 import functools
+import gc
+import hashlib
 import json
 import os
 import signal
@@ -36,14 +38,11 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_chts.checkpoint import seal as checkpoint_seal
 from hf_chts.checkpoint import topology_state
-from hf_chts.checkpoint.run_folder import last_sealed
 from hf_chts.evolution import update_ranks
 from hf_chts.evolution.regrown_adam import RegrownAdam
 from hf_chts.records import run_record, snapshots
 from hf_chts.training import run_start
 from hf_chts.training import trainer as sparse_trainer
-
-from kill_worker import digest, load_all  # isort: skip - beside this file
 
 CASE, STEPS, SAVE_EVERY, TIME_LIMIT = "chtss, per-weight Adam steps", 14, 4, 120
 
@@ -71,6 +70,9 @@ STAGES = {
 SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
 # nothing handles SIGTERM here, so that it ends a process as SIGKILL does
 SIGNALLED = [(way, stage) for stage in STAGES for way in ("SIGINT", "SIGKILL")] + [("SIGTERM", "before the seal")]
+# seconds after the begin of its second save at which a run is killed, resumed, and killed again
+KILLED_IN_SAVES = [(0.002, 0.03), (0.01, 0.05), (0.02, 0.002), (0.08, 0.01)]
+SEAL = "checkpoint_seal.json"  # by its name: hf_chts is not asked here which checkpoints are complete
 # what is raised where a disk is full, by the file whose write finds it so: as Python, safetensors and torch do
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FULL_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -121,10 +123,50 @@ class Spoil(TrainerCallback):
             spoilt[0] = torch.nan
 
 
-def run_in(directory, resume=False):
-    # what a resumed model starts with is not what the run started with: all has to come from the checkpoint
-    model = tiny_llama(seed=5 if resume else 0, num_hidden_layers=1)
-    return trainer(directory, CASE, None, model, max_steps=STEPS, save_steps=SAVE_EVERY, save_total_limit=1)
+class BeginsAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        assert state.global_step == self.step, f"went on after step {state.global_step}, not {self.step}"
+
+
+def left_in(directory):
+    """The step of the last complete checkpoint, or 0."""
+    return max(
+        (int(path.parent.name.split("-")[1]) for path in Path(directory).glob(f"checkpoint-*/{SEAL}")), default=0
+    )
+
+
+def go_on(directory, callbacks=()):
+    """Train to the end, from the last complete checkpoint if there is one; a digest of all that the run comes to."""
+    left = left_in(directory)
+    # a resumed model starts with other weights than the run did: all has to come from the checkpoint
+    model = tiny_llama(seed=5 if left else 0, num_hidden_layers=1)
+    settings = {"max_steps": STEPS, "save_steps": SAVE_EVERY, "save_total_limit": 1}
+    run = trainer(directory, CASE, [BeginsAfter(left)], model, **settings)
+    for callback in callbacks:
+        run.add_callback(callback)
+    run.train(resume_from_checkpoint=left > 0)
+    assert run.state.global_step == STEPS
+    return digest(run)
+
+
+def digest(run):
+    """SHA-256 of weights, masks, what else is kept of the topology, optimizer state and losses at a run's end."""
+    topology = run.evolver.state(run.state.global_step)
+    tensors = {f"weight {name}": tensor for name, tensor in run.model.state_dict().items()}
+    for kind in ("masks", "explored", "stored", "born"):
+        tensors |= {f"{kind} {name}": tensor for name, tensor in getattr(topology, kind).items()}
+    for number, moments in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"{kind} {number}": torch.as_tensor(value) for kind, value in moments.items()}
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    total.update(repr([entry["loss"] for entry in run.state.log_history if "loss" in entry]).encode())
+    return total.hexdigest()
 
 
 def ended_at(stage, end):
@@ -146,25 +188,14 @@ def ended_at(stage, end):
 
 
 def train(directory, stage, end):
-    run = run_in(directory)
     with ended_at(stage, end):
-        run.train()
+        return go_on(directory)
 
 
 def train_spoilt(directory, stage):
-    run = run_in(directory)
     spoil = Spoil(stage)
-    run.add_callback(spoil)
     with mock.patch.object(Trainer, "training_step", spoil.spoilt_step(Trainer.training_step)):
-        run.train()
-
-
-def resume(directory):
-    """Go on from what is there, or begin anew, as one who starts the run again."""
-    last = last_sealed(directory)
-    run = run_in(directory, resume=last is not None)
-    run.train(resume_from_checkpoint=last is not None)
-    return digest(run)
+        go_on(directory, [spoil])
 
 
 def in_child(work, *args):
@@ -191,15 +222,10 @@ def in_child(work, *args):
     return json.loads(told) if told else {"signal": signal.Signals(os.WTERMSIG(status)).name}
 
 
-def left_in(directory):
-    last = last_sealed(directory)
-    return int(last.rsplit("-", 1)[1]) if last else 0
-
-
 def ending(directory, way, stage):
     if way == "NaN":
         ended = in_child(train_spoilt, directory, stage)
-        return {"ended": ended, "left": left_in(directory), "again": in_child(resume, directory)}
+        return {"ended": ended, "left": left_in(directory), "again": in_child(go_on, directory)}
 
     def by_signal():
         os.kill(os.getpid(), SIGNALS[way])
@@ -208,21 +234,29 @@ def ending(directory, way, stage):
         raise FULL_AT_STAGE[stage]
 
     ended = in_child(train, directory, stage, by_signal if way in SIGNALS else by_error)
-    return {"ended": ended, "left": left_in(directory), "again": in_child(resume, directory)}
+    return {"ended": ended, "left": left_in(directory), "again": in_child(go_on, directory)}
+
+
+def killed_in_saves(directory, delays):
+    half_written = []
+    for delay in delays:
+        # a timer of the system's, which ends the process as SIGKILL does
+        in_child(train, directory, "as a save begins", functools.partial(signal.setitimer, signal.ITIMER_REAL, delay))
+        half_written += [path.name for path in directory.glob("checkpoint-*") if not (path / SEAL).exists()]
+    return {"half_written": half_written, "again": in_child(go_on, directory)}
 
 
 def on_full_disk(mount, kilobytes):
     """A run on a disk of that size; what it said; and the run again when there is room."""
     directory = mount / "run"
-    run = run_in(directory)
     try:
-        run.train()
+        go_on(directory)
         return {"ended": None}
     except Exception as error:
         ended = {"error": type(error).__name__, "said": str(error)}
     left = left_in(directory)
     subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
-    return {"ended": ended, "left": left, "again": {"result": resume(directory)}}
+    return {"ended": ended, "left": left, "again": {"result": go_on(directory)}}
 
 
 def full_disks(scratch, whole):
@@ -249,14 +283,21 @@ def cases():
 
 
 def main():
+    # nothing is computed in this process: one with threads of torch's cannot be forked
     torch.set_num_threads(1)
+    # tqdm's own lock is shared by forked processes, and one that is killed while it writes a bar would hold it for ever
     tqdm.set_lock(threading.RLock())
     with tempfile.TemporaryDirectory() as scratch:
-        load_all(Path(scratch) / "loaded")
-        whole = in_child(resume, Path(scratch) / "whole")["result"]
+        trainer(Path(scratch) / "loaded", save_strategy="no").save_model()  # loads what the forked processes need
+        gc.collect()
+        gc.freeze()  # or every collection in a child copies all of it
+        whole = in_child(go_on, Path(scratch) / "whole")["result"]
         for number, (played, way, stage) in enumerate(cases()):
             result = ending(Path(scratch) / str(number), way, stage)
             print(json.dumps({"way": played + way, "stage": stage, **result, "whole": whole}), flush=True)
+        for number, delays in enumerate(KILLED_IN_SAVES):
+            result = killed_in_saves(Path(scratch) / f"killed {number}", delays)
+            print(json.dumps({"way": "killed in saves", "stage": number, **result, "whole": whole}), flush=True)
         if "--disks" in sys.argv:
             for result in full_disks(scratch, whole):
                 print(json.dumps(result), flush=True)

@@ -361,3 +361,13 @@ def test_what_the_trainer_removes_after_a_save_is_not_sealed(tmp_path):
     seal(tmp_path, 3)
     (tmp_path / "checkpoint-is-incomplete.txt").unlink()
     verify_seal(tmp_path)
+
+
+def test_a_finished_run_that_is_resumed_trains_no_step_more(tmp_path):
+    # killed between its last save and its end, for example
+    first = trainer(tmp_path)
+    first.train()
+    again = trainer(tmp_path, model=tiny_llama(seed=5))
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == first.state.global_step
+    assert same_weights(weights(again), weights(first))

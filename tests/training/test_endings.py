@@ -46,6 +46,13 @@ def test_a_run_ended_by_a_signal_resumes_bit_for_bit(endings, stage, way):
 
 
 @pytest.mark.slow
+def test_a_run_killed_again_and_again_in_its_saves_resumes_bit_for_bit(endings):
+    killed = [ending for ending in endings if ending["way"] == "killed in saves"]
+    assert [ending["again"] for ending in killed] == [{"result": ending["whole"]} for ending in killed]
+    assert any(ending["half_written"] for ending in killed)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", NAN)
 def test_nothing_of_a_nan_is_kept_and_the_run_resumes_from_before_bit_for_bit(endings, stage):
     ending = one(endings, "NaN", stage)
