@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 
 def sealed(output_dir: str | Path) -> list[Path]:
     """The complete checkpoints of the run in a folder, by step, without superseded ones."""
-    passed_over = superseded(output_dir)
-    return [path for path in all_sealed(output_dir) if passed_over.get(path.name) != crc32(path / SEAL_NAME)]
+    ignored = superseded_seals(output_dir)
+    return [path for path in all_sealed(output_dir) if ignored.get(path.name) != crc32(path / SEAL_NAME)]
 
 
 def all_sealed(output_dir: str | Path) -> list[Path]:
@@ -38,7 +38,7 @@ def last_sealed(output_dir: str | Path) -> str | None:
     return next((str(path) for path in reversed(sealed(output_dir))), None)
 
 
-def superseded(output_dir: str | Path) -> dict[str, int]:
+def superseded_seals(output_dir: str | Path) -> dict[str, int]:
     """Checkpoints in a folder that its run ignores: those of another run, or of later steps than it resumed from.
 
     Returns:
@@ -50,9 +50,9 @@ def superseded(output_dir: str | Path) -> dict[str, int]:
         return {}  # early versions do not write the file
 
 
-def take_folder(output_dir: str | Path, run: Mapping[str, Any], passed_over: list[Path]) -> None:
+def claim_folder(output_dir: str | Path, run: Mapping[str, Any], superseded: list[Path]) -> None:
     """Record the run that a folder belongs to, and the checkpoints in it that do not belong to this run."""
-    marks = {path.name: crc32(path / SEAL_NAME) for path in passed_over}
+    marks = {path.name: crc32(path / SEAL_NAME) for path in superseded}
     write_json(Path(output_dir) / RUN_NAME, {"format": _FORMAT, "run": dict(run), "superseded": marks})
 
 
@@ -74,12 +74,12 @@ def refuse_folder_of_another_run(output_dir: str, mine: set[str | None], *, over
         )
 
 
-def passed_over(output_dir: str, checkpoint: str | None, step: int) -> list[Path]:
+def not_of_this_run(output_dir: str, checkpoint: str | None, step: int) -> list[Path]:
     """The complete checkpoints in a folder that do not belong to the run that is about to train there.
 
     Args:
         checkpoint: what the run resumes from; None if it starts at 0.
-        step: of `checkpoint`. Later checkpoints of the same run are passed over too.
+        step: of `checkpoint`. Later checkpoints of the same run are included.
     """
     there, kept = all_sealed(output_dir), set[Path]()
     if checkpoint is not None and Path(checkpoint).resolve().parent == Path(output_dir).resolve():

@@ -78,7 +78,7 @@ class FreshAttempts(AnyTrainer):
     _start: _Start | None = None
     _written: tuple[Path, ...] = ()  # the checkpoints of this attempt
 
-    def attempt_anew(self) -> None:
+    def reset_attempts(self) -> None:
         """Called when `train()` begins."""
         self._attempts, self._start, self._written = 0, None, ()
 

@@ -20,7 +20,7 @@ class BestAtTargetSparsity(AnyTrainer):
 
     sparse: SparsityHandle
     topology_callback: TopologyCallback | None
-    _said_when: bool = False
+    _warned: bool = False
 
     def target_reached_at(self) -> int:
         """The step at which the schedule reaches the target sparsity; 0 if the run has it from the start."""
@@ -41,8 +41,8 @@ class BestAtTargetSparsity(AnyTrainer):
         if value is not None and math.isinf(value):  # NaN is never better, as no comparison with it holds
             return False
         if value is not None and self.state.global_step < counts_from:
-            if self.is_world_process_zero() and not self._said_when:
-                self._said_when = True
+            if self.is_world_process_zero() and not self._warned:
+                self._warned = True
                 _log.warning(
                     "Evaluations count for the best model from step %d on, where the schedule reaches the target "
                     "sparsity of %.4g; the model now has %.4g. Set best_at_any_sparsity to count all of them",
@@ -72,7 +72,7 @@ class BestAtTargetSparsity(AnyTrainer):
             )  # fmt: skip
         return super()._finalize_training(*args, **kwargs)
 
-    def say_best(self) -> None:
+    def log_best_model(self) -> None:
         """Log that the best model has been loaded, and how sparse it is."""
         step, target = self.state.best_global_step, self.sparse.config.sparsity
         early = step is not None and step < self.target_reached_at()

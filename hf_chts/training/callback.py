@@ -57,7 +57,7 @@ class TopologyCallback(TrainerCallback):
         self.learning_rate = "the learning rate has no warm-up after them"
         self._restored: TopologyState | None = None
         self._earlier_steps = 0
-        self._said_layers = False
+        self._printed_layers = False
         self._waiting: dict[str, Any] = {}  # figures that are not logged yet
 
     def state(self, step: int) -> TopologyState:
@@ -90,12 +90,12 @@ class TopologyCallback(TrainerCallback):
         self.record = None
         if not state.is_world_process_zero:
             return
-        if not self._said_layers:
-            self._said_layers = True
+        if not self._printed_layers:
+            self._printed_layers = True
             for line in layer_lines(evolver.sparse):
                 self.say(line)
         if evolver.config.evolves:
-            self._say_plan(step, learning_rates(optimizer, lr_scheduler))
+            self._print_plan(step, learning_rates(optimizer, lr_scheduler))
         if args.output_dir:
             assert evolver.plan is not None
             shapes = {name: layer.storage.shape for name, layer in evolver.sparse.layers.items()}
@@ -151,7 +151,7 @@ class TopologyCallback(TrainerCallback):
         figures, self._waiting = self._waiting, {}
         return figures
 
-    def _say_plan(self, step: int, rates: tuple[float, float] | None) -> None:
+    def _print_plan(self, step: int, rates: tuple[float, float] | None) -> None:
         evolver = self.evolver
         plan = evolver.plan
         assert plan is not None

@@ -67,7 +67,7 @@ class ResumableDataMixin(AnyTrainer):
     _data_state: dict[str, Any] | None = None
     _restart: int = 0
 
-    def follow_stream(self) -> None:
+    def count_epochs_of_stream(self) -> None:
         """Have the epoch of a stream follow the step. Called before other callbacks are added."""
         if isinstance(self.train_dataset, ResumableDataset):
             self.add_callback(_EpochOfStep)

@@ -14,7 +14,7 @@ from hf_chts.finite import not_finite
 from hf_chts.names import listed
 from hf_chts.sharding.ranks import rank_and_world
 from hf_chts.training.any_trainer import AnyTrainer
-from hf_chts.training.unlabelled import UnlabelledEvaluation, excused, without_labels
+from hf_chts.training.unlabelled import UnlabelledEvaluation, excuse_unlabelled, without_labels
 
 _NEVER = 1 << 31
 _REMEDY = "lower the learning rate, lengthen the warm-up or set max_grad_norm"
@@ -51,7 +51,7 @@ class Watch:
         self.loss, self.gradient, self.unlabelled = never, never, torch.zeros_like(never)
 
     def add_loss(self, step: int, loss: Tensor, unlabelled: Tensor | None) -> None:
-        self.loss = self._earliest(self.loss, step, excused(loss, unlabelled))
+        self.loss = self._earliest(self.loss, step, excuse_unlabelled(loss, unlabelled))
         if unlabelled is not None:
             self.unlabelled = self.unlabelled + unlabelled.to(self.unlabelled.device)
 
@@ -91,11 +91,11 @@ class StopsOnDivergence(UnlabelledEvaluation, AnyTrainer):
     _watch: Watch | None = None
     _begun: bool = False  # the initial weights have been checked
     unlabelled: Tensor | None = None  # bool (): the labels of the last micro-batch are all -100
-    _unlabelled_said: int = 0
+    _unlabelled_warned: int = 0
 
-    def watch_anew(self) -> None:
+    def reset_watch(self) -> None:
         """Forget the record; called as training begins."""
-        self._watch, self.unlabelled, self._unlabelled_said, self._begun = None, None, 0, False
+        self._watch, self.unlabelled, self._unlabelled_warned, self._begun = None, None, 0, False
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self._begun:  # the first call once the checkpoint is loaded and the model prepared
@@ -113,7 +113,7 @@ class StopsOnDivergence(UnlabelledEvaluation, AnyTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._watched().add_loss(self.state.global_step + 1, loss, self.unlabelled)
         # with logging_nan_inf_filter the Trainer itself leaves NaN out of the loss that it logs
-        return loss if self.args.logging_nan_inf_filter else excused(loss, self.unlabelled)
+        return loss if self.args.logging_nan_inf_filter else excuse_unlabelled(loss, self.unlabelled)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
@@ -155,8 +155,8 @@ class StopsOnDivergence(UnlabelledEvaluation, AnyTrainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self.refuse_not_finite("the run does not end as a success")
         _, _, unlabelled = self._watched().look(together=True)
-        if unlabelled > self._unlabelled_said:
-            self._say_unlabelled(unlabelled, "in all")
+        if unlabelled > self._unlabelled_warned:
+            self._warn_of_unlabelled(unlabelled, "in all")
         return super()._finalize_training(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,17 +179,17 @@ class StopsOnDivergence(UnlabelledEvaluation, AnyTrainer):
         loss, gradient, unlabelled = self._watched().look(together=together)
         if min(loss, gradient) < _NEVER:
             what = "the loss" if loss <= gradient else "the gradient (with a finite loss)"
-            if self._unlabelled_said or unlabelled:
+            if self._unlabelled_warned or unlabelled:
                 what += ", maybe because a loss of your own divides by the number of labels of a batch without any,"
             raise FloatingPointError(
                 f"{what} was NaN or infinite in step {min(loss, gradient)}: {_REMEDY}. "
                 f"{last_whole(last_sealed(self.args.output_dir or '.'))}"
             )
-        if together and unlabelled and not self._unlabelled_said:
-            self._say_unlabelled(unlabelled, "so far")
+        if together and unlabelled and not self._unlabelled_warned:
+            self._warn_of_unlabelled(unlabelled, "so far")
 
-    def _say_unlabelled(self, number: int, when: str) -> None:
-        self._unlabelled_said = number
+    def _warn_of_unlabelled(self, number: int, when: str) -> None:
+        self._unlabelled_warned = number
         if self.is_world_process_zero():
             _log.warning(
                 "%d micro-batches %s have no label to learn (all are -100): they add nothing to loss and gradient, and "

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.sharding.ranks import mean_over_ranks
-from hf_chts.training.unlabelled import excused
+from hf_chts.training.unlabelled import excuse_unlabelled
 
 
 class UpdateLosses:
@@ -30,7 +30,7 @@ class UpdateLosses:
     def add(self, loss: Tensor, unlabelled: Tensor | None = None) -> None:
         """Add a micro-batch's share of the step's loss, and whether it has no labels, if that is known."""
         if self._adding:
-            loss = excused(loss, unlabelled).to(torch.float32)
+            loss = excuse_unlabelled(loss, unlabelled).to(torch.float32)
             labelled = torch.ones_like(loss) if unlabelled is None else (~unlabelled).to(loss)
             both = torch.stack([loss, labelled])
             self._sum = both if self._sum is None else self._sum + both

@@ -16,7 +16,7 @@ from hf_chts.layers.wrappers import original_name, unwrap
 from hf_chts.sparse_model import SparsityHandle
 
 
-def by_name(
+def arguments_by_name(
     trainer: type, mixin: type, positional: Sequence[Any], named: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The arguments of a trainer by their names, as the class after `mixin` takes them.

@@ -14,10 +14,10 @@ from transformers.trainer_utils import SaveStrategy, sort_checkpoints
 from hf_chts.checkpoint.run_folder import (
     OutputLock,
     all_sealed,
-    passed_over,
+    claim_folder,
+    not_of_this_run,
     refuse_folder_of_another_run,
     sealed,
-    take_folder,
 )
 from hf_chts.checkpoint.run_identity import RunIdentity
 from hf_chts.checkpoint.seal import verify_seal, what_is_unsealed
@@ -96,7 +96,7 @@ class BeginsRuns(AnyTrainer):
         self.identity, self.run_dir = together(facts, problem, identity), run_dir
         assert self.identity is not None
         try:
-            self._take_folder(checkpoint, damaged)
+            self._claim_folder(checkpoint, damaged)
         except OSError as error:
             problem = error
         together({}, problem)
@@ -181,7 +181,7 @@ class BeginsRuns(AnyTrainer):
             **config,
         }
 
-    def _take_folder(self, checkpoint: str | None, damaged: list[Path]) -> None:
+    def _claim_folder(self, checkpoint: str | None, damaged: list[Path]) -> None:
         assert self.run_dir is not None
         assert self.identity is not None
         if not self._writes():
@@ -195,13 +195,13 @@ class BeginsRuns(AnyTrainer):
         if checkpoint is not None:
             earlier = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
             step = self._resumed_at = earlier.global_step
-            self._say_other_length(earlier.max_steps)
-        left = passed_over(self.run_dir, checkpoint, step)
+            self._warn_of_other_length(earlier.max_steps)
+        left = not_of_this_run(self.run_dir, checkpoint, step)
         later = [path for path in left if path in sealed(self.run_dir)]
         with explain_failed_write(
             self.run_dir, "Make room there, or give the run another output_dir; nothing has been trained"
         ):
-            take_folder(self.run_dir, self.identity.to_dict(), left)
+            claim_folder(self.run_dir, self.identity.to_dict(), left)
         if later:
             _log.warning(
                 "%s: this run %s, so that it passes over %s, and resume_from_checkpoint=True will too. They stay until "
@@ -211,7 +211,7 @@ class BeginsRuns(AnyTrainer):
                 ", ".join(path.name for path in later),
             )
 
-    def _say_other_length(self, earlier: int) -> None:
+    def _warn_of_other_length(self, earlier: int) -> None:
         """Warn of another length, unless topology updates depend on it: then begin_lines.py says more."""
         now = self.args.max_steps
         if now > 0 and earlier not in (0, now) and not (self.topology_callback and self.sparse.config.evolves):

@@ -37,7 +37,7 @@ from hf_chts.training.console import say, use_console
 from hf_chts.training.data_state import ResumableDataMixin
 from hf_chts.training.divergence import StopsOnDivergence, last_whole
 from hf_chts.training.hub import HubPushes
-from hf_chts.training.other_trainers import by_name, refuse_unloaded, start_reference
+from hf_chts.training.other_trainers import arguments_by_name, refuse_unloaded, start_reference
 from hf_chts.training.run_start import BeginsRuns, check_state_is_there
 from hf_chts.training.stored_names import names_of_model
 from hf_chts.training.warm_up import WarmsUpAfterUpdates, asked_warmup
@@ -77,7 +77,7 @@ class SparseTrainerMixin(
     def __init__(self, *positional: Any, sparsity: SparsityConfig | SparsityHandle | None = None, **named: Any) -> None:
         self._sparsity = sparsity
         # passed on as they came: other classes have other arguments between model and args
-        given = by_name(type(self), SparseTrainerMixin, positional, named)
+        given = arguments_by_name(type(self), SparseTrainerMixin, positional, named)
         model, args = given.get("model"), given.get("args")
         if isinstance(model, str):
             refuse_unloaded(model, sparsity)
@@ -101,7 +101,7 @@ class SparseTrainerMixin(
             self.can_return_loss = can_return_loss(kind)
             if self.args.label_names is None:
                 self.label_names = find_labels(kind)
-        self.follow_stream()
+        self.count_epochs_of_stream()
         use_console(self)
         self._follow_topology()
 
@@ -159,7 +159,7 @@ class SparseTrainerMixin(
             FloatingPointError: a loss, a gradient, a weight or a moment became NaN or infinite.
             RuntimeError: another rank died or hangs.
         """
-        self.attempt_anew()
+        self.reset_attempts()
         try:
             trial = kwargs.get("trial", args[0] if args else None)
             checkpoint = self.begin_run(resume_from_checkpoint or None, trial, self._prepare)
@@ -235,7 +235,7 @@ class SparseTrainerMixin(
         self.topology_callback.restore(state, max_steps=earlier.max_steps)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.watch_anew()
+        self.reset_watch()
         self._saved = None
         return super()._inner_training_loop(*args, **kwargs)
 
@@ -284,7 +284,7 @@ class SparseTrainerMixin(
             self.topology_callback.evolver.take_parts()
             # the optimizer's state is not loaded: its moments belong to the links of the last step
             self.topology_callback.evolver.forget_missing()
-            self.say_best()
+            self.log_best_model()
 
     @property
     def evolver(self) -> Evolver | None:

@@ -40,7 +40,7 @@ def without_labels(inputs: Any, *, shifted: bool) -> Tensor | None:
     return labels.eq(_IGNORED).all()
 
 
-def excused(loss: Tensor, unlabelled: Tensor | None) -> Tensor:
+def excuse_unlabelled(loss: Tensor, unlabelled: Tensor | None) -> Tensor:
     """The detached loss; 0 if it is not finite because there are no labels."""
     loss = loss.detach()
     if unlabelled is None:

@@ -48,7 +48,7 @@ CASE, STEPS, SAVE_EVERY, TIME_LIMIT = "chtss, per-weight Adam steps", 14, 4, 120
 
 # stage: what is called then and where it is looked up, at which of its calls it ends, the last whole checkpoint by then
 STAGES = {
-    "as the folder is taken": (run_start, "take_folder", 1, 0),
+    "as the folder is taken": (run_start, "claim_folder", 1, 0),
     "as training begins": (CallbackHandler, "on_train_begin", 1, 0),
     "in a forward": (Trainer, "compute_loss", 6, 4),
     "before an optimizer step": (CallbackHandler, "on_pre_optimizer_step", 7, 4),
