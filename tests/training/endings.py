@@ -2,9 +2,9 @@
 
     python tests/training/endings.py
 
-A child process trains a tiny run and is ended where the table says; another one resumes what is left. Prints a JSON
-line for each case. A full disk is a real one (a small tmpfs) where this is started with `unshare --map-root-user
---mount`, and is played besides, with the errors that Python, safetensors and torch raise.
+A child process trains a tiny run and is ended where the table says, or by a timer during its saves; another one resumes
+what is left. Prints a JSON line for each case. A full disk is a real one (a small tmpfs) where this is started with
+`unshare --map-root-user --mount`, and is also played, with the errors that Python, safetensors and torch raise.
 """
 
 import errno
