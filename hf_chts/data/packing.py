@@ -37,19 +37,15 @@ def encode(
         ValueError: the tokenizer has no EOS token.
     """
     check_eos(tokenizer)
-    return _encode(texts, tokenizer, characters)
+    for batch in text_batches(texts, characters):
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for input_ids in encoded["input_ids"]:
+            yield [*input_ids, tokenizer.eos_token_id]
 
 
 def count_tokens(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> int:
     """The number of tokens of all texts, EOS included. Raises as `encode` does."""
     return sum(map(len, encode(texts, tokenizer)))
-
-
-def _encode(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, characters: int) -> Iterator[list[int]]:
-    for batch in text_batches(texts, characters):
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for input_ids in encoded["input_ids"]:
-            yield [*input_ids, tokenizer.eos_token_id]
 
 
 def text_batches(texts: Iterable[str | None], characters: int = ENCODE_CHARACTERS) -> Iterator[list[str]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_chts.evaluation import jackknife
-from hf_chts.evaluation.averages import error_of_mean, suite_averages
+from hf_chts.evaluation.suites import error_of_mean, suite_averages
 
 # about 95% of a normal distribution
 ERRORS_OUTSIDE = 2.0

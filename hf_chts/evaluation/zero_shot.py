@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_chts.evaluation.averages import suite_averages
 from hf_chts.evaluation.checks import check_max_length, check_model, check_options
 from hf_chts.evaluation.embedded_suite import EMBEDDED_TASKS, write_embedded_suite
-from hf_chts.evaluation.suites import check_task_names, suite_tasks
+from hf_chts.evaluation.suites import check_task_names, suite_averages, suite_tasks
 from hf_chts.machine import on_cpu, version_of
 
 if TYPE_CHECKING:

@@ -19,11 +19,10 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from hf_chts.export.card_metadata import as_list
-from hf_chts.export.checkpoint_card import last_evaluation, progress
 from hf_chts.export.hub import HubRepository, explained, open_repository
 from hf_chts.export.hub_errors import PushFailed
 from hf_chts.export.hub_files import CARD
-from hf_chts.export.model_card import model_card
+from hf_chts.export.model_card import last_evaluation, model_card, progress
 from hf_chts.export.model_facts import ModelFacts
 from hf_chts.files.atomic import write_whole
 from hf_chts.sparse_model import SparsityHandle

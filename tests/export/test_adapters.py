@@ -214,7 +214,7 @@ def test_disabled_adapters(tmp_path, kind):
 
     def exports():
         for adapters in ("merge", "merge_masked"):
-            with pytest.raises(ValueError, match=rf"adapters is '{adapters}', but those of .* are disabled.*leave_out"):
+            with pytest.raises(ValueError, match=rf"adapters is '{adapters}', but the adapters of .* are disabled.*leave_out"):
                 export_sparse(model, tmp_path / "x", adapters=adapters)
         assert not (tmp_path / "x").exists()
         export_sparse(model, tmp_path / "left out", adapters="leave_out")

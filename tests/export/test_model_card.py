@@ -9,8 +9,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.trainer_utils import SchedulerType
 
 from hf_chts import SparsityConfig, sparsify
-from hf_chts.export.checkpoint_card import last_evaluation, progress
-from hf_chts.export.model_card import model_card
+from hf_chts.export.model_card import last_evaluation, model_card, progress
 from hf_chts.export.model_facts import ModelFacts, SparseLayer
 from hf_chts.export.pushed_card import with_figures, with_repository, with_results
 from hf_chts.export.zero_shot_results import published, results_section
