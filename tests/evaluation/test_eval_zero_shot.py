@@ -166,19 +166,23 @@ LABELS = {
 }
 
 
+@pytest.fixture(scope="module")
+def unhurt(saved_models):
+    return [evaluate_zero_shot(model, "embedded_next_line", limit=2) for model in saved_models]
+
+
 @pytest.mark.parametrize("label", LABELS)
-def test_no_label_loses_a_result_or_the_next_model(run, saved_models, tmp_path, monkeypatch, label):
-    whole, hurt = tmp_path / "whole.json", tmp_path / "hurt.json"
-    run(*saved_models, *NEXT_LINE, "--output", whole)
+def test_no_label_loses_a_result_or_the_next_model(run, saved_models, unhurt, tmp_path, monkeypatch, label):
+    hurt = tmp_path / "hurt.json"
     breaks, said = LABELS[label]
     breaks(monkeypatch)
     code, printed = run(*saved_models, *NEXT_LINE, "--output", hurt)
     assert code == 0
     assert said in printed
     assert str(hurt) in printed
-    known, found = (json.loads(path.read_text()) for path in (whole, hurt))
+    found = json.loads(hurt.read_text())
     assert [result["model"] for result in found] == list(map(str, saved_models))
-    for before, after in zip(known, found, strict=True):
+    for before, after in zip(unhurt, found, strict=True):
         for metric in ("acc", "acc_norm"):  # the harness's own
             assert after["tasks"]["embedded_next_line"][metric] == before["tasks"]["embedded_next_line"][metric]
         assert after["versions"] == before["versions"]

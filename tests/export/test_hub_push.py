@@ -68,7 +68,7 @@ def run(script, *arguments, environment):
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout + done.stderr
+    return done
 
 
 PUSH = """
@@ -79,41 +79,55 @@ for directory, name in zip(sys.argv[1::2], sys.argv[2::2]):
     main(["push", directory, name])
 """
 PULL = """
-import sys, torch
-from hf_chts import SparsityHandle, load_sparse
+import sys
+import hf_chts  # before transformers, and nothing else of it: that is all from_pretrained needs
 from transformers import AutoModelForCausalLM, AutoTokenizer
+dense = AutoModelForCausalLM.from_pretrained("me/packed")
 
+import torch
+from hf_chts import SparsityHandle, load_sparse
 found = {}
 for name in ("me/plain", "me/packed", "me/dense"):
     model = load_sparse(name).eval()
     with torch.no_grad():
         found[name] = model(torch.arange(30).view(2, 15) % 96).logits, SparsityHandle.of(model).masks()
-model = AutoModelForCausalLM.from_pretrained("me/packed")
 with torch.no_grad():
-    found["from_pretrained"] = model(torch.arange(30).view(2, 15) % 96).logits, {}
+    found["from_pretrained"] = dense(torch.arange(30).view(2, 15) % 96).logits, {}
 assert len(AutoTokenizer.from_pretrained("me/plain")) == 1
 torch.save(found, sys.argv[1])
 """
-PULL_WITHOUT_HF_CHTS = """
-import sys, torch
+WITHOUT_HF_CHTS = """
+import sys, warnings
 sys.modules["hf_chts"] = None  # an import would raise
-from transformers import AutoModelForCausalLM
+warnings.simplefilter("error")
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-model, info = AutoModelForCausalLM.from_pretrained("me/plain", output_loading_info=True)
-assert not any(info.values()), info
-with torch.no_grad():
-    torch.save(model(torch.arange(30).view(2, 15) % 96).logits, sys.argv[1])
-try:
-    AutoModelForCausalLM.from_pretrained("me/packed")
-except Exception as error:
-    print(error)
+def logits(name):
+    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        return model(torch.arange(30).view(2, 15) % 96).logits
+
+out, plain, packed, older = sys.argv[1:]
+local = logits(plain)
+print("quiet until here", file=sys.stderr)
+warnings.resetwarnings()
+torch.save([local, logits("me/plain")], out)
+for name in ("me/packed", packed, older):
+    for loader in (AutoModel, LlamaForCausalLM, AutoModelForCausalLM):
+        try:
+            loader.from_pretrained(name)
+        except (ValueError, OSError) as error:
+            print(error)
 """
 
 
 @pytest.mark.slow
 def test_pushed_by_one_process_and_pulled_by_others(hub, exports, model, tmp_path):
     pairs = [part for name in ("plain", "packed", "dense") for part in (exports / name, f"me/{name}")]
-    said = run(PUSH, *pairs, environment=hub.environment(tmp_path / "pusher"))
+    done = run(PUSH, *pairs, environment=hub.environment(tmp_path / "pusher"))
+    said = done.stdout + done.stderr
     assert f"pushed  {hub.url}/me/plain\ncommit  {hub.url}/me/plain/commit/" in said
     assert "hf_writer" not in said
     run(PULL, tmp_path / "pulled.pt", environment=hub.environment(tmp_path / "other", token=None))
@@ -128,9 +142,27 @@ def test_pushed_by_one_process_and_pulled_by_others(hub, exports, model, tmp_pat
         assert all(found[layer].equal(mask) for layer, mask in masks.items())
     assert pulled["from_pretrained"][0].equal(expected)
     assert not pulled["me/dense"][1]
-    said = run(PULL_WITHOUT_HF_CHTS, tmp_path / "plain.pt", environment=hub.environment(tmp_path / "third", token=None))
-    assert torch.load(tmp_path / "plain.pt").equal(expected)
-    assert "pip install hf_chts" in said
+
+
+@pytest.mark.slow
+def test_without_hf_chts_plain_exports_load_quietly_and_packed_ones_say_what_to_install(hub, exports, model, tmp_path):
+    for name in ("plain", "packed"):
+        hub.create(f"me/{name}", contents(exports / name))
+    # for whatever does not know transformers_weights, such as transformers 4, no file looks like weights
+    older = shutil.copytree(exports / "packed", tmp_path / "older")
+    config = json.loads((older / "config.json").read_text())
+    del config["transformers_weights"]
+    (older / "config.json").write_text(json.dumps(config))
+    directories = [exports / "plain", exports / "packed", older]
+    environment = hub.environment(tmp_path / "home", token=None)
+    done = run(WITHOUT_HF_CHTS, tmp_path / "logits.pt", *directories, environment=environment)
+    with torch.no_grad():
+        assert all(found.equal(model(IDS).logits) for found in torch.load(tmp_path / "logits.pt"))
+    said = done.stderr.partition("quiet until here")[0].lower()
+    for word in ("warn", "newly initialized", "unexpected", "missing", "not used"):
+        assert word not in said
+    assert done.stdout.count("install it (pip install hf_chts) and `import hf_chts`") == 6
+    assert done.stdout.count("no file named model.safetensors") == 3
 
 
 def test_what_arrives(hub, waits, exports):
