@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # files that `datasets` writes beside the data
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-# files that people put beside data of another format than text
+# text files that describe data of another format
 _ABOUT_TEXT = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|authors|changelog|requirements)[^.]*\.te?xt", re.I
 )
@@ -147,7 +147,7 @@ def find_files(path: Path, split: str, config: str | None = None) -> list[Path]:
     5. one split called "train", as for a single file.
 
     Left out are hidden files, files in a folder that end in something else than `FORMATS`, and files about the data:
-    dataset_infos.json, caches of `save_to_disk`, a licence beside files of another format than text.
+    dataset_infos.json, caches of `save_to_disk`, a licence next to data that are not text.
 
     Args:
         config: one of README.md's `configs`; or only the sub-folder of that name, if there is one.
@@ -239,7 +239,7 @@ def _by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
         splits = [name or "" for name in named]
         if "" in splits:
             raise ValueError(
-                f"The names of some files in {path} tell their split and that of {files[splits.index('')]} does not: "
+                f"Some files in {path} have their split in their names and {files[splits.index('')]} does not: "
                 "rename it, or put each split's files into a sub-folder of its name."
             )
     else:

@@ -28,7 +28,7 @@ def compare_models(results: Sequence[Result], baseline: str | None = None) -> li
         Averages are over the tasks that all results have.
 
     Raises:
-        ValueError: not exactly one result is of `baseline`.
+        ValueError: not exactly one result has `baseline` as its model.
     """
     reference = baseline_index([str(result["model"]) for result in results], baseline)
     common = common_tasks(results)

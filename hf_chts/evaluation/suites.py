@@ -31,7 +31,7 @@ Scores = Mapping[str, Mapping[str, float]]
 def suite_tasks(suite: str) -> list[str]:
     """The names of the tasks in `suite`, a comma-separated list of suites and tasks; each name once.
 
-    Other names than those of suites are not checked here, but by `check_task_names`.
+    Names of tasks are checked by `check_task_names`.
 
     Raises:
         ValueError: `suite` has an empty name.

@@ -99,10 +99,7 @@ def model_card(
 
 
 def checkpoint_card(
-    directory: Path,
-    *,
-    sparsity: SparsityConfig | None = None,
-    training: Mapping[str, Any] | None = None,
+    directory: Path, *, sparsity: SparsityConfig | None = None, training: Mapping[str, Any] | None = None
 ) -> str:
     """The model card of an export or checkpoint that has none.
 

@@ -131,11 +131,7 @@ class _Unpack(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self,
-        input_dict: dict[str, list[Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
+        self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         bits, values, shape = (input_dict[f"weight_{kind}"][0] for kind in KINDS)
         rows, columns = shape.tolist()

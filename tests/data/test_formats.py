@@ -150,7 +150,7 @@ def remove(path):
     path.unlink()
 
 
-DAMAGED = "could not be read.*it is damaged or was not copied whole"
+DAMAGED = "could not be read.*it is damaged or was not copied completely"
 
 
 def those(condition):

@@ -159,10 +159,7 @@ LABELS = {
         ],
         "broken on the way",
     ),
-    "baselines and errors": (
-        lambda patch: patch.setattr("hf_chts.evaluation.task_run.score_samples", broken),
-        "",
-    ),
+    "baselines and errors": (lambda patch: patch.setattr("hf_chts.evaluation.task_run.score_samples", broken), ""),
 }
 
 

@@ -93,10 +93,7 @@ def change_config(directory, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"architectures": ["Nobody"]},
-            r"class Nobody \(model_type 'llama'\)",
-        ),
+        ({"architectures": ["Nobody"]}, r"class Nobody \(model_type 'llama'\)"),
         ({"architectures": ["AutoModelForCausalLM"]}, "class AutoModelForCausalLM"),
         ({"architectures": ["Trainer"]}, "class Trainer"),
         ({"architectures": ["os.system"]}, "class os.system"),
@@ -104,10 +101,7 @@ def change_config(directory, **changes):
         ({"architectures": ""}, "config.json does not say in `architectures`"),
         ({"architectures": [["LlamaForCausalLM"]]}, "config.json names the class"),
         ({"architectures": ["LlamaForTokenClassification"]}, r"has no weights for \['score.bias', 'score.weight'\]"),
-        (
-            {"architectures": ["LlamaModel"]},
-            r"unexpected weights, \['lm_head.weight'\] of a LlamaModel",
-        ),
+        ({"architectures": ["LlamaModel"]}, r"unexpected weights, \['lm_head.weight'\] of a LlamaModel"),
         ({"num_hidden_layers": 1}, "model.layers.1|masks"),
     ],
 )

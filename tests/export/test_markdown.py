@@ -6,7 +6,6 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt  # which rich needs too
-from test_model_card import card_of
 
 from hf_chts import SparsityConfig
 from hf_chts.evaluation.result_files import write_report
@@ -82,12 +81,6 @@ def test_a_model_card():
 def test_a_revision_in_the_code_of_a_card():
     text = with_repository("f(DIRECTORY_OR_HUB_ID)", "a/b", 'v"); import os; ("')
     assert text == 'f("a/b", revision="v\\"); import os; (\\"")'
-
-
-def test_names_stay_readable():
-    card = card_of(training={"per_device_train_batch_size": 8, "dataset": "HuggingFaceFW/fineweb-edu", "rate": 1e-4})
-    for row in ("| per_device_train_batch_size | 8 |", "| dataset | HuggingFaceFW/fineweb-edu |", "| rate | 0.0001 |"):
-        assert row in card.text
 
 
 def test_tables_of_results(tmp_path):

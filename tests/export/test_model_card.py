@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 from tiny import tiny_llama
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 from transformers.trainer_utils import SchedulerType
 
 from hf_chts import SparsityConfig, sparsify
@@ -61,7 +61,9 @@ def test_metadata():
         card_of(metadata={"eval_results": "none"})
 
 
-def test_no_text_generation():
+def test_other_tasks_than_text_generation():
+    classes = LlamaForSequenceClassification(tiny_llama().config)
+    assert card_of(classes).data.pipeline_tag == "text-classification"
     small = T5Config(d_model=16, d_ff=32, d_kv=4, num_layers=1, num_heads=4, vocab_size=50)
     card = card_of(T5ForConditionalGeneration(small), SparsityConfig(method="set"))
     assert card.data.get("pipeline_tag") is None
