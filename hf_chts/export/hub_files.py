@@ -1,8 +1,8 @@
 """Which files of a directory belong to the model, and whether they are complete: these alone go to the Hub."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from hf_chts.checkpoint import MASKS_NAME, MaskFile
@@ -43,7 +43,7 @@ class ExportFiles:
     directory: Path
     sparsity: SparsityConfig | None
     packed: bool
-    paths: dict[str, Path] = field(default_factory=dict)
+    paths: dict[str, Path]
 
 
 def export_files(directory: str | Path) -> ExportFiles:
@@ -74,8 +74,9 @@ def export_files(directory: str | Path) -> ExportFiles:
     for path in sorted(directory.iterdir()):
         if path.is_file() and (any(map(path.match, _OTHERS)) or ("auto_map" in config and path.suffix == ".py")):
             paths.setdefault(path.name, path)
-    for path in _pictures(directory / FIGURES):
-        paths[f"{FIGURES}/{path.name}"] = path
+    for path in sorted((directory / FIGURES).glob("[!.]*")):
+        if path.is_file() and path.suffix.lower() in PICTURES:
+            paths[f"{FIGURES}/{path.name}"] = path
     for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
         paths[f"{path.parent.name}/{path.name}"] = path
     return ExportFiles(directory, sparsity, packed, paths)
@@ -120,12 +121,3 @@ def _is_ours(name: str) -> bool:
     if folder:
         return folder == FIGURES and file.lower().endswith(PICTURES)
     return bool(_WEIGHTS.fullmatch(name)) or name in (MASKS_NAME, RESULTS_NAME, CHECKSUMS_NAME)
-
-
-def _pictures(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from (
-            path
-            for path in sorted(folder.iterdir())
-            if path.is_file() and path.suffix.lower() in PICTURES and not path.name.startswith(".")
-        )

@@ -1,7 +1,6 @@
 """The README.md of an export or a checkpoint."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,38 +24,10 @@ _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparatio
 
 # the fields of config.json that say how large the model is and what it reads
 _ARCHITECTURE = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "d_model",
-    "d_ff",
-    "num_layers",
-    "num_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "n_positions",
-    "tie_word_embeddings",
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "n_embd", "n_layer", "n_head", "d_model", "d_ff", "num_layers", "num_heads"),
+    *("vocab_size", "max_position_embeddings", "n_positions", "tie_word_embeddings"),
 )
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """Sparse layers of one name and shape (out, in), with their links together."""
-
-    name: str
-    shape: tuple[int, int]
-    number: int
-    links: int
-
-    @property
-    def sparsity(self) -> float:
-        return 1 - self.links / (self.number * self.shape[0] * self.shape[1])
 
 
 def model_card(
@@ -87,7 +58,6 @@ def model_card(
             metadata=Markup(data.to_yaml()),
             facts=facts,
             sparsity=config,
-            kinds=_kinds(facts),
             # not before the schedule has ended, nor where layers have a sparsity of their own
             reached=not config.evolves or not differs(facts.missing, config.sparsity),
             sections={"Architecture": size, "Training": training, "Measured": metrics},
@@ -149,13 +119,6 @@ def _loading(architecture: str | None, *, packed: bool) -> dict[str, Any]:
     reader = preprocessor(architecture)
     variable = reader.removeprefix("Auto").lower()
     return {"loader": class_to_load(architecture), "reader": reader, "variable": variable, "packed": packed}
-
-
-def _kinds(facts: ModelFacts) -> list[LayerKind]:
-    links: dict[tuple[str, tuple[int, int]], list[int]] = {}
-    for layer in facts.layers:
-        links.setdefault((layer.kind, layer.shape), []).append(layer.links)
-    return [LayerKind(name, shape, len(each), sum(each)) for (name, shape), each in links.items()]
 
 
 def _templates() -> Environment:

@@ -11,7 +11,7 @@ from hf_chts import SparsityConfig
 from hf_chts.evaluation.result_files import write_report
 from hf_chts.evaluation.tables import results_table
 from hf_chts.export.model_card import model_card
-from hf_chts.export.model_facts import ModelFacts, SparseLayer
+from hf_chts.export.model_facts import LayerFacts, ModelFacts
 from hf_chts.export.pushed_card import with_figures, with_repository, with_results
 from hf_chts.markdown import code, inline, picture
 
@@ -60,7 +60,7 @@ SAFE = "&lt;script&gt;alert(1)&lt;/script&gt;\\|\\[x\\](y)"
 
 def test_a_model_card():
     facts = ModelFacts(
-        SCRIPT, SparsityConfig(method="set"), [SparseLayer("up`|<i>", (4, 10), 4)], {"model_type": SCRIPT}
+        SCRIPT, SparsityConfig(method="set"), [LayerFacts("up`|<i>", (4, 10), 4)], {"model_type": SCRIPT}
     )
     results = {
         "tasks": {SCRIPT: {SCRIPT: 0.5}}, "skipped": {SCRIPT: "x"}, "config": {"limit": SCRIPT},

@@ -10,7 +10,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_chts import SparsityConfig, sparsify
 from hf_chts.export.model_card import last_evaluation, model_card, progress
-from hf_chts.export.model_facts import ModelFacts, SparseLayer
+from hf_chts.export.model_facts import LayerFacts, ModelFacts
 from hf_chts.export.pushed_card import with_figures, with_repository, with_results
 from hf_chts.export.zero_shot_results import published, results_section
 from hf_chts.markdown import with_section
@@ -88,7 +88,7 @@ def test_text():
 
 
 def test_facts_by_hand():
-    layers = [SparseLayer("up", (4, 10), 4), SparseLayer("up", (4, 10), 6), SparseLayer("down", (10, 4), 10)]
+    layers = [LayerFacts("up", (4, 10), 4), LayerFacts("up", (4, 10), 6), LayerFacts("down", (10, 4), 10)]
     facts = ModelFacts("LlamaForCausalLM", SparsityConfig(method="set"), layers, {})
     assert facts.links == 20
     assert facts.missing == 1 - 20 / 120
