@@ -39,7 +39,7 @@ def test_a_transposed_weight_off_its_mask(tmp_path):
     stray = tensors[key].clone()
     stray[tuple((~layer.mask & layer.topology).nonzero()[0])] = 1.0  # no link, though its mirror image is one
     save_file(tensors | {key: stray}, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "weights_checksums.json").unlink()  # which would tell first
+    (tmp_path / "weights_checksums.json").unlink()  # which would be refused first
     with pytest.raises(ValueError, match="transformer.h.1.attn.c_proj has weights off its mask"):
         load_sparse(tmp_path)
 

@@ -60,7 +60,7 @@ class Invariants(TrainerCallback):
 
 
 def shared(model):
-    """The names of parameters that lie in one place."""
+    """The names of parameters that share their memory."""
     names = {}
     for name, value in model.named_parameters(remove_duplicate=False):
         names.setdefault(value.data_ptr(), set()).add(name)
@@ -81,7 +81,7 @@ def test_train_export_and_load(tmp_path, name, method):
     run = trainer(name, tmp_path / "run", method)
     model, sparse = run.model, run.sparse
     assert {layer: tuple(mask.shape) for layer, mask in sparse.masks().items()} == expected
-    links = sum(nonzero(model.state_dict(), expected).values())  # what is random is not 0 by chance
+    links = sum(nonzero(model.state_dict(), expected).values())  # random weights are not 0 by chance
     assert sparse.links() == links
     assert sparse.sparsity() == 1 - links / sum(out * inn for out, inn in expected.values())
     biases = {layer: module.bias.detach().clone() for layer, module in sparse.layers.items() if module.bias is not None}

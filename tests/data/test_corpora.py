@@ -129,7 +129,7 @@ configs:
 
 
 def clone(path, card):
-    """A clone of a dataset on the Hub: what is not data is beside it."""
+    """A clone of a dataset on the Hub, with the other files that a repository has."""
     for name, text in zip(("data/first.jsonl", "data/second.jsonl", "more/third.jsonl"), TEXTS, strict=True):
         write(path / name, [text])
     (path / "README.md").write_text(card)

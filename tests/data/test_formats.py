@@ -184,7 +184,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, damage, error, mess
         list(file.read("text"))
 
 
-def test_rows_that_are_no_objects(tmp_path):
+def test_rows_that_are_not_objects(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n"b"\n{"text": "c"}\n')
     (one, _), (bad, at), (three, _) = data_file(tmp_path / "a.jsonl").read("text")
     assert (one, three, at) == ("a", "c", 18)

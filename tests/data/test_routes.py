@@ -340,7 +340,7 @@ def test_bad_documents_are_skipped_until_they_are_many(tmp_path, letters, total,
         run("error")
 
 
-def test_a_state_without_counts_is_taken_up(tmp_path, letters):
+def test_a_state_without_counts_still_loads(tmp_path, letters):
     """As in the first checkpoints."""
     stream = stream_of(write_file(tmp_path / "c.jsonl", TEXTS), letters, buffer=7)
     loader = stream.loader()

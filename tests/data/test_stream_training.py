@@ -139,7 +139,7 @@ def test_documents_that_were_skipped_are_counted_in_the_log(folder, trained):
     assert skipped_in(resumed.state.log_history) == counts
 
 
-def test_other_numbers_of_workers_are_refused_or_begin_anew(folder, trained, checkpoint):
+def test_another_number_of_workers_is_refused_or_starts_the_data_over(folder, trained, checkpoint):
     other = sparse_trainer(folder, "other", workers=0)
     before = weights(other)
     with pytest.raises(ValueError, match=r"checkpoint-4 cannot be resumed: .*1 ranks with 2 .* now there are 1 ranks"):

@@ -151,7 +151,7 @@ def test_left_out(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["get_peft_model", "add_adapter", "compiled"])
-def test_refused_unless_told_what_to_do(tmp_path, kind):
+def test_refused_without_a_choice(tmp_path, kind):
     model = KINDS[kind](sparse_llama())
     for packed in (False, True):
         with pytest.raises(ValueError, match="has PEFT adapters.*adapters='merge'.*'merge_masked'.*'leave_out'"):
@@ -250,14 +250,14 @@ def test_what_adapters_add_stays_dense(tmp_path, kind, patterns):
 
 
 @pytest.mark.parametrize("pattern", ["lora_A.default", r".*\.lora_[AB]\..*", "default"])
-def test_adapters_are_no_targets(pattern):
+def test_adapters_are_not_targets(pattern):
     model = with_lora(tiny_llama()).requires_grad_(True)
     with pytest.raises(ValueError, match=r"only what PEFT's adapters have put into the model.*lora_A\.default"):
         sparsify(model, SparsityConfig(target_modules=["up_proj", pattern]))
     assert SparsityHandle.of(model) is None
 
 
-def test_a_layer_whose_copy_runs_is_no_target():
+def test_a_layer_whose_copy_runs_is_not_a_target():
     model = with_lora(tiny_llama(), modules_to_save=["down_proj"]).requires_grad_(True)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj has a copy.*modules_to_save"):
         sparsify(model, SparsityConfig())

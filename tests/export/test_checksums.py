@@ -70,7 +70,7 @@ def test_a_flipped_bit(directory, place):
 
 @pytest.mark.parametrize(("size", "known"), [(-1, True), (-1, False), (100, False), (0, False)])
 def test_a_truncated_file(directory, size, known):
-    """Without checksums, as in early versions, the header tells."""
+    """Without checksums, as in early versions, the header shows it."""
     path = shards(directory)[0]
     path.write_bytes(path.read_bytes()[:size])
     if not known:

@@ -29,7 +29,7 @@ def off(model):
     return tuple((~SparsityHandle.of(model).layers[LAYER].mask).nonzero()[3])
 
 
-# what is not finite, by where: the name that is told, and the place in it
+# where a value is not finite: the name in the error, and the position in that tensor
 PLACES = {
     "a link": (f"{LAYER}.weight", link),
     "off the mask": (f"{LAYER}.weight", off),  # where clipping by a norm of NaN puts it
@@ -71,7 +71,7 @@ def test_what_adapters_add(tmp_path):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.fill_(1e30)  # finite, and not so what is added
+                parameter.fill_(1e30)  # finite, but their product is not
     for adapters in ("merge", "merge_masked"):
         with pytest.raises((FloatingPointError, ValueError), match="NaN"):  # PEFT itself looks at some
             export_sparse(model, tmp_path / "x", adapters=adapters)

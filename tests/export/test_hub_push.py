@@ -148,7 +148,7 @@ def test_pushed_by_one_process_and_pulled_by_others(hub, exports, model, tmp_pat
 def test_without_hf_chts_plain_exports_load_quietly_and_packed_ones_say_what_to_install(hub, exports, model, tmp_path):
     for name in ("plain", "packed"):
         hub.create(f"me/{name}", contents(exports / name))
-    # for whatever does not know transformers_weights, such as transformers 4, no file looks like weights
+    # to software that does not know transformers_weights, such as transformers 4, no file looks like weights
     older = shutil.copytree(exports / "packed", tmp_path / "older")
     config = json.loads((older / "config.json").read_text())
     del config["transformers_weights"]
@@ -167,7 +167,7 @@ def test_without_hf_chts_plain_exports_load_quietly_and_packed_ones_say_what_to_
 
 def test_what_arrives(hub, waits, exports):
     before = contents(exports / "plain")
-    commit = push_directory(exports / "plain", "model", commit_message="first")  # in one's own namespace
+    commit = push_directory(exports / "plain", "model", commit_message="first")  # in the user's own namespace
     assert str(commit).startswith(f"{hub.url}/me/model/commit/")
     files = hub.files("me/model")
     names = PLAIN | {"tokenizer.json", "tokenizer_config.json"}
@@ -264,7 +264,7 @@ def test_a_push_that_breaks_off(hub, waits, exports, tmp_path, pattern, status, 
 def test_too_many_requests_for_a_moment(hub, waits, exports, pattern):
     hub.fail(pattern, status=429, on={1, 2}, Retry_After=7)
     push_directory(exports / "packed", "me/model")
-    # the Hub's own client waits a second more than it was told
+    # the Hub's own client waits a second longer than the server asks for
     assert waits in ([7, 7], [8, 8])
     assert hub.messages("me/model") == ["Upload sparse model with hf_chts"]
 
@@ -307,7 +307,7 @@ def test_who_may_not(hub, waits, exports, token, repo_id, words):
     assert waits == []
 
 
-def test_nobody_there(hub, waits, exports, monkeypatch):
+def test_an_unreachable_hub(hub, waits, exports, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(PushFailed, match="the connection to http://127.0.0.1:9 failed"):
         push_directory(exports / "packed", "me/model")
@@ -339,7 +339,7 @@ def test_a_branch(hub, waits, exports):
     assert 'from_pretrained("me/model", revision="v2")' in files["README.md"].decode()
 
 
-def test_what_is_not_an_export_is_not_pushed(hub, waits, exports, tmp_path):
+def test_damaged_or_other_directories_are_not_pushed(hub, waits, exports, tmp_path):
     def refused(kind, words, change):
         directory = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         shutil.copytree(exports / "plain", directory)
@@ -405,7 +405,7 @@ def test_card_with_results_and_figures(hub, waits, exports, tmp_path):
     assert "| wikitext | word_perplexity | 12.5000 |  |" in card.text
     assert "Only the first 40 documents" in card.text
     assert "![training](figures/training.png)" in card.text
-    # a push without them is of another model, for all that is known
+    # a push without them may be of another model
     push_directory(exports / "plain", "me/model")
     assert not {"zero_shot.json", "figures/training.png"} & hub.files("me/model").keys()
 
@@ -432,7 +432,7 @@ def test_export_sparse_pushes(hub, waits, model, tmp_path):
     }
     for packed in (False, True):
         directory = export_sparse(model, tmp_path / "model", packed=packed, push_to_hub=True, **given)
-        files = hub.files("me/model")  # the directory's name, in one's own namespace
+        files = hub.files("me/model")  # the directory's name, in the user's own namespace
         assert ("masks.safetensors" in files) != packed
         assert files["figures/training.png"] == (directory / "figures/training.png").read_bytes() == PIXEL
         assert json.loads(files["zero_shot.json"]) == [RESULT]
@@ -449,8 +449,9 @@ def test_export_sparse_pushes(hub, waits, model, tmp_path):
     unpack_directory(tmp_path / "model", tmp_path / "unpacked")  # figures and results go along
     assert (tmp_path / "unpacked/figures/training.png").read_bytes() == PIXEL
     assert json.loads((tmp_path / "unpacked/zero_shot.json").read_text()) == [RESULT]
-    export_sparse(model, tmp_path / "model")  # results are of the model that was there
+    export_sparse(model, tmp_path / "model")  # the results belonged to the earlier model
     assert not (tmp_path / "model/zero_shot.json").exists()
+    hub.objects.clear()  # equal files would not be sent again
     hub.fail("PUT /lfs/", status=500)
     with pytest.raises(PushFailed, match="python -m hf_chts push"):
         export_sparse(model, tmp_path / "b", push_to_hub=True, repo_id="me/other")

@@ -91,4 +91,4 @@ def test_tables_of_results(tmp_path):
     assert SAFE in table
     markdown, figure = write_report(results, tmp_path / "a (b) <i>.json")
     assert "](a%20%28b%29%20%3Ci%3E.png)" in markdown.read_text()
-    assert figure.stat().st_size > 1000  # what looks like a formula is none
+    assert figure.stat().st_size > 1000  # the $ of a name is not read as a formula

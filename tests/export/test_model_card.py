@@ -41,7 +41,7 @@ def test_data_sets(dataset, ids, place):
     assert {r.task_type for r in card.data.eval_results} == {"text-generation"}
 
 
-def test_a_folder_here_is_no_hub_id(tmp_path, monkeypatch):
+def test_a_local_folder_is_not_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "data/mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert card_of(training={"dataset": "data/mine"}).data.datasets is None

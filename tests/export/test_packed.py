@@ -128,7 +128,7 @@ def test_packed_and_unpacked_again(tmp_path, name):
     handle = SparsityHandle.of(again)
     assert handle.config == sparse.config
     assert same_bits(handle.masks(), sparse.masks())
-    # without the model at hand, classes tell how weights lie
+    # without the model, its class shows how weights are stored
     assert same_bits(stored(pack_directory(plain, tmp_path / "again")), stored(packed))
     loaded.save_pretrained(tmp_path / "resaved")
     unpack_directory(packed, tmp_path / "unpacked")
@@ -172,7 +172,7 @@ def test_what_is_written(tmp_path):
     assert names == weights | {"config.json", "generation_config.json", "sparsity_config.json", "README.md"}
     tensors = stored(tmp_path)
     key = "transformer.h.0.attn.c_attn.weight"
-    # weight, bits and values lie as (in, out)
+    # weight, bits and values are stored as (in, out)
     rows, columns = layer.weight.shape
     assert tensors[f"{key}_shape"].tolist() == [rows, columns]
     assert tensors[f"{key}_values"].equal(layer.weight[layer.mask])
@@ -308,7 +308,7 @@ def test_exporting_again_replaces_the_weights(tmp_path):
     assert not [path for path in tmp_path.parent.iterdir() if path.name.startswith(f".{tmp_path.name}")]
 
 
-def test_a_new_model_of_a_packed_one_s_config(tmp_path):
+def test_a_new_model_from_the_config_of_a_packed_one(tmp_path):
     packed = export_sparse(sparse_llama(), tmp_path / "packed", packed=True)
     for config in (AutoConfig.from_pretrained(packed), load_config(ModelArguments(model=str(packed)))):
         model = AutoModelForCausalLM.from_config(config)

@@ -350,7 +350,7 @@ def test_a_packed_directory(tmp_path, exports, opened, name):
         load_sparse(directory)
     assert str(directory) in str(caught.value) or "config.json" in message
     if name not in LOADS_PLAIN:
-        # the class itself is not told the directory before it looks for files
+        # the class itself does not know the directory before it looks for files
         for loader in (AutoModelForCausalLM, LlamaForCausalLM):
             with pytest.raises((ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError)):
                 loader.from_pretrained(directory)
