@@ -83,11 +83,26 @@ def checkpoint_card(
         FileNotFoundError, ValueError: a file is missing or damaged.
     """
     state = read_json(directory / _STATE_NAME) if (directory / _STATE_NAME).is_file() else {}
+    return run_card(ModelFacts.of_directory(directory, sparsity), state, training=training or {})
+
+
+def run_card(
+    facts: ModelFacts,
+    state: Mapping[str, Any],
+    *,
+    training: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+    """The model card of a run as far as it has come: the recipe, the step, and what the last evaluation measured.
+
+    Args:
+        state: what trainer_state.json holds of a TrainerState.
+        training, metadata: see `model_card`.
+    """
     steps = progress(state.get("global_step"), state.get("max_steps"))
+    training = {**training, **({"optimizer steps": steps} if steps else {})}
     return model_card(
-        ModelFacts.of_directory(directory, sparsity),
-        training={**(training or {}), **({"optimizer steps": steps} if steps else {})},
-        metrics=last_evaluation(state.get("log_history") or []),
+        facts, training=training, metrics=last_evaluation(state.get("log_history") or []), metadata=metadata
     )
 
 
