@@ -9,7 +9,8 @@ from hf_chts.data.arguments import OnBadDocument
 
 logger = logging.getLogger(__name__)
 
-# skipping goes on while bad documents are at most so many or at most this share, looked at from so many documents on
+# without a policy, bad documents are skipped while they are at most _FEW, or at most _SHARE of those read; the share
+# means nothing before _ENOUGH have been read
 _FEW, _SHARE, _ENOUGH = 10, 0.01, 100
 # warnings; an epoch of a large corpus may have thousands of bad documents
 _WARNED_OF = 10
@@ -17,7 +18,7 @@ _WARNED_OF = 10
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What a reader finds in place of a document's text, and why."""
+    """Stands for a document's text that cannot be read, with the reason."""
 
     reason: str
 

@@ -3,8 +3,6 @@
 import json
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # files that `datasets` writes beside the data
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-# files that people put beside data of another format than text
+# text files that describe data of another format
 _ABOUT_TEXT = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|authors|changelog|requirements)[^.]*\.te?xt", re.I
 )
@@ -100,24 +98,29 @@ def _data_file(file: Path, name: str, form: str) -> DataFile:
 def _hub_source(dataset: str, config: str | None, split: str, text_column: str, download: bool) -> Source:
     copied = Path(datasets.config.HF_DATASETS_CACHE) / f"hf_chts-{Hasher.hash([dataset, config, split])}.json"
     try:
-        with _naming_hub_errors(dataset, config, split):
-            builder = datasets.load_dataset_builder(full_hub_id(dataset), config)
-            paths = list((builder.config.data_files or {}).get(split, []))
-            form = "parquet" if isinstance(builder, Parquet) else "json" if isinstance(builder, Json) else ""
-            plain = form == "parquet" or (form == "json" and not builder.config.field)
-            # "::" in a URL stands for an archive, which `datasets` opens
-            if not paths or not plain or any("::" in path for path in paths):
-                documents = datasets.load_dataset(full_hub_id(dataset), config, split=split, streaming=not download)
-                return DatasetSource(documents, text_column)
-            if not download:
-                # a path on the Hub has the revision in it, which stands for the size
-                return FileSource([DataFile(path, path, None, form) for path in paths], text_column)
-            local = [Path(path) for path in datasets.DownloadManager().download(paths)]
-    except ValueError as error:
+        builder = datasets.load_dataset_builder(full_hub_id(dataset), config)
+        paths = list((builder.config.data_files or {}).get(split, []))
+        form = "parquet" if isinstance(builder, Parquet) else "json" if isinstance(builder, Json) else ""
+        plain = form == "parquet" or (form == "json" and not builder.config.field)
+        # "::" in a URL stands for an archive, which `datasets` opens
+        if not paths or not plain or any("::" in path for path in paths):
+            documents = datasets.load_dataset(full_hub_id(dataset), config, split=split, streaming=not download)
+            return DatasetSource(documents, text_column)
+        if not download:
+            # a path on the Hub has the revision in it, which stands for the size
+            return FileSource([DataFile(path, path, None, form) for path in paths], text_column)
+        local = [Path(path) for path in datasets.DownloadManager().download(paths)]
+    except Exception as error:
+        message = (
+            f"Split {split!r} of dataset {dataset!r} (dataset_config {config!r}) could not be loaded from "
+            f"the Hub: {_reason(error)} Check the id, the configuration and the split's name, that the Hub "
+            "can be reached, and for a gated dataset that you are logged in; or set dataset to a local file "
+            "or folder, or to 'embedded'."
+        )
         files = _copied_files(copied) if download else None
         if files is None:
-            raise
-        logger.warning("%s Going on with the files that were downloaded before.", error)
+            raise ValueError(message) from error
+        logger.warning("%s Going on with the files that were downloaded before.", message)
         return FileSource(files, text_column)
     files = [_data_file(file, path, form) for file, path in zip(local, paths, strict=True)]
     write_json(copied, [asdict(file) for file in files])
@@ -144,7 +147,7 @@ def find_files(path: Path, split: str, config: str | None = None) -> list[Path]:
     5. one split called "train", as for a single file.
 
     Left out are hidden files, files in a folder that end in something else than `FORMATS`, and files about the data:
-    dataset_infos.json, caches of `save_to_disk`, a licence beside files of another format than text.
+    dataset_infos.json, caches of `save_to_disk`, a licence next to data that are not text.
 
     Args:
         config: one of README.md's `configs`; or only the sub-folder of that name, if there is one.
@@ -236,7 +239,7 @@ def _by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
         splits = [name or "" for name in named]
         if "" in splits:
             raise ValueError(
-                f"The names of some files in {path} tell their split and that of {files[splits.index('')]} does not: "
+                f"Some files in {path} have their split in their names and {files[splits.index('')]} does not: "
                 "rename it, or put each split's files into a sub-folder of its name."
             )
     else:
@@ -245,19 +248,6 @@ def _by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
     for name, file in zip(splits, files, strict=True):
         by_split.setdefault(name, []).append(file)
     return by_split
-
-
-@contextmanager
-def _naming_hub_errors(dataset: str, config: str | None, split: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(
-            f"Split {split!r} of dataset {dataset!r} (dataset_config {config!r}) could not be loaded from "
-            f"the Hub: {_reason(error)} Check the id, the configuration and the split's name, that the Hub "
-            "can be reached, and for a gated dataset that you are logged in; or set dataset to a local file "
-            "or folder, or to 'embedded'."
-        ) from error
 
 
 def full_hub_id(dataset: str) -> str:

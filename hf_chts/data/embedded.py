@@ -70,9 +70,8 @@ def embedded_dataset(split: str) -> datasets.Dataset:
 def embedded_tokenizer(vocab_size: int, cache_dir: Path | None = None) -> PreTrainedTokenizerFast:
     """Byte-level BPE of exactly `vocab_size` tokens, trained on the embedded corpus's train split.
 
-    `<|endoftext|>` (id 0) ends a document and is the padding; there is no beginning-of-sequence token.
-    Trained once per corpus and size, then read from `cache_dir` (by default `$HF_CHTS_CACHE`, else
-    `~/.cache/hf_chts`).
+    `<|endoftext|>` (id 0) ends a document and pads; there is no beginning-of-sequence token. Trained once per corpus
+    and size, then read from `cache_dir` (by default `$HF_CHTS_CACHE`, else `~/.cache/hf_chts`).
 
     Raises:
         ValueError: `vocab_size` is smaller than 257 (256 bytes and EOS), or larger than the corpus can fill.
@@ -122,10 +121,7 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
             "lower the model's vocab_size, or set tokenizer to one of that size."
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=EOS_TOKEN,
-        pad_token=EOS_TOKEN,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=bpe, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN, clean_up_tokenization_spaces=False
     )
 
 

@@ -61,7 +61,7 @@ class DataFile:
 
     Attributes:
         path: a local path or a URL that fsspec opens.
-        name: tells it from others in a checkpoint: relative to the corpus's folder, with the ending of its compression.
+        name: identifies it in a checkpoint: relative to the corpus's folder, with the ending of its compression.
         size: in bytes; None for a file on the Hub, whose path has the revision in it.
         format: one of `FORMATS`.
         changed: when a local file was last written, in nanoseconds.
@@ -124,7 +124,7 @@ class DataFile:
                     + (
                         f"failed {failures} times; resume from the last checkpoint when it can be reached"
                         if self.remote
-                        else "is damaged or was not copied whole; get it anew, or remove it and start a new run"
+                        else "is damaged or was not copied completely; copy it again, or remove it and start a new run"
                     )
                 ) from error
 

@@ -35,7 +35,7 @@ class LoadedData:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What to train and to validate on, and which of the documents: all of them where `kept` or `held_out` is None."""
+    """Sources to train and to validate on, and the choice of their documents: None for all of them."""
 
     train: Source
     validation: Source
@@ -65,7 +65,7 @@ def load_data(args: DataArguments, *, vocab_size: int, seed: int, shuffle_seed: 
         cut = partial(index.blocks, directory, tokenizer=tokenizer, block_size=args.block_size, packing=args.packing)
         return LoadedData(cut("train"), cut("validation", max_blocks=max_blocks), tokenizer)
     corpus = load_corpus(args, seed, download=not args.streaming)
-    # a finite part is read whole before training starts, where a bad document is an error unless it says otherwise
+    # a finite part is read completely before training starts: a bad document is an error unless the user allows it
     policy: OnBadDocument = args.on_bad_document or "error"
 
     def packed(source: Source, choice: Holdout | None, name: str, max_blocks: int | None = None) -> datasets.Dataset:
@@ -74,7 +74,7 @@ def load_data(args: DataArguments, *, vocab_size: int, seed: int, shuffle_seed: 
             tokenizer,
             args.block_size,
             args.packing,
-            # blocks made while bad documents were skipped are not for a run that refuses them
+            # a run that refuses bad documents must not reuse blocks that were made while skipping them
             key=None if source.cache_key is None else f"{source.cache_key} {choice} {policy}",
             max_blocks=max_blocks,
             name=name,

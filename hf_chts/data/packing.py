@@ -37,7 +37,10 @@ def encode(
         ValueError: the tokenizer has no EOS token.
     """
     check_eos(tokenizer)
-    return _encode(texts, tokenizer, characters)
+    for batch in text_batches(texts, characters):
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for input_ids in encoded["input_ids"]:
+            yield [*input_ids, tokenizer.eos_token_id]
 
 
 def count_tokens(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -45,15 +48,8 @@ def count_tokens(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase
     return sum(map(len, encode(texts, tokenizer)))
 
 
-def _encode(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, characters: int) -> Iterator[list[int]]:
-    for batch in text_batches(texts, characters):
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for input_ids in encoded["input_ids"]:
-            yield [*input_ids, tokenizer.eos_token_id]
-
-
 def text_batches(texts: Iterable[str | None], characters: int = ENCODE_CHARACTERS) -> Iterator[list[str]]:
-    """Lists of the texts that are not empty, with about so many characters in each."""
+    """Lists of the texts that are not empty, each with about this many characters."""
     batch: list[str] = []
     gathered = 0
     for text in filter(None, texts):
@@ -73,7 +69,7 @@ def pack(marked: Iterable[tuple[Mark, list[int]]], block_size: int, skip: int = 
     position is a token, and a document sees those before it in its block.
 
     Args:
-        marked: for each document a mark that tells it from others, and its token ids.
+        marked: for each document a mark that identifies it, and its token ids.
         skip: how many tokens of the first document to leave out.
 
     Yields:
@@ -193,7 +189,7 @@ def pack_texts(
 
     Args:
         texts: each call gives all texts from the first one on.
-        key: tells these texts from others.
+        key: identifies these texts in the cache.
         name: what to call them in an error.
 
     Raises:

@@ -26,7 +26,7 @@ class Source(Protocol):
 
     Attributes:
         num_shards: at least 1.
-        identity: equal for equal documents, wherever they lie; JSON, kept in checkpoints.
+        identity: equal for equal documents, wherever they are stored; JSON, kept in checkpoints.
         cache_key: changes with the files on this machine; None if that cannot be known.
     """
 

@@ -35,7 +35,7 @@ class BlockStream(IterableDataset):
     Args:
         source: the documents; also a dataset of `datasets` with a string column `text`.
         shuffle: the window in which documents are shuffled, and the seed; by default they keep their order.
-        keep: which texts belong to this stream; all by default. Its `str` tells it from others in a checkpoint.
+        keep: which texts belong to this stream; all by default. Its `str` identifies it in a checkpoint.
         on_bad_document: "error", "skip", or None to skip bad documents as long as they are few.
 
     Raises:
@@ -121,7 +121,7 @@ class BlockStream(IterableDataset):
 class StreamLoader:
     """An endless iterator over the batches of one rank.
 
-    Each batch comes with the state of its reader after it, so that `state_dict` tells where the batches that were
+    Each batch comes with the state of its reader after it, so that `state_dict` says where the batches that were
     *taken* end, however many the workers have made ahead.
 
     Args:
@@ -163,7 +163,7 @@ class StreamLoader:
         self.restart(0)
 
     def restart(self, number: int) -> None:
-        """Begin the data anew, in an order that belongs to `number`; 0 is that of a first run."""
+        """Start the data over, in another order for each `number`; 0 is the order of a first run."""
         self._restart = number
         self._next = 0  # the worker that makes the next batch
         self._states: list[dict[str, Any] | None] = [None] * self.workers
@@ -207,13 +207,13 @@ class StreamLoader:
         """Go on after the batches that were taken when `state_dict` was called.
 
         Raises:
-            ValueError: the state is of another stream, rank, or number of ranks or workers; nothing has changed then.
+            ValueError: the state belongs to another stream, rank, or number of ranks or workers. Nothing changes then.
         """
-        anew = "or begin the data anew in another order with --ignore_data_skip true"
+        otherwise = "or start the data over in another order with --ignore_data_skip true"
         if (state["ranks"], state["workers"]) != (self.ranks, self.workers):
             raise ValueError(
                 f"the data were read by {state['ranks']} ranks with {state['workers']} dataloader workers each, and "
-                f"now there are {self.ranks} ranks with {self.workers}: use the same numbers, {anew}"
+                f"now there are {self.ranks} ranks with {self.workers}: use the same numbers, {otherwise}"
             )
         if state["rank"] != self.rank:
             raise ValueError(f"this is the state of rank {state['rank']}, not of rank {self.rank}")
@@ -224,7 +224,7 @@ class StreamLoader:
             if before.get(name) != now.get(name)
         ]
         if changed:
-            raise ValueError(f"the data have changed ({'; '.join(changed)}): make them the same again, {anew}")
+            raise ValueError(f"the data have changed ({'; '.join(changed)}): make them the same again, {otherwise}")
         self._restart, self._next, self._states = state["restart"], state["next_worker"], list(state["readers"])
 
 

@@ -111,7 +111,7 @@ class TokenIndex:
         if self.tokenizer != tokenizer_digest(tokenizer):
             raise ValueError(
                 f"the tokens in {directory} were made with another tokenizer ({self.source['tokenizer']}): set "
-                "tokenizer to that one, or prepare the corpus anew"
+                "tokenizer to that one, or prepare the corpus again"
             )
         shards = self.splits[split]
         for shard in shards:

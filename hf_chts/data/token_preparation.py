@@ -23,7 +23,7 @@ from hf_chts.data.token_files import Shard, TokenIndex
 from hf_chts.data.tokenizer import tokenizer_digest
 from hf_chts.files.atomic import whole_file, write_json, write_whole
 
-# at least so many shards, so that several processes can work on a corpus of few files
+# at least this many shards, so that several processes can work on a corpus of few files
 _SHARDS = 16
 _KEY_NAME = "preparation.json"
 

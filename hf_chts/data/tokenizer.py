@@ -1,4 +1,4 @@
-"""Tokenizers: loading one, telling it from others, and how many bytes of text each token stands for."""
+"""Tokenizers: loading, a digest to compare them by, and how many bytes of text each token stands for."""
 
 import re
 
@@ -94,7 +94,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> t
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the vocabulary is written in the byte-level alphabet, which the tokenizer's class does not tell."""
+    """Whether the vocabulary is written in the byte-level alphabet, which the tokenizer's class does not show."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return "ByteLevel" in str(backend.decoder)

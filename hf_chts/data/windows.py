@@ -1,8 +1,8 @@
 """Documents of an endless stream in a shuffled order that can be resumed anywhere, from a few integers.
 
-The order of the pieces is drawn anew for each epoch and dealt out to readers. A reader gathers a window of documents,
-permutes it, and goes on to the next. So what its shuffle buffer holds is known from where the window begins, and
-resuming reads one window again and nothing before it. A place also holds the counts of documents read and skipped.
+In each epoch the pieces get a new order and are dealt out to readers. A reader gathers a window of documents, permutes
+it, and goes on to the next. Where the window begins therefore says what its shuffle buffer holds, and resuming reads
+one window again and nothing before it. A place also holds the counts of documents read and skipped.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from hf_chts.data.sources import Piece, Source, pieces
 _PLAIN_WINDOW = 256
 # a window ends at this many characters too, so that a corpus of books fits into memory
 _WINDOW_CHARACTERS = 2**25
-# a reader that finds nothing in so many epochs never will
+# a reader that has found nothing after this many epochs never will
 _EMPTY_EPOCHS = 100
 _T = TypeVar("_T")
 
@@ -73,7 +73,7 @@ class Shuffle:
     Attributes:
         buffer: documents in a window; 0 keeps the corpus's own order.
         seed: of all permutations.
-        restart: changes all permutations too, for a run that begins its data anew; 0 for a first run.
+        restart: changes all permutations too, for a run that starts its data over; 0 for a first run.
     """
 
     buffer: int = 0

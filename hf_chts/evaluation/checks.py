@@ -91,10 +91,10 @@ def check_max_length(max_length: int | None, positions: int | None, whose: str =
 
 def _check_seal(path: Path) -> None:
     """Raise FileNotFoundError or ValueError if a checkpoint of hf_chts is not complete."""
-    advice = "to evaluate it all the same, pass --unsealed (in Python: unsealed=True)"
+    advice = "to evaluate it anyway, pass --unsealed (in Python: unsealed=True)"
     if (path / SEAL_NAME).is_file():
         try:
-            # without the optimizer, which takes long to read and does not matter here
+            # without the optimizer, which is slow to read and not used here
             verify_seal(path, lambda name: "/" not in name and not name.endswith((".pt", ".pth")))
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"{error}, or, {advice}.") from error
@@ -106,7 +106,7 @@ def _check_seal(path: Path) -> None:
 
 
 def _is_of_a_run(path: Path) -> bool:
-    """Whether a run of hf_chts began to write this checkpoint. A dense one shows by what is beside it."""
+    """Whether a run of hf_chts began to write this checkpoint. Of a dense run, the files next to it show that."""
     if (path / MASKS_NAME).is_file() and (path / HISTORY_NAME).is_file():
         return True
     path = path.resolve()

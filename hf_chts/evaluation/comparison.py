@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_chts.evaluation import jackknife
-from hf_chts.evaluation.averages import error_of_mean, suite_averages
+from hf_chts.evaluation.suites import error_of_mean, suite_averages
 
 # about 95% of a normal distribution
 ERRORS_OUTSIDE = 2.0
@@ -28,7 +28,7 @@ def compare_models(results: Sequence[Result], baseline: str | None = None) -> li
         Averages are over the tasks that all results have.
 
     Raises:
-        ValueError: not exactly one result is of `baseline`.
+        ValueError: not exactly one result has `baseline` as its model.
     """
     reference = baseline_index([str(result["model"]) for result in results], baseline)
     common = common_tasks(results)

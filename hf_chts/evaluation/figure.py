@@ -34,7 +34,7 @@ def results_figure(results: Sequence[dict[str, Any]], path: str | Path) -> Path:
 def draw_results(results: Sequence[dict[str, Any]]) -> Figure:
     """Bars for each metric: a group for each task, in it a bar for each model, with standard errors.
 
-    A black line across a group is the trivial score: that of always the same answer, or of guessing. Scores that are
+    A black line across a group is the trivial score, of always giving the same answer or of guessing. Scores that are
     not finite have no bar.
 
     Args:

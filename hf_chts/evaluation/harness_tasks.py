@@ -31,7 +31,7 @@ from hf_chts.evaluation.task_data import expected_file, task_folder, write_local
 
 logger = logging.getLogger(__name__)
 
-# that of `lm_eval.simple_evaluate`, which is not used because it also runs git, describes the machine and asks the Hub
+# the seed of `lm_eval.simple_evaluate`, which we avoid because it runs git, describes the machine and asks the Hub
 _SEED = 1234
 
 # the harness's folders with the tasks of our suites; indexing all of its 15,000 files takes ten seconds
@@ -98,7 +98,7 @@ def load_tasks(
             folder = task_folder(task_data, name, config) if task_data and entry.kind.name == "TASK" else None
             seeded()
             try:
-                # else `datasets` tells a server about every local file that it loads, to count downloads
+                # else `datasets` reports every local file that it loads to a server, to count downloads
                 local = folder is not None or name in EMBEDDED_TASKS
                 counts = (datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
                 with temporarily(*counts) if local else nullcontext(), _squad_metrics():

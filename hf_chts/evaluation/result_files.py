@@ -27,7 +27,7 @@ def results_json(results: Sequence[dict[str, Any]]) -> str:
 
 
 def write_report(results: Sequence[dict[str, Any]], path: Path, *, baseline: str | None = None) -> tuple[Path, Path]:
-    """Write a Markdown table and a figure of `results` beside the JSON file `path`; returns their paths."""
+    """Write a Markdown table and a figure of `results` next to the JSON file `path`; returns their paths."""
     from hf_chts.evaluation.figure import results_figure  # late, because results need no matplotlib
 
     markdown, figure = report_paths(path)
@@ -40,7 +40,7 @@ def write_report(results: Sequence[dict[str, Any]], path: Path, *, baseline: str
 
 
 def report_paths(path: Path) -> tuple[Path, Path]:
-    """The paths of the Markdown table and the figure beside the JSON file `path`.
+    """The paths of the Markdown table and the figure next to the JSON file `path`.
 
     Raises:
         ValueError: one of them would be `path` itself.
@@ -55,7 +55,7 @@ def report_paths(path: Path) -> tuple[Path, Path]:
 
 
 def check_output(path: Path) -> None:
-    """Check that results can be written to `path`, and table and figure beside it; leaves no file behind.
+    """Check that results can be written to `path`, and table and figure next to it; leaves no file behind.
 
     Raises:
         OSError: they cannot be written.

@@ -19,7 +19,7 @@ from hf_chts.evaluation import jackknife
 
 Sample = dict[str, Any]
 
-# more different values are not labels, and leaving each of them out once would take long
+# with more different values they are not labels, and leaving each out once would take long
 _MOST_DIFFERENT_VALUES = 100
 
 # by the harness's names, if it has one; each of (true labels, predicted labels)
@@ -32,7 +32,7 @@ _LABEL_SCORES: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
 
 @dataclass
 class TaskScores:
-    """What the records of one task tell beyond the harness's own figures.
+    """What the records of one task add to the harness's own figures.
 
     Attributes:
         scores: {metric_stderr: the jackknife's standard error} for all metrics, {metric: value} for `_LABEL_SCORES`.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-from hf_chts.evaluation.averages import suite_averages
 from hf_chts.evaluation.comparison import baseline_index, common_tasks, compare_models
+from hf_chts.evaluation.suites import suite_averages
 from hf_chts.markdown import inline
 from hf_chts.names import column_names
 from hf_chts.text_table import text_table

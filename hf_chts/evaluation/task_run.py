@@ -86,7 +86,7 @@ def run_tasks(
 def _add_ours(
     result: TaskResults, task: Any, name: str, samples: dict[str, Any], reported: dict[str, float]
 ) -> dict[str, float]:
-    """Add to the result what a task's samples tell beside the harness's figures; returns our scores."""
+    """Add to the result what a task's samples show beyond the harness's figures; returns our scores."""
     chance = chance_accuracy(task, samples[name])
     found = score_samples(task, samples[name])
     guessed = {}

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_chts.evaluation.averages import suite_averages
 from hf_chts.evaluation.checks import check_max_length, check_model, check_options
 from hf_chts.evaluation.embedded_suite import EMBEDDED_TASKS, write_embedded_suite
-from hf_chts.evaluation.suites import check_task_names, suite_tasks
+from hf_chts.evaluation.suites import check_task_names, suite_averages, suite_tasks
 from hf_chts.machine import on_cpu, version_of
 
 if TYPE_CHECKING:
@@ -61,8 +60,8 @@ def evaluate_zero_shot(
         batch_size: sequences per forward, or "auto" for as many as fit, at most 64.
         max_length: tokens of context; None for the model's `max_position_embeddings`. Set it to the length of training
             if the config allows for more.
-        device: such as "cuda:1"; None for the first GPU, unless there is none or `accelerate launch` uses the CPU. Not
-            for a live model, which stays where it is.
+        device: such as "cuda:1"; None for the first GPU, or the CPU if there is none or `accelerate launch` uses it.
+            Not for a live model, which stays where it is.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16". Not for a live model.
         revision: branch, tag or commit of a Hub id.
         task_data: directory with data files of tasks (see task_data.py); tasks without a folder there are loaded as

@@ -38,7 +38,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def check_adapters(model: nn.Module, adapters: str) -> None:
-    """Raises ValueError if `adapters` does not say what to do with those of `model`, or that is impossible."""
+    """Raises ValueError if `adapters` is not a choice, or is missing or impossible for this model."""
     if adapters not in get_args(Adapters):
         raise ValueError(f"adapters is {adapters!r}; choose one of {', '.join(map(repr, get_args(Adapters)))}")
     if not has_adapters(model):
@@ -51,16 +51,16 @@ def check_adapters(model: nn.Module, adapters: str) -> None:
         )
     if adapters != "leave_out" and not any(map(is_adapted, unwrap(model).modules())):
         raise ValueError(
-            f"adapters is {adapters!r}, but those of the model add tokens to its input, not to its weights: save them "
-            "with model.save_pretrained, and export with adapters='leave_out'"
+            f"adapters is {adapters!r}, but the model's adapters add tokens to its input, not to its weights: save "
+            "them with model.save_pretrained, and export with adapters='leave_out'"
         )
     for name, module in unwrap(model).named_modules():
         if not is_adapted(module):
             continue
         if adapters != "leave_out" and getattr(module, "disable_adapters", False):
             raise ValueError(
-                f"adapters is {adapters!r}, but those of {name} are disabled: enable them (enable_adapters(), or leave "
-                "the block of disable_adapter()), or export with adapters='leave_out'"
+                f"adapters is {adapters!r}, but the adapters of {name} are disabled: enable them (enable_adapters(), "
+                "or leave the block of disable_adapter()), or export with adapters='leave_out'"
             )
         if getattr(module, "merged", False):
             raise ValueError(f"the adapters of {name} are merged into its weight: call unmerge_adapter() first")

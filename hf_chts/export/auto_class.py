@@ -16,10 +16,10 @@ _AUTO = "AutoModel"
 
 
 def class_to_load(name: str | None) -> str:
-    """The name of the class that loads this class, for the model card: an Auto class where there is one.
+    """The name that a model card shows before `.from_pretrained`: an Auto class if one loads this class, else itself.
 
-    AutoModelForCausalLM for classes that transformers does not have; they are registered with it, or their code is in
-    the directory.
+    For classes that transformers does not have it is AutoModelForCausalLM: they are registered with it, or their code
+    is in the directory.
     """
     known = next(_auto_classes(name, None), None)
     return known or (str(name) if _of_transformers(name) is not None else "AutoModelForCausalLM")

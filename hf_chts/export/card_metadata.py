@@ -42,14 +42,14 @@ def card_data(
     task = _TASKS.get(class_to_load(facts.architecture).removeprefix("AutoModelFor"))
     corpus = str(training.get("dataset", ""))
     given = dict(metadata)
-    datasets = [*hub_ids([corpus]), *as_list(given.pop("datasets", None))]
+    datasets = [*filter(None, [_hub_id(corpus)]), *as_list(given.pop("datasets", None))]
     fields: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": task,
         "tags": list(dict.fromkeys([*_tags(facts), *as_list(given.pop("tags", None))])),
         "datasets": list(dict.fromkeys(datasets)) or None,
     }
-    results = validation_results(metrics, corpus, task or TASK)
+    results = _validation_results(metrics, corpus, task or TASK)
     if results:
         # the Hub groups results by the model's name
         fields |= {"model_name": f"{facts.architecture}-{facts.sparsity.method}", "eval_results": results}
@@ -59,28 +59,25 @@ def card_data(
         raise ValueError(f"metadata of the model card: {error}") from error
 
 
-def hub_ids(names: Iterable[str]) -> list[str]:
-    """The data sets among these that can be on the Hub: neither the embedded corpus nor local files."""
-    found = []
-    for name in names:
-        if name == "embedded" or not name or Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
-            continue
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            continue
-        found.append(name)
-    return found
+def _hub_id(corpus: str) -> str | None:
+    """The name of a data set that can be on the Hub; None for the embedded corpus and local files."""
+    if corpus in ("", "embedded") or corpus.startswith((".", "/", "~")) or Path(corpus).exists():
+        return None
+    try:
+        validate_repo_id(corpus)
+    except HFValidationError:
+        return None
+    return corpus
 
 
-def validation_results(metrics: Mapping[str, Any], corpus: str, task: str = TASK) -> list[EvalResult]:
+def _validation_results(metrics: Mapping[str, Any], corpus: str, task: str) -> list[EvalResult]:
     """The finite figures measured on the validation data of `corpus`, in the form of the Hub's `model-index`."""
-    known = hub_ids([corpus])
+    known = _hub_id(corpus)
     name = _EMBEDDED if corpus == "embedded" else corpus if known else Path(corpus).name or "validation data"
     return [
         EvalResult(
             task_type=task,
-            dataset_type=known[0] if known else "embedded" if corpus == "embedded" else "local",
+            dataset_type=known or ("embedded" if corpus == "embedded" else "local"),
             dataset_name=name,
             dataset_split="validation",
             metric_type=metric,

@@ -1,6 +1,6 @@
-"""Checksums beside the weights of an export: a flipped bit changes the model, and nothing else would tell.
+"""Checksums of an export's weights, because a flipped bit would change the model unnoticed.
 
-They are written after the weights. Exports of early versions lack them. Checkpoints have a seal instead.
+They are written after the weights. Exports of early versions have none. Checkpoints have a seal instead.
 """
 
 from pathlib import Path
@@ -38,11 +38,11 @@ def verify_checksums(directory: Path, stem: str) -> None:
     contents = read_json(path)
     files = contents.get("files")
     if contents.get("format") != _FORMAT or not isinstance(files, dict):
-        raise DamagedFile(path, f"its format is {contents.get('format')!r}, and this version reads {_FORMAT!r}")
+        raise DamagedFile(path, f"its format is {contents.get('format')!r} and should be {_FORMAT!r}")
     shards = {shard.name: shard for shard in find_shards(directory, stem)[0]}
     if shards.keys() != files.keys():
         odd = sorted(shards.keys() ^ files.keys())[0]
-        raise DamagedFile(path, f"it and the weights disagree about {odd}, so it is of another export ({_REMEDY})")
+        raise DamagedFile(path, f"it and the weights disagree about {odd}, so it belongs to another export ({_REMEDY})")
     for name, shard in shards.items():
         if not shard.is_file():
             raise FileNotFoundError(f"{shard} is missing: copy or download the directory again")

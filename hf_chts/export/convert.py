@@ -16,7 +16,7 @@ from hf_chts.config import SparsityConfig
 from hf_chts.export import packed_format
 from hf_chts.export.auto_class import empty_model
 from hf_chts.export.checksums import CHECKSUMS_NAME, verify_checksums, write_checksums
-from hf_chts.export.exported_values import check_stored
+from hf_chts.export.exported_values import check_stored, check_zeros
 from hf_chts.export.model_card import with_loading
 from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed, pack_values, packed_config, plain_config
@@ -39,7 +39,7 @@ from hf_chts.topology.bits import count_bits, pack_bits
 
 SHARD_SIZE = "50GB"  # as in save_pretrained
 
-# what an export has beside weights and config.json: tokenizer, generation and sparsity config, model card, own code
+# what an export has apart from weights and config.json: tokenizer, generation and sparsity config, model card, own code
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.bpe", "*.tiktoken", "*.py", "README.md", "LICENSE*")
 _NOT_COPIED = (
     *("*.index.json", "config.json", "trainer_state.json", "adapter_config.json"),
@@ -60,7 +60,7 @@ def pack_directory(
         source: what `export_sparse` wrote, or a checkpoint of SparseTrainer.
         target: a new or empty directory. It appears when it is complete.
         max_shard_size: in bytes, or as "5GB".
-        transposed: names of the layers whose weight is stored as (in, out). None: found out from the model's class.
+        transposed: names of the layers whose weight is stored as (in, out). None: taken from the model's class.
 
     Returns:
         `target`.
@@ -173,15 +173,11 @@ def _packed(files: WeightFiles, masks: MaskFile, key: str, name: str, transposed
         return masks.mask(name).t() if transposed else masks.mask(name)
 
     def values() -> Tensor:
-        try:
-            links = pack_values(files.read(key), mask())
-        except ValueError as error:
-            raise ValueError(
-                f"{entry.path}: {name} {error}, so weights and masks are of different models: restore both from one "
-                "export"
-            ) from error
-        check_stored(entry.path, {key: links})
-        return links
+        weight, links = files.read(key), mask()
+        check_zeros(entry.path, name, weight, links)
+        found = pack_values(weight, links)
+        check_stored(entry.path, {key: found})
+        return found
 
     def bits() -> Tensor:
         return pack_bits(mask()) if transposed else masks.tensors[f"{name}.mask"]
@@ -212,14 +208,14 @@ def _mask_bits(packed: PackedFiles, key: str) -> Tensor:
 
 
 def _transposed_layers(source: Path, config: dict[str, Any]) -> set[str]:
-    """The names of layers whose weight is stored as (in, out), from the model's class, made without memory."""
+    """The names of layers whose weight is stored as (in, out), from a model on the meta device."""
     try:
         with torch.device("meta"):
             model = empty_model(config, source)
     except Exception as error:
         raise ValueError(
-            f"{source}: no {architecture(config)} can be made from its config.json, to learn how weights are stored: "
-            f"{error}. Load the model and use export_sparse(model, directory, packed=True)"
+            f"{source}: its config.json does not make a {architecture(config)}, which would show how weights are "
+            f"stored: {error}. Load the model and use export_sparse(model, directory, packed=True)"
         ) from error
     return {
         name

@@ -17,7 +17,7 @@ from hf_chts.config import CONFIG_NAME
 from hf_chts.export.adapters import Adapters, check_adapters, has_adapters, plain_model
 from hf_chts.export.checksums import forget_checksums, write_checksums
 from hf_chts.export.convert import SHARD_SIZE, pack_directory
-from hf_chts.export.exported_values import check_values
+from hf_chts.export.exported_values import check_values, off_mask
 from hf_chts.export.hub import push_directory
 from hf_chts.export.hub_files import CARD
 from hf_chts.export.model_card import model_card
@@ -63,7 +63,7 @@ def export_sparse(
 
     A packed export stores sparse weights as the bits of their masks and the values of their links (packed_format.py),
     without `masks.safetensors`. It loads with `load_sparse`, and with `from_pretrained` once hf_chts is imported;
-    without it transformers raises. While it is written, a plain directory lies beside it.
+    without it transformers raises. While it is written, a temporary plain copy takes space next to it.
 
     Args:
         training: the recipe for the model card, name → value; its `dataset`, if a Hub id, also goes into the metadata.
@@ -76,8 +76,8 @@ def export_sparse(
         state_dict: the complete weights, if the model's own are split over ranks (`SparseTrainer.whole_state_dict`).
         adapters: what to do with active PEFT adapters. "merge" adds them to the weights; adapted layers become dense,
             and so do their masks. "merge_masked" adds them to the links alone, and drops the rest. "leave_out" exports
-            the model without them. The model itself does not change. The log and the model card tell the effect on
-            the sparsity, or the share that is dropped.
+            the model without them. The model itself does not change. The log and the model card say how the sparsity
+            changes, or which share is dropped.
         push_to_hub: push the directory when it is written, as `push_directory` does.
         repo_id: where to push; None: the name of the directory, in your namespace.
         token, private, revision, commit_message: as in `push_directory`.
@@ -181,8 +181,8 @@ class _Export:
         """Write a plain directory, without checksums.
 
         Args:
-            as_stored: as `save_pretrained` does by default: some architectures store weights under other names and in
-                other pieces than those of their layers. They load either way.
+            as_stored: what `save_pretrained` does by default: some architectures store weights under other names, and
+                cut in other pieces, than their layers have. Either form loads.
         """
         model: Any = self.sparse.model
         with original_keys(model), _without_peft(model):
@@ -248,8 +248,9 @@ def _check_whole(sparse: SparsityHandle, state_dict: dict[str, Tensor]) -> None:
     """As `SparsityHandle.check`, for weights that are given as a complete state dict."""
     for name, layer in sparse.layers.items():
         weight = state_dict.get(f"{name}.weight")
-        if weight is None or weight.shape != layer.mask.shape:
+        shape = layer.storage.weight_shape
+        if weight is None or weight.shape != shape:
             found = "nothing" if weight is None else str(tuple(weight.shape))
-            raise RuntimeError(f"state_dict has {found} for {name}.weight, which is {tuple(layer.mask.shape)}")
-        if weight[~layer.mask.to(weight.device)].any():
+            raise RuntimeError(f"state_dict has {found} for {name}.weight, which is {tuple(shape)}")
+        if off_mask(layer.matrix(weight), layer.topology):
             raise RuntimeError(f"{name} has weights off its mask in state_dict: something ignored the mask")

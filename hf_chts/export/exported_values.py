@@ -1,4 +1,4 @@
-"""Only plain, finite weights are exported and pushed."""
+"""Only plain, finite weights that are 0 off their masks are exported, pushed and loaded."""
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -40,6 +40,23 @@ def check_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"{path}: there is NaN or infinity in {listed(bad)}: repair it, or use an earlier checkpoint if training "
             "has diverged"
+        )
+
+
+def off_mask(weight: Tensor, mask: Tensor) -> bool:
+    """Whether a weight has values other than 0 off its mask. Both have one shape; NaN is such a value, -0.0 is not."""
+    return bool((weight.detach().ne(0) & ~mask.to(weight.device)).any())
+
+
+def check_zeros(path: Path, layer: str, weight: Tensor, *masks: Tensor) -> None:
+    """Raises ValueError if a weight of a file or directory is not 0 off its mask.
+
+    With several masks it has to be 0 off one of them: the mask and its transpose, where the layout is not known.
+    """
+    if all(mask.shape != weight.shape or off_mask(weight, mask) for mask in masks):
+        raise ValueError(
+            f"{path}: {layer} has weights off its mask, so weights and masks are of different models: restore both "
+            "from one export"
         )
 
 

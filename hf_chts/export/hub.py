@@ -12,9 +12,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_chts.checkpoint.seal import SEAL_NAME, verify_seal
 from hf_chts.config import CONFIG_NAME
-from hf_chts.export.checkpoint_card import checkpoint_card
 from hf_chts.export.hub_errors import PushFailed, reason, retried
 from hf_chts.export.hub_files import CARD, PICTURES, ExportFiles, check_contents, export_files, stale
+from hf_chts.export.model_card import checkpoint_card
 from hf_chts.export.pushed_card import FIGURES, check_card, with_figures, with_repository, with_results
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published, read_results
 
@@ -96,11 +96,7 @@ class HubRepository:
 
         Args:
             contents: path in the repository → local file or bytes.
-            message: of the commit.
-            obsolete: gives the files to delete, from those in the repository and `contents`.
-
-        Raises:
-            What `explained` turns into PushFailed.
+            obsolete: gives the files to delete, from the names in the repository and `contents`.
         """
         additions = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
@@ -110,7 +106,7 @@ class HubRepository:
         self.api.preupload_lfs_files(self.repo_id, additions, revision=self.revision, free_memory=False)
 
         def commit() -> CommitInfo:
-            # listed on every try: a commit whose answer was lost has deleted them already
+            # listed again on every try: a commit whose answer was lost has already deleted files
             remote = self.api.list_repo_files(self.repo_id, revision=self.revision)
             deletions = [CommitOperationDelete(name, is_folder=False) for name in obsolete(remote, contents)]
             return self.api.create_commit(
@@ -127,7 +123,7 @@ def open_repository(
 
     Raises:
         PushFailed: `repo_id` is invalid, there is no token, or the repository is public although `private` is True.
-        What `explained` turns into PushFailed.
+        HTTPError, OSError, ValueError: a request fails; `explained` turns these into PushFailed.
     """
     try:
         validate_repo_id(repo_id)
@@ -157,7 +153,7 @@ def open_repository(
 
 @contextmanager
 def explained(what: str, repo_id: str, then: str) -> Iterator[None]:
-    """Turn whatever goes wrong on the way to the Hub into PushFailed: "`what`: the reason. `then`"."""
+    """Turn errors of the Hub's client into PushFailed, which says: "`what`: the reason. `then`"."""
     try:
         yield
     except (PushFailed, HTTPError, OSError, RuntimeError, ValueError) as error:
@@ -168,11 +164,7 @@ def explained(what: str, repo_id: str, then: str) -> Iterator[None]:
 def _contents(
     export: ExportFiles, repo_id: str, revision: str | None, results: str | Path | None, figures: list[Path]
 ) -> dict[str, Contents]:
-    """What to push, with further results and figures: path in the repository → local file or bytes.
-
-    Raises:
-        FileNotFoundError, ValueError: see `push_directory`.
-    """
+    """What to push, with further results and figures: path in the repository → local file or bytes."""
     contents: dict[str, Contents] = dict(export.paths)
     pictures = [name.rpartition("/")[2] for name in export.paths if name.startswith(f"{FIGURES}/")]
     for path in figures:

@@ -1,17 +1,16 @@
 """Which files of a directory belong to the model, and whether they are complete: these alone go to the Hub."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hf_chts.checkpoint import MASKS_NAME, MaskFile
 from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.export.checksums import CHECKSUMS_NAME, verify_checksums
-from hf_chts.export.exported_values import check_all_stored
+from hf_chts.export.exported_values import check_all_stored, check_zeros
 from hf_chts.export.packed_files import PackedFiles
-from hf_chts.export.packed_format import is_packed, pack_values
+from hf_chts.export.packed_format import is_packed
 from hf_chts.export.pushed_card import FIGURES
 from hf_chts.export.sources import checked_config
 from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, WeightFiles, find_shards, index_path
@@ -20,8 +19,8 @@ from hf_chts.export.zero_shot_results import RESULTS_NAME
 CARD = "README.md"
 PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
 
-# pushed beside weights, masks, config and card: generation config, tokenizers, processors, licences. Nothing else is:
-# checkpoints have pickles of the optimizer, and directories whatever their owner put there
+# pushed with weights, masks, config and card: generation config, tokenizers, processors, licences. Nothing else is
+# pushed, because checkpoints have pickles of the optimizer, and their owner may keep other files there
 _OTHERS = (
     *("generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "normalizer.json"),
     *("vocab*.json", "vocab*.txt", "merges*.txt", "*.model", "*.spm", "*.bpe", "*.tiktoken", "*.jinja"),
@@ -44,7 +43,7 @@ class ExportFiles:
     directory: Path
     sparsity: SparsityConfig | None
     packed: bool
-    paths: dict[str, Path] = field(default_factory=dict)
+    paths: dict[str, Path]
 
 
 def export_files(directory: str | Path) -> ExportFiles:
@@ -59,7 +58,7 @@ def export_files(directory: str | Path) -> ExportFiles:
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file: name the directory of an export or a checkpoint")
     if not directory.is_dir():
-        raise FileNotFoundError(f"there is no directory {directory}: name that of an export or a checkpoint")
+        raise FileNotFoundError(f"there is no directory {directory}: name an export or a checkpoint")
     config = checked_config(directory)
     sparsity = SparsityConfig.load(directory) if (directory / CONFIG_NAME).is_file() else None
     packed = is_packed(config)
@@ -75,8 +74,9 @@ def export_files(directory: str | Path) -> ExportFiles:
     for path in sorted(directory.iterdir()):
         if path.is_file() and (any(map(path.match, _OTHERS)) or ("auto_map" in config and path.suffix == ".py")):
             paths.setdefault(path.name, path)
-    for path in _pictures(directory / FIGURES):
-        paths[f"{FIGURES}/{path.name}"] = path
+    for path in sorted((directory / FIGURES).glob("[!.]*")):
+        if path.is_file() and path.suffix.lower() in PICTURES:
+            paths[f"{FIGURES}/{path.name}"] = path
     for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
         paths[f"{path.parent.name}/{path.name}"] = path
     return ExportFiles(directory, sparsity, packed, paths)
@@ -102,7 +102,9 @@ def check_contents(export: ExportFiles) -> None:
     masks = MaskFile(export.directory)
     for name in masks.shapes:
         if f"{name}.weight" in files.entries:  # a few architectures store weights under other names
-            _check_layer(export.directory, name, files.read(f"{name}.weight"), masks.mask(name))
+            mask = masks.mask(name)
+            # some weights are stored as (in, out): both layouts are tried, without the model's class
+            check_zeros(export.directory, name, files.read(f"{name}.weight"), mask, mask.t())
 
 
 def stale(remote: Iterable[str], pushed: Collection[str]) -> list[str]:
@@ -119,27 +121,3 @@ def _is_ours(name: str) -> bool:
     if folder:
         return folder == FIGURES and file.lower().endswith(PICTURES)
     return bool(_WEIGHTS.fullmatch(name)) or name in (MASKS_NAME, RESULTS_NAME, CHECKSUMS_NAME)
-
-
-def _pictures(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from (
-            path
-            for path in sorted(folder.iterdir())
-            if path.is_file() and path.suffix.lower() in PICTURES and not path.name.startswith(".")
-        )
-
-
-def _check_layer(directory: Path, name: str, weight: Any, mask: Any) -> None:
-    # some weights are stored as (in, out); to find zeros both are tried, without the model's class
-    for as_stored in (mask, mask.t().contiguous()):
-        if as_stored.shape == weight.shape:
-            try:
-                pack_values(weight, as_stored)
-                return
-            except ValueError:
-                continue
-    raise ValueError(
-        f"{directory}: {name} has weights off its mask, so weights and masks are of different models: restore both "
-        "from one export"
-    )

@@ -10,6 +10,7 @@ from hf_chts.checkpoint import load_masks
 from hf_chts.config import SparsityConfig
 from hf_chts.export.auto_class import model_class
 from hf_chts.export.checksums import verify_checksums
+from hf_chts.export.exported_values import check_zeros
 from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed
 from hf_chts.export.sources import architecture, checked_config, local_directory
@@ -68,7 +69,11 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     if packed:
         masks = _packed_masks(packed, layers)
     else:
-        _check_zeros(directory, masks, layers)
+        for name in sorted(masks.keys() & layers.keys()):
+            layer = layers[name]
+            weight = masked_class(layer).matrix(layer.get_parameter("weight"))
+            if weight.shape == masks[name].shape:  # else sparsify refuses it
+                check_zeros(directory, name, weight, masks[name])
     sparsify(model, config, masks=masks)  # raises for masks that fit no layer
     return model
 
@@ -96,14 +101,3 @@ def _packed_masks(packed: PackedFiles, layers: dict[str, nn.Module]) -> dict[str
             )
         masks[name] = packed.mask(key)
     return masks
-
-
-def _check_zeros(directory: Path, masks: dict[str, Tensor], layers: dict[str, nn.Module]) -> None:
-    for name in sorted(masks.keys() & layers.keys()):
-        layer, mask = layers[name], masks[name]
-        weight = masked_class(layer).matrix(layer.get_parameter("weight").detach())
-        if weight.shape == mask.shape and (weight[~mask.to(weight.device)] != 0).any():
-            raise ValueError(
-                f"{directory}: {name} has weights off its mask, so weights and masks are of different models: "
-                "restore both from one export"
-            )

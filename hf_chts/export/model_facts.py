@@ -20,12 +20,22 @@ from hf_chts.topology.bits import count_bits
 
 
 @dataclass(frozen=True)
-class SparseLayer:
-    """A layer: the last part of its name that is not a number, its shape (out, in), and its number of links."""
+class LayerFacts:
+    """A layer, or several of one kind and shape with their links together.
+
+    Attributes:
+        kind: the last part of its name that is not a number.
+        shape: (out, in).
+    """
 
     kind: str
     shape: tuple[int, int]
     links: int
+    number: int = 1
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.links / (self.number * self.shape[0] * self.shape[1])
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class ModelFacts:
 
     architecture: str
     sparsity: SparsityConfig
-    layers: list[SparseLayer]
+    layers: list[LayerFacts]
     config: Mapping[str, Any]
     packed: bool = False
 
@@ -56,13 +66,21 @@ class ModelFacts:
         possible = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         return 1 - self.links / possible if possible else 0.0
 
+    @property
+    def kinds(self) -> list[LayerFacts]:
+        """The layers of the same kind and shape together, for a table."""
+        links: dict[tuple[str, tuple[int, int]], list[int]] = {}
+        for layer in self.layers:
+            links.setdefault((layer.kind, layer.shape), []).append(layer.links)
+        return [LayerFacts(kind, shape, sum(each), len(each)) for (kind, shape), each in links.items()]
+
     @classmethod
     def of_model(cls, sparse: SparsityHandle, masks: Mapping[str, Tensor] | None = None) -> "ModelFacts":
         """Facts of a sparse model; `masks`, bool (out, in) by layer name, stand in for its own."""
         layers = []
         for name, mask in (sparse.masks() if masks is None else masks).items():
             rows, columns = mask.shape
-            layers.append(SparseLayer(last_part(name), (rows, columns), int(mask.count_nonzero())))
+            layers.append(LayerFacts(last_part(name), (rows, columns), int(mask.count_nonzero())))
         config = getattr(sparse.model, "config", None)
         contents = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
         name = type(sparse.model).__name__.removeprefix("FSDP")  # as fully_shard renames it
@@ -85,10 +103,10 @@ class ModelFacts:
         if is_packed(config):
             for key, weight in PackedFiles(directory).weights.items():
                 rows, columns = weight.shape[::-1] if weight.transposed else weight.shape
-                layers.append(SparseLayer(last_part(key.removesuffix(".weight")), (rows, columns), weight.links))
+                layers.append(LayerFacts(last_part(key.removesuffix(".weight")), (rows, columns), weight.links))
         elif not sparsity.is_dense or (directory / MASKS_NAME).is_file():
             masks = MaskFile(directory)
             for name, shape in masks.shapes.items():
                 links = count_bits(masks.tensors[f"{name}.mask"])
-                layers.append(SparseLayer(last_part(name), (shape[0], shape[1]), links))
+                layers.append(LayerFacts(last_part(name), (shape[0], shape[1]), links))
         return cls(architecture(config) or "model", sparsity, layers, plain_config(config), is_packed(config))

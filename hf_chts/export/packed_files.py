@@ -14,7 +14,7 @@ from hf_chts.topology.bits import count_bits, unpack_bits
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """What the headers tell of a sparse weight. The shape is (in, out) if it is stored transposed."""
+    """A sparse weight as the headers describe it. The shape is (in, out) if it is stored transposed."""
 
     shape: tuple[int, int]
     dtype: str
@@ -38,7 +38,7 @@ class PackedFiles:
     def __init__(self, directory: Path) -> None:
         self.files = WeightFiles(directory, PACKED_STEM)
         if extra := unlisted_shards(directory, PACKED_STEM):
-            raise DamagedFile(directory / extra[0], "the index does not list it, so it is of another export")
+            raise DamagedFile(directory / extra[0], "the index does not list it, so it belongs to another export")
         transposed = {key for path in self.files.metadata for key in self._transposed(path)}
         entries = self.files.entries
         keys = list(dict.fromkeys(key.rsplit("_", 1)[0] for key in entries if _is_part(key)))
@@ -78,7 +78,7 @@ class PackedFiles:
             said = json.loads(self.files.metadata[path][METHOD])
             version, keys = said["version"], said["transposed"]
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedFile(path, "its metadata is not that of packed weights") from error
+            raise DamagedFile(path, "it has no metadata of packed weights") from error
         if version != VERSION:
             raise DamagedFile(path, f"its format is version {version!r}, upgrade hf_chts, which reads {VERSION}")
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):

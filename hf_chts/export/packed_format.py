@@ -34,20 +34,10 @@ _BLOCK = 1 << 17
 
 
 def pack_values(weight: Tensor, mask: Tensor) -> Tensor:
-    """The weights of the links, bit for bit: floats and bool of one shape → (links,).
-
-    Raises:
-        ValueError: a weight is not 0 off the mask.
-    """
+    """The weights of the links, bit for bit: floats and bool of one shape → (links,)."""
     numbers, flat = _numbers(weight), mask.reshape(-1).numpy()
-    parts, others = [], 0
-    for begin in range(0, flat.size, _BLOCK):
-        block, links = numbers[begin : begin + _BLOCK], flat[begin : begin + _BLOCK]
-        parts.append(block[np.flatnonzero(links)])
-        others += np.count_nonzero(block) - np.count_nonzero(parts[-1])
-    # counted over bit patterns, in which -0.0 is not zero
-    if others and bool((weight.masked_fill(mask, 0) != 0).any()):
-        raise ValueError("has weights off its mask")
+    blocks = range(0, flat.size, _BLOCK)
+    parts = [numbers[begin : begin + _BLOCK][np.flatnonzero(flat[begin : begin + _BLOCK])] for begin in blocks]
     return torch.from_numpy(np.concatenate(parts)).view(weight.dtype)
 
 
@@ -80,7 +70,7 @@ def metadata(transposed: Iterable[str]) -> dict[str, str]:
 
 
 def packed_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The contents of a packed directory's config.json, from those of the plain one."""
+    """The contents of config.json for a packed directory, made from the plain directory's."""
     settings = {"quant_method": METHOD, "version": VERSION}
     return config | {"quantization_config": settings, "transformers_weights": NOTE}
 
@@ -93,7 +83,7 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_packed(config: dict[str, Any]) -> bool:
-    """Whether the contents of config.json are those of a packed directory."""
+    """Whether these contents of config.json belong to a packed directory."""
     settings = config.get("quantization_config")
     return isinstance(settings, dict) and settings.get("quant_method") == METHOD
 

@@ -70,7 +70,7 @@ class PackedLoader(HfQuantizer):
             )
         directory = Path(config.name_or_path or "")
         if config.name_or_path and index_path(directory, PACKED_STEM).is_file():
-            find_shards(directory, PACKED_STEM)  # a clearer error for a damaged index than that of transformers
+            find_shards(directory, PACKED_STEM)  # a clearer error for a damaged index than transformers gives
         config.transformers_weights = index_path(directory, PACKED_STEM).name
         return config
 
@@ -118,7 +118,7 @@ class PackedLoader(HfQuantizer):
 
 
 def forget_packing(config: PreTrainedConfig) -> None:
-    """Turn the config of a packed directory into that of a plain model."""
+    """Remove what only a packed directory has from a config, so that it is a plain model's."""
     settings = getattr(config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", METHOD)
     for name in ("quantization_config", "transformers_weights"):
@@ -131,11 +131,7 @@ class _Unpack(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self,
-        input_dict: dict[str, list[Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
+        self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         bits, values, shape = (input_dict[f"weight_{kind}"][0] for kind in KINDS)
         rows, columns = shape.tolist()

@@ -43,7 +43,7 @@ def local_directory(source: str | Path, options: dict[str, Any]) -> Path:
     try:
         validate_repo_id(str(source))
     except HFValidationError as error:
-        raise FileNotFoundError(f"there is no directory {source}: name that of an export, or a Hub id") from error
+        raise FileNotFoundError(f"there is no directory {source}: name an export's directory, or a Hub id") from error
     taken = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
     try:
         return Path(snapshot_download(str(source), allow_patterns=_DOWNLOADED, **taken))
@@ -68,10 +68,7 @@ def checked_config(directory: Path) -> dict[str, Any]:
         if name in config and not (packed and name != "configuration_files"):
             raise DamagedFile(path, f"it has {name}, which exports of hf_chts never have")
     if (directory / "adapter_config.json").exists():
-        raise DamagedFile(
-            directory / "adapter_config.json",
-            "exports have no adapter: merge it into the model",
-        )
+        raise DamagedFile(directory / "adapter_config.json", "exports have no adapter: merge it into the model")
     attention = [value for name, value in config.items() if name.strip("_").startswith("attn_implementation")]
     if any("/" in str(value) for value in attention):
         raise DamagedFile(path, f"it names the attention code {attention[0]!r}: pass attn_implementation yourself")

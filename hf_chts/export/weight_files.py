@@ -96,8 +96,7 @@ class WeightFiles:
         if found != places:
             key = sorted(set(found.items()) ^ set(places.items()))[0][0]
             raise DamagedFile(
-                index,
-                f"it has {key} in {places.get(key, 'no shard')}, but that is in {found.get(key, 'no shard')}",
+                index, f"it has {key} in {places.get(key, 'no shard')}, but that is in {found.get(key, 'no shard')}"
             )
 
 

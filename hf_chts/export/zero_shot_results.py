@@ -30,7 +30,7 @@ def read_results(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no results, or those of several models, not exactly one of which has one of the names.
+        ValueError: it holds no results, or several models' and not exactly one of them has one of the names.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there are no zero-shot results at {path}: write some with eval_zero_shot.py --output")

@@ -18,11 +18,10 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from hf_chts.export.card_metadata import as_list
-from hf_chts.export.checkpoint_card import last_evaluation, progress
 from hf_chts.export.hub import HubRepository, explained, open_repository
 from hf_chts.export.hub_errors import PushFailed
 from hf_chts.export.hub_files import CARD
-from hf_chts.export.model_card import model_card
+from hf_chts.export.model_card import run_card
 from hf_chts.export.model_facts import ModelFacts
 from hf_chts.files.atomic import write_whole
 from hf_chts.sparse_model import SparsityHandle
@@ -104,13 +103,8 @@ class HubPushes(AnyTrainer):
         given |= {"pipeline_tag": tasks if isinstance(tasks, str) else None}
         described = {"dataset": dataset, "dataset arguments": dataset_args}
         training = {**self.training_facts(), **{name: value for name, value in described.items() if value is not None}}
-        steps = progress(self.state.global_step, self.state.max_steps)
-        card = model_card(
-            ModelFacts.of_model(self.sparse),
-            training={**training, **({"optimizer steps": steps} if steps else {})},
-            metrics=last_evaluation(self.state.log_history),
-            metadata={name: value for name, value in given.items() if value is not None},
-        )
+        metadata = {name: value for name, value in given.items() if value is not None}
+        card = run_card(ModelFacts.of_model(self.sparse), vars(self.state), training=training, metadata=metadata)
         write_whole(Path(self.args.output_dir or ".") / CARD, card.encode())
 
     def push_to_hub(

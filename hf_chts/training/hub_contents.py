@@ -11,9 +11,9 @@ from typing import Any
 from huggingface_hub import CommitInfo
 
 from hf_chts.config import CONFIG_NAME, SparsityConfig
-from hf_chts.export.checkpoint_card import checkpoint_card
 from hf_chts.export.hub import Contents, HubRepository
 from hf_chts.export.hub_files import CARD, export_files, stale
+from hf_chts.export.model_card import checkpoint_card
 from hf_chts.export.pushed_card import with_repository
 from hf_chts.export.zero_shot_results import RESULTS_NAME
 

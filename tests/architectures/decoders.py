@@ -22,7 +22,7 @@ UNGROUPED = GROUPED | {"num_key_value_heads": 4}
 EVEN = GROUPED | {"hidden_size": 32}
 EVEN.pop("head_dim")
 GPT2 = SPECIAL | {
-    **{"vocab_size": VOCABULARY, "n_embd": 18, "n_inner": 22, "n_layer": 2, "n_head": 3, "n_positions": 32},
+    **{"vocab_size": VOCABULARY, "n_embd": 18, "n_inner": 22, "n_layer": 2, "n_head": 3, "n_positions": 32}
 }
 
 MLP = "gate_proj up_proj 28x20, down_proj 20x28"

@@ -76,7 +76,7 @@ def test_experts_that_are_linear_layers_are_sparse_and_their_router_is_not():
     assert list(sparsify(switch_transformers(), named).layers) == [f"{mlp}.router.classifier", *experts]
 
 
-def test_stacked_matrices_are_told_from_what_only_has_many_dimensions():
+def test_stacked_matrices_and_other_parameters_of_many_dimensions():
     class Block(nn.Module):
         def __init__(self, *shape):
             super().__init__()

@@ -12,7 +12,7 @@ from corpus_files import COMPRESS, NAMES, form_of, json_rows, write_file
 
 from hf_chts.data import formats
 from hf_chts.data.bad_documents import BadDocument
-from hf_chts.data.formats import DataFile
+from hf_chts.data.formats import DataFile, format_of
 
 # of very different lengths, some empty, some missing; line ends and multi-byte characters inside
 TEXTS = [None if i % 11 == 5 else f"{i} ä€\n" * (i * 7 % 13) for i in range(53)]
@@ -27,6 +27,7 @@ def write(path, texts=TEXTS):
 
 def data_file(path):
     form = {"lines": "json", "feather": "arrow"}.get(form_of(path), form_of(path))
+    assert format_of(path) == form
     return DataFile(str(path), path.name, path.stat().st_size, form)
 
 
@@ -149,7 +150,7 @@ def remove(path):
     path.unlink()
 
 
-DAMAGED = "could not be read.*it is damaged or was not copied whole"
+DAMAGED = "could not be read.*it is damaged or was not copied completely"
 
 
 def those(condition):
@@ -183,7 +184,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, damage, error, mess
         list(file.read("text"))
 
 
-def test_rows_that_are_no_objects(tmp_path):
+def test_rows_that_are_not_objects(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n"b"\n{"text": "c"}\n')
     (one, _), (bad, at), (three, _) = data_file(tmp_path / "a.jsonl").read("text")
     assert (one, three, at) == ("a", "c", 18)

@@ -78,7 +78,7 @@ def test_stream_equals_map_style(letters, monkeypatch, num_shards, rows, charact
     monkeypatch.setattr(sources, "_READ_ROWS", rows)
     monkeypatch.setattr("hf_chts.data.stream._ENCODE_CHARACTERS", characters)
     stream = BlockStream(documents_of(TEXTS, num_shards), letters, 4)
-    for _ in range(2):  # every iteration starts anew
+    for _ in range(2):  # every iteration starts from the beginning
         assert spell_all(stream, letters) == BLOCKS
     assert next(iter(stream))["labels"].dtype == torch.long
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import logging
+import re
 import tarfile
 from collections import Counter
 from hashlib import blake2b
@@ -13,9 +14,10 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpus_files import NAMES, write_file, zstd
+from corpus_files import write_file, zstd
 
 from hf_chts.data import BlockStream, DataArguments, Shuffle, load_data, load_source, load_tokenizer
+from hf_chts.data.bad_documents import BadDocument
 from hf_chts.data.loading import load_corpus
 from hf_chts.data.packing import encode
 from hf_chts.data.token_preparation import prepare_tokens
@@ -110,7 +112,8 @@ def test_a_corpus_of_which_all_or_nothing_is_held_out(tmp_path, tokenizer, route
 TEXTS = [f'{i}: ä€ "quoted", and\n\ta new line' * (1 + i % 2) for i in range(40)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+# test_formats.py has the others: the routes differ only in what they do with a document
+@pytest.mark.parametrize("name", ["c.parquet", "c.jsonl.zst", "c.tar"])
 @every_route
 def test_the_same_documents_of_any_format(tmp_path, tokenizer, route, name):
     write_file(tmp_path / "corpus" / "train" / name, TEXTS)
@@ -210,20 +213,32 @@ CASES = {
 }
 
 
-@pytest.fixture
-def damaged(tmp_path, request):
-    name, contents, place = CASES[request.param]
-    (tmp_path / "corpus/train").mkdir(parents=True)
-    (tmp_path / "corpus/train" / name).write_bytes(contents)
-    write_file(tmp_path / "corpus/validation" / name, ["held out"])
-    good = BEFORE if "cut" in request.param or "never" in request.param else BEFORE + AFTER
-    return tmp_path, f"{tmp_path}/corpus/train/{name}, .*{place}: ", good
+def write_case(folder, case):
+    """Write the file; returns it, the place that is named, and the good documents."""
+    name, contents, place = CASES[case]
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(contents)
+    good = BEFORE if "cut" in case or "never" in case else BEFORE + AFTER
+    return folder / name, f"{folder / name}, .*{place}", good
 
 
-@pytest.mark.parametrize("damaged", CASES, indirect=True)
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_document_is_named_and_the_others_are_read(tmp_path, case):
+    file, place, good = write_case(tmp_path / "corpus", case)
+    source = load_source(str(file), on_bad_document="skip")
+    for parts in (1, 3):
+        read = [text for part in range(parts) for text, _ in source.read(0, part, parts)]
+        (bad,) = [text for text in read if isinstance(text, BadDocument)]
+        assert sorted(text for text in read if isinstance(text, str)) == sorted(good)
+        assert re.fullmatch(place, bad.place)
+
+
+@pytest.mark.parametrize("case", ["lines, no column", "Parquet, no UTF-8", "CSV, a quote never closed"])
 @every_route
-def test_bad_documents(damaged, tokenizer, route, caplog):
-    folder, place, good = damaged
+def test_bad_documents(tmp_path, tokenizer, route, case, caplog):
+    folder = tmp_path
+    file, place, good = write_case(folder / "corpus/train", case)
+    write_file(folder / "corpus/validation" / file.name, ["held out"])
 
     def run(policy):
         settings = {"dataset": str(folder / "corpus"), "validation_split": "validation", "on_bad_document": policy}
@@ -231,7 +246,7 @@ def test_bad_documents(damaged, tokenizer, route, caplog):
         trains = {readers: made.train(readers) for readers in ((1, 4) if route == "stream" else (1,))}
         return made, trains
 
-    with pytest.raises(ValueError, match=f"{place}.*on_bad_document: skip"):
+    with pytest.raises(ValueError, match=f"{place}: .*on_bad_document: skip"):
         run("error")
     if route != "stream":
         with pytest.raises(ValueError, match=place):
@@ -325,7 +340,7 @@ def test_bad_documents_are_skipped_until_they_are_many(tmp_path, letters, total,
         run("error")
 
 
-def test_a_state_without_counts_is_taken_up(tmp_path, letters):
+def test_a_state_without_counts_still_loads(tmp_path, letters):
     """As in the first checkpoints."""
     stream = stream_of(write_file(tmp_path / "c.jsonl", TEXTS), letters, buffer=7)
     loader = stream.loader()

@@ -1,10 +1,7 @@
 """A stream under a real Trainer: the blocks that each rank trains on, and runs resumed from a checkpoint."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch.distributed as dist
 from cases import arguments, case_config, losses, same_weights, weights
 from tiny import random_blocks, tiny_llama
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from two_ranks import run_two_ranks
 
 from hf_chts import SparseTrainer
 from hf_chts.data import BlockStream, DataArguments, Shuffle, load_data, load_source
@@ -141,7 +139,7 @@ def test_documents_that_were_skipped_are_counted_in_the_log(folder, trained):
     assert skipped_in(resumed.state.log_history) == counts
 
 
-def test_other_numbers_of_workers_are_refused_or_begin_anew(folder, trained, checkpoint):
+def test_another_number_of_workers_is_refused_or_starts_the_data_over(folder, trained, checkpoint):
     other = sparse_trainer(folder, "other", workers=0)
     before = weights(other)
     with pytest.raises(ValueError, match=r"checkpoint-4 cannot be resumed: .*1 ranks with 2 .* now there are 1 ranks"):
@@ -204,22 +202,7 @@ def test_a_plain_trainer_reads_a_stream(folder):
 @pytest.mark.distributed
 def test_two_ranks(folder):
     spoil(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-
+    run_two_ranks(__file__, folder)
     unbroken, resumed = ([json.loads((folder / f"{run}-{r}.json").read_text()) for r in (0, 1)] for run in ("a", "b"))
     assert [len(blocks) for blocks in unbroken] == [STEPS * ACCUMULATION] * 2
     assert resumed == [blocks[SAVED * ACCUMULATION :] for blocks in unbroken]

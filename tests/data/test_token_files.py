@@ -130,7 +130,7 @@ def test_by_several_processes_and_from_the_command_line(tmp_path, corpus, prepar
     assert one.splits == two.splits  # the checksums among them
 
 
-def test_taken_up_where_it_was_left(tmp_path, corpus, letters, monkeypatch):
+def test_continued_after_an_interruption(tmp_path, corpus, letters, monkeypatch):
     out = tmp_path / "tokens"
     make, made = token_preparation.make_shard, []
 

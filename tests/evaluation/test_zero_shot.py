@@ -155,10 +155,7 @@ def test_number_of_examples_and_missing_data(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1 =", "answer": "2"}\n' * 3)
     task = {
         "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(tmp_path / "rows.jsonl")},
-            "cache_dir": str(tmp_path / "c"),
-        },
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "c")},
         "test_split": "test",
         "output_type": "loglikelihood",
         "doc_to_text": "question",
@@ -167,12 +164,7 @@ def test_number_of_examples_and_missing_data(tmp_path):
         "tag": "sums",
     }
     absent = {"data_files": {"test": str(tmp_path / "absent.jsonl")}, "cache_dir": str(tmp_path / "c")}
-    variants = {
-        "own": {"num_fewshot": 2},
-        "none": {},
-        "zero": {"num_fewshot": 0},
-        "gone": {"dataset_kwargs": absent},
-    }
+    variants = {"own": {"num_fewshot": 2}, "none": {}, "zero": {"num_fewshot": 0}, "gone": {"dataset_kwargs": absent}}
     for name, change in variants.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | task | change))
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)

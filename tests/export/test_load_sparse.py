@@ -27,7 +27,7 @@ SMALL = {"hidden_size": 40, "intermediate_size": 60, "num_hidden_layers": 2, "nu
 
 
 class ScaledLlama(LlamaForCausalLM):
-    """A class of one's own with the config of another: nobody has registered it."""
+    """A user's class with LLaMA's config, which is not registered."""
 
     def forward(self, *args, **kwargs):
         found = super().forward(*args, **kwargs)
@@ -59,9 +59,9 @@ def made(kind, config=LlamaConfig, **settings):
 MODELS = {
     "a head for tokens": lambda: made(LlamaForTokenClassification, num_labels=5, **SMALL),
     "no head": lambda: made(LlamaModel),
-    "none of the Auto classes has it": lambda: made(GPT2DoubleHeadsModel, GPT2Config, n_embd=40, n_layer=2, n_head=4),
-    "of one's own": lambda: made(ScaledLlama),
-    "of one's own, registered": lambda: made(MineForCausalLM, MineConfig),
+    "without an Auto class": lambda: made(GPT2DoubleHeadsModel, GPT2Config, n_embd=40, n_layer=2, n_head=4),
+    "a user's": lambda: made(ScaledLlama),
+    "a user's, registered": lambda: made(MineForCausalLM, MineConfig),
 }
 
 
@@ -70,7 +70,7 @@ MODELS = {
 def test_the_class_and_its_head(tmp_path, registered, name, kind):
     model = MODELS[name]()
     directory = export_sparse(model, tmp_path / "export", packed=kind == "packed")
-    if kind == "packed without the model at hand":  # its class tells how weights are stored
+    if kind == "packed without the model at hand":  # its class shows how weights are stored
         directory = pack_directory(directory, tmp_path / "packed")
     loaded = load_sparse(directory).eval()
     assert type(loaded) is type(model)
@@ -93,10 +93,7 @@ def change_config(directory, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"architectures": ["Nobody"]},
-            r"class Nobody \(model_type 'llama'\)",
-        ),
+        ({"architectures": ["Nobody"]}, r"class Nobody \(model_type 'llama'\)"),
         ({"architectures": ["AutoModelForCausalLM"]}, "class AutoModelForCausalLM"),
         ({"architectures": ["Trainer"]}, "class Trainer"),
         ({"architectures": ["os.system"]}, "class os.system"),
@@ -104,10 +101,7 @@ def change_config(directory, **changes):
         ({"architectures": ""}, "config.json does not say in `architectures`"),
         ({"architectures": [["LlamaForCausalLM"]]}, "config.json names the class"),
         ({"architectures": ["LlamaForTokenClassification"]}, r"has no weights for \['score.bias', 'score.weight'\]"),
-        (
-            {"architectures": ["LlamaModel"]},
-            r"unexpected weights, \['lm_head.weight'\] of a LlamaModel",
-        ),
+        ({"architectures": ["LlamaModel"]}, r"unexpected weights, \['lm_head.weight'\] of a LlamaModel"),
         ({"num_hidden_layers": 1}, "model.layers.1|masks"),
     ],
 )
@@ -158,7 +152,7 @@ def test_quantized_loading_is_refused(tmp_path, option, packed):
     load_sparse(tmp_path, **{option: None if "config" in option else False})
 
 
-def test_what_is_quantized_is_not_exported(tmp_path):
+def test_quantized_models_are_not_exported(tmp_path):
     class Quantized(torch.Tensor):
         pass
 

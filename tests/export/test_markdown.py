@@ -6,13 +6,12 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt  # which rich needs too
-from test_model_card import card_of
 
 from hf_chts import SparsityConfig
 from hf_chts.evaluation.result_files import write_report
 from hf_chts.evaluation.tables import results_table
 from hf_chts.export.model_card import model_card
-from hf_chts.export.model_facts import ModelFacts, SparseLayer
+from hf_chts.export.model_facts import LayerFacts, ModelFacts
 from hf_chts.export.pushed_card import with_figures, with_repository, with_results
 from hf_chts.markdown import code, inline, picture
 
@@ -61,7 +60,7 @@ SAFE = "&lt;script&gt;alert(1)&lt;/script&gt;\\|\\[x\\](y)"
 
 def test_a_model_card():
     facts = ModelFacts(
-        SCRIPT, SparsityConfig(method="set"), [SparseLayer("up`|<i>", (4, 10), 4)], {"model_type": SCRIPT}
+        SCRIPT, SparsityConfig(method="set"), [LayerFacts("up`|<i>", (4, 10), 4)], {"model_type": SCRIPT}
     )
     results = {
         "tasks": {SCRIPT: {SCRIPT: 0.5}}, "skipped": {SCRIPT: "x"}, "config": {"limit": SCRIPT},
@@ -84,12 +83,6 @@ def test_a_revision_in_the_code_of_a_card():
     assert text == 'f("a/b", revision="v\\"); import os; (\\"")'
 
 
-def test_names_stay_readable():
-    card = card_of(training={"per_device_train_batch_size": 8, "dataset": "HuggingFaceFW/fineweb-edu", "rate": 1e-4})
-    for row in ("| per_device_train_batch_size | 8 |", "| dataset | HuggingFaceFW/fineweb-edu |", "| rate | 0.0001 |"):
-        assert row in card.text
-
-
 def test_tables_of_results(tmp_path):
     rest = {"suite": "", "skipped": {}, "config": {"limit": None}, "versions": {"tasks": {}}}
     results = [{"model": f"{SCRIPT} $x_{n}^$", "tasks": {SCRIPT: {"acc": 0.5}}, **rest} for n in range(2)]
@@ -98,4 +91,4 @@ def test_tables_of_results(tmp_path):
     assert SAFE in table
     markdown, figure = write_report(results, tmp_path / "a (b) <i>.json")
     assert "](a%20%28b%29%20%3Ci%3E.png)" in markdown.read_text()
-    assert figure.stat().st_size > 1000  # what looks like a formula is none
+    assert figure.stat().st_size > 1000  # the $ of a name is not read as a formula

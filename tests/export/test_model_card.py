@@ -5,13 +5,12 @@ import json
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 from tiny import tiny_llama
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 from transformers.trainer_utils import SchedulerType
 
 from hf_chts import SparsityConfig, sparsify
-from hf_chts.export.checkpoint_card import last_evaluation, progress
-from hf_chts.export.model_card import model_card
-from hf_chts.export.model_facts import ModelFacts, SparseLayer
+from hf_chts.export.model_card import last_evaluation, model_card, progress
+from hf_chts.export.model_facts import LayerFacts, ModelFacts
 from hf_chts.export.pushed_card import with_figures, with_repository, with_results
 from hf_chts.export.zero_shot_results import published, results_section
 from hf_chts.markdown import with_section
@@ -42,7 +41,7 @@ def test_data_sets(dataset, ids, place):
     assert {r.task_type for r in card.data.eval_results} == {"text-generation"}
 
 
-def test_a_folder_here_is_no_hub_id(tmp_path, monkeypatch):
+def test_a_local_folder_is_not_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "data/mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert card_of(training={"dataset": "data/mine"}).data.datasets is None
@@ -62,7 +61,9 @@ def test_metadata():
         card_of(metadata={"eval_results": "none"})
 
 
-def test_no_text_generation():
+def test_other_tasks_than_text_generation():
+    classes = LlamaForSequenceClassification(tiny_llama().config)
+    assert card_of(classes).data.pipeline_tag == "text-classification"
     small = T5Config(d_model=16, d_ff=32, d_kv=4, num_layers=1, num_heads=4, vocab_size=50)
     card = card_of(T5ForConditionalGeneration(small), SparsityConfig(method="set"))
     assert card.data.get("pipeline_tag") is None
@@ -87,7 +88,7 @@ def test_text():
 
 
 def test_facts_by_hand():
-    layers = [SparseLayer("up", (4, 10), 4), SparseLayer("up", (4, 10), 6), SparseLayer("down", (10, 4), 10)]
+    layers = [LayerFacts("up", (4, 10), 4), LayerFacts("up", (4, 10), 6), LayerFacts("down", (10, 4), 10)]
     facts = ModelFacts("LlamaForCausalLM", SparsityConfig(method="set"), layers, {})
     assert facts.links == 20
     assert facts.missing == 1 - 20 / 120

@@ -350,7 +350,7 @@ def test_a_packed_directory(tmp_path, exports, opened, name):
         load_sparse(directory)
     assert str(directory) in str(caught.value) or "config.json" in message
     if name not in LOADS_PLAIN:
-        # the class itself is not told the directory before it looks for files
+        # the class itself does not know the directory before it looks for files
         for loader in (AutoModelForCausalLM, LlamaForCausalLM):
             with pytest.raises((ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError)):
                 loader.from_pretrained(directory)
@@ -373,8 +373,7 @@ def test_code_in_a_packed_directory_is_not_run(tmp_path, exports):
     for name in ("pytorch_model.bin", "model.bin", "training_args.bin"):
         (directory / name).write_bytes(pickle.dumps(Attack()))
     change_json(
-        "config.json",
-        lambda config: config.update(auto_map={"AutoModelForCausalLM": "modeling_mine.LlamaForCausalLM"}),
+        "config.json", lambda config: config.update(auto_map={"AutoModelForCausalLM": "modeling_mine.LlamaForCausalLM"})
     )(directory)
     change_json("config.json", lambda config: config.update(transformers_weights="../../x.safetensors"))(directory)
     assert type(load_sparse(directory)).__module__.startswith("transformers.")
@@ -420,6 +419,7 @@ PLAIN = {
         lambda directory: (directory / "model.safetensors").rename(directory / "pytorch_model.bin"),
         "has neither model.safetensors nor model.safetensors.index.json",
     ),
+    "no masks": (lambda directory: (directory / "masks.safetensors").unlink(), "masks.safetensors is missing"),
     "weights are named in the config": (
         change_json("config.json", lambda config: config.update(transformers_weights="../outside.safetensors")),
         "config.json cannot be used: it has transformers_weights",
