@@ -10,7 +10,6 @@ reaches, where the scores are not 0 by definition; and of the share of the highe
 tenth of the links, that are among the highest node-based ones. For comparison, the same for the mere number of paths.
 """
 
-import argparse
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from setups import parser
 from torch import Tensor
 
 from hf_chts.files.atomic import write_whole
@@ -243,15 +243,15 @@ def _where(case: dict) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each score per network (default: 5)")
-    parser.add_argument("--networks", type=int, default=3, help="networks per case (default: 3)")
-    parser.add_argument("--figure", type=Path, help="write a figure here, PNG (default: none)")
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument("--repeats", type=int, default=5, help="timed calls of each score per network (default: 5)")
+    options.add_argument("--networks", type=int, default=3, help="networks per case (default: 3)")
+    options.add_argument("--figure", type=Path, help="write a figure here, PNG (default: none)")
+    options.add_argument(
         "--table", type=Path, help="write a page with the figures as a table here, Markdown (default: none)"
     )
-    parser.add_argument("--machine", default="not named", help="what the table calls the machine (default: not named)")
-    arguments = parser.parse_args()
+    options.add_argument("--machine", default="not named", help="what the table calls the machine (default: not named)")
+    arguments = options.parse_args()
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     results = []
