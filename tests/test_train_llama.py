@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hf_chts.commands.train
 import hf_chts.report.figures
 from hf_chts import SparseTrainer, SparseTrainingArguments, load_sparse
 from hf_chts.checkpoint import load_masks
@@ -32,6 +33,14 @@ def run(launcher, *options):
         cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Runs would take all cores, from other tests too, which run beside them or after them in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_chts.commands.train, "use_all_cores", lambda args: None)
+        yield
 
 
 def started(*options):
