@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hf_chts.files.atomic import write_whole
 from hf_chts.plotting import COLOURS, encoded, look
+from hf_chts.topology.allocation import links_at
 from hf_chts.topology.initial import bipartite_receptive_field, erdos_renyi
 from hf_chts.topology.link_prediction import ch2_l3n, ch2_l3p, ch3_l3n, ch3_l3p
 from hf_chts.topology.random_streams import random_stream
@@ -48,7 +49,8 @@ def measure(shape: tuple[int, int], density: float, kind: str, networks: int, re
     agreement: dict[str, list[float]] = {f"{pair} {how}": [] for pair in PAIRS for how in ("all", "reached", "top")}
     reached_share = []
     for key in range(networks):
-        mask = NETWORKS[kind](*shape, 1 - density, generator=random_stream(key, *shape, kind, round(density * 1e6)))
+        links = links_at(shape[0] * shape[1], 1 - density)
+        mask = NETWORKS[kind](*shape, links, generator=random_stream(key, *shape, kind, round(density * 1e6)))
         scores = {name: score(mask) for name, score in SCORES.items()}  # warms up, too
         for repeat in range(repeats):
             names = list(SCORES)

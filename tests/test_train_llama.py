@@ -271,20 +271,10 @@ REFUSED = {
         ("--resume_from_checkpoint", "{run}/checkpoint-4"),
         "{run}/checkpoint-4",
     ),
-    "not whole": (
-        lambda place: (place / "checkpoint_seal.json").unlink(),
-        ("--resume_from_checkpoint", "{run}/checkpoint-3"),
-        "{run}/checkpoint-3/checkpoint_seal.json is missing",
-    ),
     "a flipped bit": (
         lambda place: flip(place / "optimizer.pt"),
         ("--resume_from_checkpoint", "{run}/checkpoint-3"),
         "{run}/checkpoint-3/optimizer.pt is damaged",
-    ),
-    "a damaged seal": (
-        lambda place: (place / "checkpoint_seal.json").write_text("{"),
-        ("--resume_from_checkpoint", "{run}/checkpoint-3"),
-        "{run}/checkpoint-3/checkpoint_seal.json cannot be used",
     ),
     "another config": (
         lambda place: None,

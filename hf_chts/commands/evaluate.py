@@ -100,11 +100,7 @@ class Outcome:
             _say(f"{self.output} could not be written: {error}")
         # after the results, from which table and figure can be made again at any time
         written, failure = without_fail(
-            "The table and the figure",
-            evaluation.write_report,
-            self.results,
-            self.output,
-            baseline=self.compared_with,
+            "The table and the figure", evaluation.write_report, self.results, self.output, baseline=self.compared_with
         )
         self.beside = f", {written[0].name}, {written[1].name}" if written else f". {failure}"
 
