@@ -13,11 +13,12 @@ import typer
 from transformers.utils.logging import disable_progress_bar
 
 from hf_chts import evaluation
+from hf_chts.commands import without_fail
 from hf_chts.evaluation.checks import check_options
 from hf_chts.evaluation.comparison import baseline_index
 from hf_chts.evaluation.result_files import check_output, results_json
 from hf_chts.evaluation.zero_shot import default_device
-from hf_chts.machine import device_line, without_fail
+from hf_chts.machine import device_line
 
 # exit status where some tasks or models were left out, for scripts that look at it
 SOME_LEFT_OUT = 3

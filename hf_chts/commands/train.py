@@ -21,13 +21,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse
 from hf_chts.checkpoint.run_folder import last_sealed, refuse_folder_of_another_run
-from hf_chts.commands import one_line_errors, refusal
+from hf_chts.commands import one_line_errors, refusal, without_fail
 from hf_chts.commands.options import parse_run
 from hf_chts.config_file import PRESETS_ROOT
 from hf_chts.data import BlockStream, DataArguments, LoadedData, load_data, token_byte_lengths
 from hf_chts.evaluation import language_modeling_metrics
 from hf_chts.export import push_directory
-from hf_chts.machine import check_can_write, device_line, on_cpu, without_fail
+from hf_chts.machine import check_can_write, device_line, on_cpu
 from hf_chts.model_arguments import ModelArguments, build_model, load_config
 from hf_chts.plain_text import print_anything
 from hf_chts.training.divergence import last_whole
