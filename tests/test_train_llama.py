@@ -67,7 +67,7 @@ def test_train_export_and_resume(tmp_path):
     options = [
         "--model", model, "--dataset", text, "--block_size", 32, "--max_steps", 16, "--update_interval", 4,
         "--save_steps", 8, "--eval_strategy", "no", "--per_device_train_batch_size", 4, "--logging_steps", 4,
-        "--output_dir", tmp_path / "run", "--warmup_steps", 2, "--validation_fraction", 0.2,
+        "--output_dir", tmp_path / "run", "--warmup_steps", 2, "--validation_fraction", 0.2, "--max_eval_tokens", 1024,
     ]  # fmt: skip
     result = run(LAUNCH, *options)
     assert result.returncode == 0, result.stderr[-4000:]
