@@ -5,8 +5,7 @@ python eval_zero_shot.py runs/dense runs/chts org/name --suite commonsense,wikit
 accelerate launch eval_zero_shot.py runs/chts --suite glue          # shares the documents out over the GPUs
 """
 
-from hf_chts.commands.app import run_alone
-from hf_chts.commands.evaluate import EPILOG, evaluate
+from hf_chts.commands.app import EVALUATE_EPILOG, evaluate, run_alone
 
 if __name__ == "__main__":
-    run_alone(evaluate, "eval_zero_shot.py", epilog=EPILOG)
+    run_alone(evaluate, "eval_zero_shot.py", epilog=EVALUATE_EPILOG)

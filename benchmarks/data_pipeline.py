@@ -8,7 +8,6 @@ the training step and every case are measured in turns; prints one JSON line a c
 Streams are shuffled; each case begins when every worker has given its first batches.
 """
 
-import argparse
 import gzip
 import json
 import statistics
@@ -20,15 +19,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from setups import MODELS, UNEVENTFUL, StopAfter, network, with_model
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback, default_data_collator
+from transformers import AutoConfig, PrinterCallback, default_data_collator
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig
 from hf_chts.data import BlockStream, DataArguments, Shuffle, embedded_documents, embedded_tokenizer, load_source
 from hf_chts.data.loading import load_corpus
 from hf_chts.data.token_preparation import prepare_tokens
 
-MODELS = Path(__file__).parents[1] / "configs/models"
 FILES, LINES = 8, 60
 CORPORA = ("parquet", "json.gz", "jsonl.zst")
 
@@ -59,12 +58,11 @@ def rate(batches, seconds: float) -> float:
 
 
 class Timing(SparseTrainer):
-    """Measures each step, and what part of it is spent on waiting for its batches."""
+    """Measures how long each step waits for its batches."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.waited: list[float] = []
-        self.ended: list[float] = []
 
     def get_batch_samples(self, *args, **kwargs):
         start = time.perf_counter()
@@ -73,45 +71,32 @@ class Timing(SparseTrainer):
         return samples
 
 
-class Steps(TrainerCallback):
-    def __init__(self, steps: int) -> None:
-        self.steps, self.trainer = steps, None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.ended.append(time.perf_counter())
-        control.should_training_stop = state.global_step >= self.steps
-
-
 def train(model: str, dataset, batch: int, workers: int, steps: int) -> tuple[float, float]:
     """Seconds of a step, the median, and the share of the time that goes by in waiting; the first step is left out."""
-    torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(MODELS / f"{model}.json"), dtype=torch.float32
-    )
-    count = Steps(steps)
+    stop = StopAfter(steps)
     trainer = Timing(
-        model=network,
+        model=network(model),
         args=SparseTrainingArguments(
-            output_dir="/tmp/hf_chts_data_pipeline", per_device_train_batch_size=batch, max_steps=100_000,
-            dataloader_num_workers=workers, save_strategy="no", logging_strategy="no", report_to="none",
-            disable_tqdm=True, use_cpu=True,
+            output_dir="/tmp/hf_chts_data_pipeline",
+            per_device_train_batch_size=batch,
+            dataloader_num_workers=workers,
+            use_cpu=True,
+            **UNEVENTFUL,
         ),
         # far from the end of the run, so that no update falls into the measurement
         sparsity=SparsityConfig(method="chtss", update_interval=10_000),
         train_dataset=dataset,
         data_collator=default_data_collator,
-        callbacks=[count],
-    )  # fmt: skip
-    count.trainer = trainer
+        callbacks=[stop],
+    )
     trainer.remove_callback(PrinterCallback)  # standard output is for the JSON lines
     trainer.train()
-    seconds = [after - before for before, after in zip(trainer.ended, trainer.ended[1:], strict=False)]
+    seconds = [after - before for before, after in zip(stop.ended, stop.ended[1:], strict=False)]
     return statistics.median(seconds), sum(trainer.waited[1:]) / sum(seconds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama_60m", help="a file of configs/models (default: llama_60m)")
+    parser = with_model(__doc__)
     parser.add_argument("--batch", type=int, default=8, help="sequences of 256 tokens (default: 8)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of all cases (default: 5)")
     parser.add_argument("--steps", type=int, default=4, help="training steps in each repeat (default: 4)")

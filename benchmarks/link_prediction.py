@@ -10,7 +10,6 @@ reaches, where the scores are not 0 by definition; and of the share of the highe
 tenth of the links, that are among the highest node-based ones. For comparison, the same for the mere number of paths.
 """
 
-import argparse
 import json
 import math
 import os
@@ -24,10 +23,12 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from setups import parser
 from torch import Tensor
 
 from hf_chts.files.atomic import write_whole
 from hf_chts.plotting import COLOURS, encoded, look
+from hf_chts.topology.allocation import links_at
 from hf_chts.topology.initial import bipartite_receptive_field, erdos_renyi
 from hf_chts.topology.link_prediction import ch2_l3n, ch2_l3p, ch3_l3n, ch3_l3p
 from hf_chts.topology.random_streams import random_stream
@@ -48,7 +49,8 @@ def measure(shape: tuple[int, int], density: float, kind: str, networks: int, re
     agreement: dict[str, list[float]] = {f"{pair} {how}": [] for pair in PAIRS for how in ("all", "reached", "top")}
     reached_share = []
     for key in range(networks):
-        mask = NETWORKS[kind](*shape, 1 - density, generator=random_stream(key, *shape, kind, round(density * 1e6)))
+        links = links_at(shape[0] * shape[1], 1 - density)
+        mask = NETWORKS[kind](*shape, links, generator=random_stream(key, *shape, kind, round(density * 1e6)))
         scores = {name: score(mask) for name, score in SCORES.items()}  # warms up, too
         for repeat in range(repeats):
             names = list(SCORES)
@@ -243,15 +245,15 @@ def _where(case: dict) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each score per network (default: 5)")
-    parser.add_argument("--networks", type=int, default=3, help="networks per case (default: 3)")
-    parser.add_argument("--figure", type=Path, help="write a figure here, PNG (default: none)")
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument("--repeats", type=int, default=5, help="timed calls of each score per network (default: 5)")
+    options.add_argument("--networks", type=int, default=3, help="networks per case (default: 3)")
+    options.add_argument("--figure", type=Path, help="write a figure here, PNG (default: none)")
+    options.add_argument(
         "--table", type=Path, help="write a page with the figures as a table here, Markdown (default: none)"
     )
-    parser.add_argument("--machine", default="not named", help="what the table calls the machine (default: not named)")
-    arguments = parser.parse_args()
+    options.add_argument("--machine", default="not named", help="what the table calls the machine (default: not named)")
+    arguments = options.parse_args()
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     results = []

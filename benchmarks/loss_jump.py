@@ -16,6 +16,7 @@ import tempfile
 from typing import Any
 
 import torch
+from setups import UNEVENTFUL, parser
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig
@@ -69,10 +70,10 @@ def run(variant: str, seed: int, options: argparse.Namespace, data: Any) -> dict
     settings = VARIANTS[variant]
     with tempfile.TemporaryDirectory() as directory:
         args = SparseTrainingArguments(
-            output_dir=directory, max_steps=options.steps, per_device_train_batch_size=16, learning_rate=3e-3,
+            output_dir=directory, per_device_train_batch_size=16, learning_rate=3e-3,
             lr_scheduler_type="cosine", warmup_steps=options.steps // 10, adam_beta2=options.adam_beta2,
-            update_warmup_steps=options.warmup_steps if settings["warmup"] else 0, save_strategy="no",
-            logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=seed,
+            update_warmup_steps=options.warmup_steps if settings["warmup"] else 0, use_cpu=True, seed=seed,
+            **UNEVENTFUL | {"max_steps": options.steps},
         )  # fmt: skip
         set_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**MODEL))
@@ -105,18 +106,22 @@ def run(variant: str, seed: int, options: argparse.Namespace, data: Any) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: 3)")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of a run (default: 1500)")
-    parser.add_argument("--interval", type=int, default=100, help="optimizer steps between updates (default: 100)")
-    parser.add_argument(
+    arguments = parser(__doc__)
+    arguments.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: 3)")
+    arguments.add_argument("--steps", type=int, default=1500, help="optimizer steps of a run (default: 1500)")
+    arguments.add_argument("--interval", type=int, default=100, help="optimizer steps between updates (default: 100)")
+    arguments.add_argument(
         "--warmup_steps", type=int, default=20, help="steps of the warm-up after an update (default: 20)"
     )
-    parser.add_argument("--drop_fraction", type=float, default=0.3, help="share of the links replaced (default: 0.3)")
-    parser.add_argument("--adam_beta2", type=float, default=0.999, help="of AdamW (default: 0.999)")
-    parser.add_argument("--method", default="chts", help="sparse training method (default: chts)")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="(default: all)")
-    options = parser.parse_args()
+    arguments.add_argument(
+        "--drop_fraction", type=float, default=0.3, help="share of the links replaced (default: 0.3)"
+    )
+    arguments.add_argument("--adam_beta2", type=float, default=0.999, help="of AdamW (default: 0.999)")
+    arguments.add_argument("--method", default="chts", help="sparse training method (default: chts)")
+    arguments.add_argument(
+        "--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="(default: all)"
+    )
+    options = arguments.parse_args()
     data = load_data(DataArguments(block_size=64, max_eval_tokens=16384), vocab_size=MODEL["vocab_size"], seed=0)
     runs = []
     for seed in range(options.seeds):

@@ -5,18 +5,18 @@
 Prints one JSON line per method. Runs are kept under --runs; those that ended are not run again.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from setups import parser
+
+from hf_chts import SparsityConfig
+from hf_chts.methods import METHODS
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from hf_chts.methods import METHODS  # noqa: E402 - the package of this tree, installed or not
-
 LIMIT = 2.3  # bits per byte on the validation split
 
 
@@ -37,7 +37,7 @@ def train(method: str, sparsity: float, max_steps: int, runs: Path) -> dict[str,
     updates = [entry for entry in history if "topology_seconds" in entry]
     return {
         "method": method,
-        "sparsity": updates[-1]["sparsity"] if updates else (0.0 if method == "dense" else sparsity),
+        "sparsity": (updates[-1] if updates else vars(SparsityConfig(method=method, sparsity=sparsity)))["sparsity"],
         "bits_per_byte": evaluation["eval_bits_per_byte"],
         "perplexity": evaluation["eval_perplexity"],
         "below_limit": evaluation["eval_bits_per_byte"] < LIMIT,
@@ -72,15 +72,15 @@ def table(rows: list[dict[str, Any]], command: str, sparsity: float, max_steps: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="(default: all)")
-    parser.add_argument("--sparsity", type=float, default=0.8, help="final share of missing links (default: 0.8)")
-    parser.add_argument("--max_steps", type=int, default=180, help="optimizer steps of a run (default: 180)")
-    parser.add_argument(
+    arguments = parser(__doc__)
+    arguments.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="(default: all)")
+    arguments.add_argument("--sparsity", type=float, default=0.8, help="final share of missing links (default: 0.8)")
+    arguments.add_argument("--max_steps", type=int, default=180, help="optimizer steps of a run (default: 180)")
+    arguments.add_argument(
         "--runs", type=Path, default=ROOT / "runs" / "methods", help="where the runs go (default: runs/methods)"
     )
-    parser.add_argument("--table", type=Path, default=None, help="a Markdown file to write (default: none)")
-    options = parser.parse_args()
+    arguments.add_argument("--table", type=Path, default=None, help="a Markdown file to write (default: none)")
+    options = arguments.parse_args()
     rows = []
     for method in options.methods:
         rows.append(train(method, options.sparsity, options.max_steps, options.runs.resolve()))

@@ -9,7 +9,6 @@ logits, bit for bit. `from_pretrained` only maps a plain file into memory, and t
 ratio is given without and with a forward pass over 64 tokens, and for `load_sparse`, which needs the values.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -17,12 +16,11 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from setups import network, with_model
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from hf_chts import SparsityConfig, export_sparse, load_sparse, sparsify
-
-MODELS = Path(__file__).parents[1] / "configs/models"
 
 
 def directory_bytes(directory: Path) -> int:
@@ -30,14 +28,12 @@ def directory_bytes(directory: Path) -> int:
 
 
 def measure(model: str, sparsity: float, repeats: int, directory: Path) -> dict:
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(MODELS / f"{model}.json")
-    network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    sparse = sparsify(network, SparsityConfig(method="chts", sparsity=sparsity))
-    plain = export_sparse(network, directory / "plain")
-    packed = export_sparse(network, directory / "packed", packed=True)
+    original = network(model, torch.bfloat16).eval()
+    sparse = sparsify(original, SparsityConfig(method="chts", sparsity=sparsity))
+    plain = export_sparse(original, directory / "plain")
+    packed = export_sparse(original, directory / "packed", packed=True)
     weights = sum(mask.numel() for mask in sparse.masks().values())
-    dense = sum(parameter.numel() for parameter in network.parameters()) - weights
+    dense = sum(parameter.numel() for parameter in original.parameters()) - weights
     formula = 2 * sparse.links() + weights / 8 + 2 * dense
     ids = torch.arange(64).view(1, 64)
     loaders = {"from_pretrained": AutoModelForCausalLM.from_pretrained, "load_sparse": load_sparse}
@@ -46,7 +42,7 @@ def measure(model: str, sparsity: float, repeats: int, directory: Path) -> dict:
     running: dict[tuple[str, Path], list[float]] = {kind: [] for kind in kinds}
     equal = True
     with torch.no_grad():
-        expected = network(ids).logits
+        expected = original(ids).logits
         for repeat in range(repeats + 1):
             for name, path in kinds if repeat % 2 else reversed(kinds):
                 start = time.perf_counter()
@@ -78,8 +74,7 @@ def measure(model: str, sparsity: float, repeats: int, directory: Path) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama_60m", help="a file of configs/models (default: llama_60m)")
+    parser = with_model(__doc__)
     parser.add_argument(
         "--sparsities", nargs="+", type=float, default=[0.7, 0.8, 0.9, 0.95], help="(default: 0.7 0.8 0.9 0.95)"
     )

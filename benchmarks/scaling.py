@@ -6,25 +6,21 @@ Nothing is trained: shapes come from the model on torch's meta device, the shari
 it. With --measure, the update of one layer of the model's largest shape is timed here. Prints one JSON line per case.
 """
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+from setups import MODELS, lone_layer, parser
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_chts import SparsityConfig, sparsify
-from hf_chts.evolution.evolver import Evolver
+from hf_chts import SparsityConfig
 from hf_chts.evolution.update import update_cost
+from hf_chts.layers.targets import find_targets
 from hf_chts.sharding.ranks import share_out
-from hf_chts.sharding.replicated import ReplicatedWeights
-from hf_chts.sparse_model import find_targets
 
-ROOT = Path(__file__).parents[1]
 # Bytes a parameter, under the mixed precision that people use there: weight, gradient, master weight, two moments
 REPLICATED = {"weights": 4, "gradients": 4, "moments": 8}  # DDP, autocast over fp32 weights
 FSDP2 = {"weights": 4, "gradients": 4, "moments": 8}  # fp32 rows, gathered as bf16
@@ -68,37 +64,32 @@ def plan(name: str, gpus: int, parameters: int, shapes: Mapping[str, tuple[int, 
 
 def measure(shape: tuple[int, int], method: str, repeats: int) -> dict[str, Any]:
     """Seconds of an update of a lone layer on this machine, and its memory."""
-    config = SparsityConfig(
-        method=method, sparsity=0.9, initial_sparsity=0.9, sparsity_schedule="constant", update_interval=1,
-        target_modules=["0"],
-    )  # fmt: skip
-    model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
-    callback = Evolver(sparsify(model, config))
-    callback.prepare(100, ReplicatedWeights(torch.optim.AdamW(model.parameters())))
+    evolver, train = lone_layer(shape, method, 0.9)
     seconds = []
-    for step in range(1, repeats + 2):
+    for _ in range(repeats + 1):
+        train()
         start = time.perf_counter()
-        callback.update(step)
+        evolver.step()
         seconds.append(time.perf_counter() - start)
     return {
         "layer": list(shape),
         "method": method,
-        "links": callback.sparse.links(),
+        "links": evolver.sparse.links(),
         "threads": torch.get_num_threads(),
         "seconds": round(statistics.median(seconds[1:]), 2),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=str(ROOT / "configs/models/llama_7b.json"), help="config (default: llama_7b.json)"
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", default=str(MODELS / "llama_7b.json"), help="config (default: llama_7b.json)")
+    arguments.add_argument("--gpus", type=int, nargs="+", default=[8, 64], help="numbers of GPUs (default: 8 64)")
+    arguments.add_argument("--methods", nargs="+", default=["chtss", "rigl"], help="methods (default: chtss rigl)")
+    arguments.add_argument(
+        "--measure", action="store_true", help="also time an update of the largest layer (default: no)"
     )
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64], help="numbers of GPUs (default: 8 64)")
-    parser.add_argument("--methods", nargs="+", default=["chtss", "rigl"], help="methods (default: chtss rigl)")
-    parser.add_argument("--measure", action="store_true", help="also time an update of the largest layer (default: no)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed updates (default: 3)")
-    options = parser.parse_args()
+    arguments.add_argument("--repeats", type=int, default=3, help="timed updates (default: 3)")
+    options = arguments.parse_args()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
     parameters = sum(parameter.numel() for parameter in model.parameters())

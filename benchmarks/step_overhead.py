@@ -12,15 +12,13 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from setups import MODELS, UNEVENTFUL, StopAfter, network, with_model
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig
-
-MODELS = Path(__file__).parents[1] / "configs/models"
 
 
 class Tokens(Dataset):
@@ -56,35 +54,24 @@ def finish() -> None:
 
 
 def measure(model: str, batch: int, length: int, steps: int, repeats: int, options: argparse.Namespace) -> dict:
-    config = AutoConfig.from_pretrained(MODELS / f"{model}.json")
-    data = Tokens(length, config.vocab_size)
+    data = Tokens(length, AutoConfig.from_pretrained(MODELS / f"{model}.json").vocab_size)
     # far from the end of the run, so that no update falls into the measurement
     sparsity = SparsityConfig(method="chts", update_interval=10_000)
     settings = {
         "output_dir": "/tmp/hf_chts_step_overhead",
         "per_device_train_batch_size": batch,
-        "max_steps": 100_000,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
         "use_cpu": options.cpu,
         "bf16": options.bf16,
         "torch_compile": options.compile,
+        **UNEVENTFUL,
     }
     gpu = torch.cuda.is_available() and not options.cpu
     peaks = {True: 0.0, False: 0.0}  # GiB, by whether the model is sparse
 
-    class StopAfter(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step >= steps
-
     def run(sparse: bool) -> float:
-        torch.manual_seed(0)
         watch = Stopwatch()
         with torch.device("cuda" if gpu else "cpu"):
-            network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        common = {"model": network, "train_dataset": data, "callbacks": [watch, StopAfter()]}
+            common = {"model": network(model), "train_dataset": data, "callbacks": [watch, StopAfter(steps)]}
         if sparse:
             trainer = SparseTrainer(args=SparseTrainingArguments(**settings), sparsity=sparsity, **common)
         else:
@@ -121,8 +108,7 @@ def measure(model: str, batch: int, length: int, steps: int, repeats: int, optio
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama_60m", help="a file of configs/models (default: llama_60m)")
+    parser = with_model(__doc__)
     parser.add_argument("--repeats", type=int, default=9, help="pairs of runs for each batch (default: 9)")
     parser.add_argument(
         "--batches", nargs="+", default=["8x256", "1x128"], help="sequences x tokens (default: 8x256 1x128)"

@@ -8,65 +8,32 @@ make a processor with AVX-512 play one without. With `--ranks 2`, instead: the u
 processes beside the whole of it in one of them, with as many threads for each process, in turns.
 """
 
-import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any
+from functools import partial
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from setups import STEPS, lone_layer, network, parser, steady
 
-from hf_chts import SparsityConfig, sparsify
-from hf_chts.evolution import update_ranks as update_module
+from hf_chts import sparsify
 from hf_chts.evolution.evolver import Evolver
-from hf_chts.sharding import ranks as ranks_module
-from hf_chts.sharding import replicated as replicated_module
+from hf_chts.machine import device_name
 from hf_chts.sharding.replicated import ReplicatedWeights
 
-MODEL = Path(__file__).parents[1] / "configs/models/llama_60m.json"
-INTERVAL, STEPS = 100, 10_000
-
-
-def llama_60m() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL), dtype=torch.float32)
-
-
-def steady(method: str, sparsity: float, **changes: Any) -> SparsityConfig:
-    """The steady state: every update replaces links at the final sparsity."""
-    return SparsityConfig(
-        method=method,
-        sparsity=sparsity,
-        initial_sparsity=sparsity,
-        sparsity_schedule="constant",
-        update_interval=INTERVAL,
-        **changes,
-    )
-
-
-@contextmanager
-def one_world() -> Iterator[None]:
-    """As if this rank were the only one."""
-    with ExitStack() as patches:
-        for module in (update_module, ranks_module, replicated_module):
-            patches.enter_context(mock.patch.object(module, "rank_and_world", return_value=(0, 1)))
-        yield
+# within it a rank is as if it were the only one
+one_world = partial(mock.patch.object, dist, "is_initialized", return_value=False)
 
 
 def over_ranks(rank: int, ranks: int, threads: int, port: int, method: str, sparsity: float, repeats: int) -> None:
     """One rank of the comparison; rank 0 prints it. While it works alone, the others wait."""
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    alone, shared = (Evolver(sparsify(llama_60m(), steady(method, sparsity))) for _ in range(2))
+    alone, shared = (Evolver(sparsify(network("llama_60m"), steady(method, sparsity))) for _ in range(2))
     engines = [ReplicatedWeights(torch.optim.AdamW(c.sparse.model.parameters())) for c in (alone, shared)]
     shared.prepare(STEPS, engines[1])
     seconds: dict[str, list[float]] = {"alone": [], "shared": []}
@@ -77,11 +44,11 @@ def over_ranks(rank: int, ranks: int, threads: int, port: int, method: str, spar
         if rank == 0:
             with one_world():
                 start = time.perf_counter()
-                alone.update((repeat + 1) * INTERVAL)
+                alone.update(repeat + 1)
                 seconds["alone"].append(time.perf_counter() - start)
         dist.barrier()
         start = time.perf_counter()
-        shared.update((repeat + 1) * INTERVAL)
+        shared.update(repeat + 1)
         dist.barrier()
         seconds["shared"].append(time.perf_counter() - start)
     if rank == 0:
@@ -106,11 +73,9 @@ def over_ranks(rank: int, ranks: int, threads: int, port: int, method: str, spar
 
 def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = llama_60m().to(device)
-    config = steady(method, sparsity)
-    evolver = Evolver(sparsify(model, config))
+    model = network("llama_60m").to(device)
     optimizer = torch.optim.AdamW(model.parameters())
-    evolver.prepare(STEPS, ReplicatedWeights(optimizer))
+    evolver = sparsify(model, steady(method, sparsity)).evolver(optimizer, STEPS)
     ids = torch.randint(0, model.config.vocab_size, (tokens // 256, 256), device=device)
 
     def now() -> float:
@@ -119,14 +84,14 @@ def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
         return time.perf_counter()
 
     updates, passes = [], []
-    for repeat in range(repeats + 1):
+    for _ in range(repeats + 1):
         start = now()
         model(input_ids=ids, labels=ids).loss.backward()
         passes.append(now() - start)
-        optimizer.step()  # so that there are moments to zero
+        optimizer.step()
         optimizer.zero_grad()
         start = now()
-        evolver.update((repeat + 1) * INTERVAL)
+        evolver.step()
         updates.append(now() - start)
     update, one_pass = statistics.median(updates[1:]), statistics.median(passes[1:])  # the first of each warms up
     return {
@@ -140,17 +105,15 @@ def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
         "ratio": round(update / one_pass, 3),
         "repeats": repeats,
         "threads": torch.get_num_threads(),
-        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "processor": device_name("cuda") if device == "cuda" else processor(),
     }
 
 
 def processor() -> str:
-    """What torch and oneDNN take this processor for, and its name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    """What torch and oneDNN take this processor for, and its name."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}" + (f", oneDNN up to {limit}" if limit else "")
+    name = f"{device_name('cpu')}, {torch.backends.cpu.get_cpu_capability()}"
+    return name + (f", oneDNN up to {limit}" if limit else "")
 
 
 def peak_copies(out_features: int, in_features: int, method: str, sparsity: float) -> dict:
@@ -158,15 +121,10 @@ def peak_copies(out_features: int, in_features: int, method: str, sparsity: floa
 
     Counted from torch's own record of every allocation, so that what the allocator keeps or shares does not blur it.
     """
-    config = steady(method, sparsity, target_modules=["0"])
-    model = torch.nn.Sequential(torch.nn.Linear(in_features, out_features, bias=False))
-    evolver = Evolver(sparsify(model, config))
-    optimizer = torch.optim.AdamW(model.parameters())
-    evolver.prepare(STEPS, ReplicatedWeights(optimizer))
-    model(torch.randn(1, in_features)).sum().backward()
-    optimizer.step()
+    evolver, train = lone_layer((out_features, in_features), method, sparsity)
+    train()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        evolver.update(INTERVAL)
+        evolver.step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -182,14 +140,14 @@ def peak_copies(out_features: int, in_features: int, method: str, sparsity: floa
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="chtss", help="method of the config (default: chtss)")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="sparsity of the layers (default: 0.9)")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of the forward and backward (default: 1024)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed repeats after one to warm up (default: 5)")
-    parser.add_argument("--ranks", type=int, default=1, help="compare this many processes with one (default: 1)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each of the ranks (default: 1)")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--method", default="chtss", help="method of the config (default: chtss)")
+    options.add_argument("--sparsity", type=float, default=0.9, help="sparsity of the layers (default: 0.9)")
+    options.add_argument("--tokens", type=int, default=1024, help="tokens of the forward and backward (default: 1024)")
+    options.add_argument("--repeats", type=int, default=5, help="timed repeats after one to warm up (default: 5)")
+    options.add_argument("--ranks", type=int, default=1, help="compare this many processes with one (default: 1)")
+    options.add_argument("--threads", type=int, default=1, help="threads of each of the ranks (default: 1)")
+    arguments = options.parse_args()
     if arguments.ranks > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -1,16 +1,15 @@
 """SparsityConfig: the settings of a sparse run, saved as sparsity_config.json beside the weights."""
 
 import dataclasses
-import difflib
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import yaml
 
+from hf_chts.config_checks import check_types, check_values, unknown
 from hf_chts.config_file import read
 from hf_chts.methods import CHOICES, METHODS
 from hf_chts.schedule_plan import SchedulePlan
@@ -168,7 +167,7 @@ class SparsityConfig:
                 self._set(name, [getattr(self, name)])
         if isinstance(self.layer_sparsity, str):
             self._set("layer_sparsity", _mapping("layer_sparsity", self.layer_sparsity))
-        self._check_types()
+        check_types(self)
         if self.parts is not None:
             self._set("parts", import_parts(self.parts))
         self._set_defaults()
@@ -176,7 +175,7 @@ class SparsityConfig:
             # so that a recipe's sparsity can stay in the file when only the method is changed to dense
             self._set("sparsity", 0.0)
             self._set("initial_sparsity", 0.0)
-        self._check()
+        check_values(self)
         if modules := modules_of([METHODS[self.method], *self._parts()], named=self.parts or []):
             self._set("parts", modules)
 
@@ -189,7 +188,7 @@ class SparsityConfig:
             if getattr(self, name) is None:
                 self._set(name, own[name])
         if self.method not in METHODS:
-            raise ValueError(_unknown("method", self.method, METHODS))
+            raise ValueError(unknown("method", self.method, METHODS))
         method = METHODS[self.method]
         if self.recipe == "original" and method.original is None:
             known = ", ".join(name for name, other in METHODS.items() if other.original is not None)
@@ -205,9 +204,9 @@ class SparsityConfig:
         for name, value in (own | settings).items():
             if getattr(self, name) is None:
                 self._set(name, value)
-        self._check_types()
+        check_types(self)
         if self.sparsity_schedule not in SPARSITY_SCHEDULES:
-            raise ValueError(_unknown("sparsity_schedule", self.sparsity_schedule, SPARSITY_SCHEDULES))
+            raise ValueError(unknown("sparsity_schedule", self.sparsity_schedule, SPARSITY_SCHEDULES))
         schedule = SPARSITY_SCHEDULES[self.sparsity_schedule]
         if self.initial_sparsity is None:
             self._set("initial_sparsity", self.sparsity - (schedule.starts_below or 0.0))
@@ -216,12 +215,13 @@ class SparsityConfig:
 
     @property
     def is_dense(self) -> bool:
-        return self.method == "dense"
+        """Whether the method is registered with sparsity 0, as "dense" is: no layer becomes sparse."""
+        return METHODS[self.method].settings.get("sparsity") == 0
 
     @property
     def needs_gradient(self) -> bool:
         """Whether updates use the dense gradient of their step."""
-        return self.evolves and any("grad" in part.needs for part in self._scores())
+        return self.evolves and any("grad" in part.needs for part in self.scores())
 
     @property
     def selects(self) -> bool:
@@ -233,7 +233,7 @@ class SparsityConfig:
         """Whether sparsity has a schedule; else it is the same at every step."""
         return SPARSITY_SCHEDULES[self.sparsity_schedule].starts_below != 0
 
-    def _scores(self) -> list[Part]:
+    def scores(self) -> list[Part]:
         """The parts that updates use."""
         if self.selects:
             return [REGROWTH[self.regrowth]]
@@ -303,7 +303,7 @@ class SparsityConfig:
         values = {name: value for name, value in values.items() if name != _MEASURED}
         for name in values:
             if name not in names:
-                raise ValueError(_unknown("field", name, names))
+                raise ValueError(unknown("field", name, names))
         parts = values.pop("parts", None)
         if parts is not None and not (isinstance(parts, list) and all(isinstance(name, str) for name in parts)):
             raise ValueError(f"parts is {parts!r}; it must be a list of module names")
@@ -359,101 +359,6 @@ class SparsityConfig:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def _check(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(_unknown(name, getattr(self, name), choices))
-        if self.is_dense:
-            return
-        for name in ("sparsity", "initial_sparsity"):
-            value = getattr(self, name)
-            low = 0 if name == "initial_sparsity" else None
-            if not (0 < value < 1 or value == low):
-                raise ValueError(
-                    f"{name} is {value}; it is a share of missing links strictly between 0 and 1 "
-                    "(0.9 keeps 10% of the links). For a dense model use method: dense"
-                )
-        for name in ("brf_r", "bsw_beta", "drop_fraction", "update_until", "sparsity_schedule_until"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        for name in ("softness_start", "softness_end"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1): T = δ/(1−δ)")
-        if self.update_interval < 1:
-            raise ValueError(f"update_interval is {self.update_interval}; it must be at least 1 step")
-        if self.sigmoid_k <= 0:
-            raise ValueError(f"sigmoid_k is {self.sigmoid_k}; it must be > 0 (the paper's is 6)")
-        below = SPARSITY_SCHEDULES[self.sparsity_schedule].starts_below
-        if below is not None and self.initial_sparsity != self.sparsity - below:
-            starts = f"starts {below} below `sparsity`" if below else "stays at `sparsity`"
-            raise ValueError(
-                f"initial_sparsity is {self.initial_sparsity} and sparsity {self.sparsity}, but sparsity_schedule "
-                f"{self.sparsity_schedule!r} {starts}: leave initial_sparsity out, or choose another schedule"
-            )
-        if self.changes_sparsity and not self.evolves:
-            raise ValueError(
-                f"sparsity_schedule is {self.sparsity_schedule!r}, but method {self.method!r} never updates its "
-                "topology: choose a method that does, or sparsity_schedule: constant"
-            )
-        if self.changes_sparsity and self.sparsity_schedule_until > self.update_until:
-            raise ValueError(
-                f"sparsity_schedule_until is {self.sparsity_schedule_until} of the run, after the last topology update "
-                f"at {self.update_until}: the target sparsity would never be reached. Lower it, or raise update_until"
-            )
-        if self.selects and self.percolation:
-            raise ValueError(
-                f"percolation is true, but regrowth {self.regrowth!r} chooses all links at once, so that nothing is "
-                "regrown after it: set percolation to false"
-            )
-        stored = [part for part in self._scores() if "stored" in part.needs]
-        if stored and self.regrown_weights != "historical":
-            raise ValueError(
-                f"{stored[0].name!r} needs the weights of removed links, which regrown_weights "
-                f"{self.regrown_weights!r} does not keep. Set regrown_weights: historical"
-            )
-        if self.softness_schedule == "adaptive" and self.removal_choice != "soft":
-            raise ValueError(
-                f"softness_schedule is 'adaptive', but removal_choice is {self.removal_choice!r}: set removal_choice: "
-                "soft, or softness_schedule: linear"
-            )
-        self._check_patterns()
-
-    def _check_patterns(self) -> None:
-        patterns = [("target_modules", pattern) for pattern in self.target_modules or []]
-        patterns += [("exclude_modules", pattern) for pattern in self.exclude_modules or []]
-        patterns += [("layer_sparsity", pattern) for pattern in self.layer_sparsity or ()]
-        for name, pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{name} has {pattern!r}, which is not a regular expression: {error}") from error
-        for pattern, sparsity in self.overrides.items():
-            if not (isinstance(sparsity, float) and 0 < sparsity < 1):
-                raise ValueError(
-                    f"layer_sparsity has {sparsity!r} for {pattern!r}; it must be a number strictly between 0 and 1. "
-                    "To keep layers dense, name them in exclude_modules"
-                )
-
-    def _check_types(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if hint is float and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, name, float(value))
-            elif hint in (float, int, str, bool) and type(value) is not hint:
-                advice = ""
-                if isinstance(value, str) and hint is float:
-                    advice = " (YAML reads 3e-1 as text: write 3.0e-1)"
-                raise ValueError(f"{name} is {value!r}; it must be {_in_words(hint)}{advice}")
-            elif name == "layer_sparsity":
-                if not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
-                    raise ValueError(f"{name} is {value!r}; it must map module names or patterns to numbers")
-            elif list[str] in get_args(hint) and not (
-                isinstance(value, list) and value and all(isinstance(item, str) for item in value)
-            ):
-                raise ValueError(f"{name} is {value!r}; it must be a list of module names or patterns")
-
 
 def _unregistered(values: dict[str, Any]) -> str | None:
     """The first field whose value is the name of a part or method that is not registered, as "regrowth 'mine'"."""
@@ -473,13 +378,3 @@ def _mapping(name: str, text: str) -> Any:
         raise ValueError(
             f'{name} is {text!r}, which is not JSON: {error}; for example {{"down_proj": 0.95}}'
         ) from error
-
-
-def _in_words(kind: type) -> str:
-    return {float: "a number", int: "a whole number", str: "text", bool: "true or false"}[kind]
-
-
-def _unknown(what: str, value: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(value), list(known), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"unknown {what} {value!r}{hint} Known: {', '.join(known)}"

@@ -5,7 +5,6 @@ import platform
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -85,11 +84,3 @@ def check_can_write(directory: str | Path, what: str) -> None:
             pass
     except OSError as error:
         raise type(error)(f"{what} {directory} cannot be written to: {error}. Name another place") from error
-
-
-def without_fail(what: str, make: Any, *args: Any, **kwargs: Any) -> tuple[Any, str]:
-    """Call `make` for something that a result can do without. Returns what it made, or None and why, in a sentence."""
-    try:
-        return make(*args, **kwargs), ""
-    except Exception as error:  # the result is worth more than whatever this is
-        return None, f"{what} could not be made: {type(error).__name__}: {' '.join(str(error).split())}"

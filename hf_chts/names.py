@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 
 def shortest_endings(names: Sequence[str], separator: str) -> list[str]:
-    """For each name as few of its last parts as no other name ends with; all of them where there are no such parts."""
+    """The shortest ending of each name, in whole parts, that no other name has; else the whole name."""
     split = [name.split(separator) for name in names]
 
     def ending(parts: list[str]) -> str:

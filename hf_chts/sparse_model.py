@@ -65,9 +65,9 @@ def sparsify(
 
     Args:
         model: any model, wrapped or not; by default the linear projections of its decoder blocks are the target.
-        config: what to patch and with which initial topology; with method "dense" nothing is.
-        masks: topologies to take over instead of drawing initial ones, bool (out, in) by layer name, for exactly the
-            target layers, or those that were the targets by default in earlier versions.
+        config: which layers become sparse and with which initial topology; none does with method "dense".
+        masks: topologies to use instead of new ones, bool (out, in) by layer name, for exactly the target layers, or
+            for those that an earlier version would have chosen by default.
         calibration: for the initial topology "correlated", the inputs of every target layer over some samples,
             (samples, in_features) by layer name.
 
@@ -75,9 +75,9 @@ def sparsify(
         The handle; also found again with `SparsityHandle.of(model)`.
 
     Raises:
-        ValueError: nothing matches, a weight is shared, frozen, too small, without data or held by something else, the
-            blocks have projections that are no layers, the model is sparse already, or `masks` do not fit. Everything
-            is checked before the model is touched.
+        ValueError: no layer matches, a layer cannot be made sparse (its weight is shared, frozen, too small, without
+            data or held by another module), the blocks keep projections outside of layers, the model is sparse already,
+            or `masks` do not fit. Everything is checked before the model is changed.
     """
     model = unwrap(model)
     if SparsityHandle.of(model) is not None:
@@ -105,9 +105,9 @@ def sparsify(
 
 
 def follow_masks(sparse: SparsityHandle, masks: Mapping[str, Tensor]) -> None:
-    """Make the layers sparse that have masks in a checkpoint which an earlier version wrote with default targets.
+    """Make the same layers sparse as an earlier version did by default, if these are the masks of its checkpoint.
 
-    Nothing is done where the masks are of any other layers.
+    Masks of any other layers change nothing.
     """
     earlier = _earlier(sparse.model, sparse.config, masks)
     if earlier is None or set(earlier) == set(sparse.layers):
@@ -123,7 +123,7 @@ def follow_masks(sparse: SparsityHandle, masks: Mapping[str, Tensor]) -> None:
 
 
 def _targets(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tensor] | None) -> dict[str, nn.Module]:
-    """The target layers; where masks are given that an earlier version made by its default, those that it took."""
+    """The target layers; if `masks` are those of an earlier version's default, the layers that it chose."""
     earlier = None if masks is None else _earlier(model, config, masks)
     if earlier is None:
         return find_targets(model, config)
@@ -140,7 +140,7 @@ def _earlier(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tenso
 
 
 def _refuse_meta(targets: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError for weights without data: what fills them later knows nothing of masks."""
+    """Raises ValueError for weights without data: whatever fills them later would ignore the masks."""
     for name, layer in targets.items():
         if layer.get_parameter("weight").is_meta:
             raise ValueError(

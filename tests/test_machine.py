@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hf_chts import machine, plain_text
+from hf_chts.commands import without_fail
 from hf_chts.commands.app import main
-from hf_chts.machine import check_can_write, device_line, device_name, on_cpu, version_of, without_fail
+from hf_chts.machine import check_can_write, device_line, device_name, on_cpu, version_of
 
 
 @pytest.mark.parametrize(

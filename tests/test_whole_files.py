@@ -121,13 +121,6 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one_and_nothing_else(tm
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is full")
-def test_a_device_that_is_full(tmp_path):
-    said = r"\[Errno 28\] .*could not be written: .*No space left"
-    with pytest.raises(OSError, match=said), explain_failed_write(tmp_path), open("/dev/full", "wb") as file:
-        file.write(b"x")
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_export_that_finds_the_disk_full_can_be_done_again(tmp_path, monkeypatch, packed):
     model = tiny_llama(num_hidden_layers=1)

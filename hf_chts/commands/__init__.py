@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -19,3 +20,11 @@ def one_line_errors(program: str) -> Iterator[None]:
 def refusal(program: str, error: Exception) -> SystemExit:
     """SystemExit with the message of `error` in one line."""
     return SystemExit(f"{program}: {' '.join(str(error).split())}")
+
+
+def without_fail(what: str, make: Any, *args: Any, **kwargs: Any) -> tuple[Any, str]:
+    """Call `make` for something that the user can do without. Returns what it made, or None and a sentence on why."""
+    try:
+        return make(*args, **kwargs), ""
+    except Exception as error:  # the trained model or the results are worth more
+        return None, f"{what} could not be made: {type(error).__name__}: {' '.join(str(error).split())}"

@@ -3,15 +3,17 @@
 Each command imports what it needs when it runs, so that --help need not wait for torch.
 """
 
+import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
 from hf_chts.commands import one_line_errors
-from hf_chts.commands.evaluate import EPILOG, evaluate
 from hf_chts.plain_text import print_anything
 
 # pretty exceptions would hide the traceback of a bug among the locals of transformers
@@ -21,6 +23,18 @@ _PASSED_ON: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
     "add_help_option": False,
 }
+
+EVALUATE_EPILOG = """\
+Local data: --task_data DIR runs the harness's own prompts on files of yours, DIR/TASK/SPLIT.jsonl (or .json, .csv,
+.parquet, .gz of these), such as DIR/rte/validation.jsonl or DIR/mnli/validation_matched.jsonl, with the columns that
+the task's data set has on the Hub. DIR may also hold clones of the Hub's repositories (such as DIR/glue/rte).
+
+Network: the embedded suite never uses it. For the others, set HF_HUB_OFFLINE=1 on a machine without one: tasks whose
+data is not cached are then skipped at once.
+
+Exit status: 0, all was evaluated; 1, nothing was, an option is wrong, or the results could not be written and are
+printed instead; 3, some tasks or models were left out, which are named at the end (accelerate launch makes it 1).
+"""
 
 app = typer.Typer(name="hf-chts", help="Pretrain sparse language models, and what comes before and after.", **_SETTINGS)
 
@@ -53,13 +67,136 @@ def _run(commands: typer.Typer, argv: Sequence[str], program: str) -> None:
 
 @app.command(**_PASSED_ON)
 def train(context: typer.Context) -> None:
-    """Train a sparse model; on several devices: accelerate launch -m hf_chts train …"""
+    """Train a sparse model; on several devices: accelerate launch --config_file FILE -m hf_chts train …"""
     from hf_chts.commands.train import train
 
     train(context.args, program="hf-chts train")
 
 
-app.command(epilog=EPILOG)(one_line_errors("hf-chts evaluate")(evaluate))
+def _batch_size(text: Any) -> Any:
+    return text if text == "auto" else int(text)
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        Argument(metavar="DIR_OR_HUB_ID...", help="Exported directories, plain or packed, checkpoints, or Hub ids."),
+    ],
+    suite: Annotated[
+        str,
+        Option(
+            metavar="SUITE_OR_TASK,...",
+            help="embedded, glue, superglue, commonsense, perplexity, or tasks of the harness.",
+        ),
+    ] = "embedded",
+    limit: Annotated[
+        int | None, Option(metavar="N", help="Documents of each task, from its start.", show_default="all")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        Option(
+            "--num_fewshot",
+            metavar="K",
+            help="Examples before each question.",
+            show_default="each task's own number, most often 0",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        Any,
+        Option(
+            "--batch_size",
+            parser=_batch_size,
+            metavar="N|auto",
+            help="Sequences per forward pass. auto: as many as fit into memory, at most 64.",
+        ),
+    ] = 8,
+    max_length: Annotated[
+        int | None,
+        Option(
+            "--max_length",
+            metavar="N",
+            help="Tokens of context, at most the model's max_position_embeddings.",
+            show_default="max_position_embeddings",
+        ),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        Option(
+            "--task_data",
+            metavar="DIR",
+            help="Data files of tasks, DIR/TASK/SPLIT.jsonl, see below.",
+            show_default="all data from the Hub or its cache",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        Option(metavar="DIR_OR_HUB_ID", help="The model that the others are compared with.", show_default="the first"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        Option(metavar="DIR_OR_HUB_ID", help="Tokenizer for all models.", show_default="the one saved with each"),
+    ] = None,
+    device: Annotated[str | None, Option(help="Such as cpu or cuda:1.", show_default="the first GPU, else cpu")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Option(help="Number format of the weights. auto: as saved.")
+    ] = "auto",
+    unsealed: Annotated[
+        bool,
+        Option(
+            "--unsealed", help="Evaluate checkpoints even where their seal is missing or does not match their files."
+        ),
+    ] = False,
+    revision: Annotated[str, Option(help="Branch, tag or commit of Hub ids.")] = "main",
+    output: Annotated[
+        Path,
+        Option(
+            metavar="FILE",
+            help="JSON file for the results. A table and a figure go beside it, as .md and .png. All are replaced "
+            "after each model.",
+        ),
+    ] = Path("results.json"),
+) -> None:
+    """Evaluate language models on lm-eval tasks, side by side.
+
+    Prints results with standard errors, trivial baselines and the differences between models. Under accelerate launch,
+    the documents are shared out over the processes.
+    """
+    if suite == "embedded" and all(Path(name).is_dir() for name in (*models, tokenizer) if name):
+        # nothing here needs a network; huggingface_hub reads this when it is imported, which the next line does
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from hf_chts.commands.evaluate import evaluate
+
+    evaluate(
+        models,
+        suite,
+        output,
+        baseline,
+        tokenizer=tokenizer,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        task_data=task_data,
+        unsealed=unsealed,
+    )
+
+
+app.command(epilog=EVALUATE_EPILOG)(one_line_errors("hf-chts evaluate")(evaluate))
+
+
+@app.command()
+@one_line_errors("hf-chts configs")
+def configs() -> None:
+    """Copy the presets, and configs for accelerate launch, to ./configs, to use or to change."""
+    from hf_chts.config_file import PRESETS_ROOT
+
+    target = Path("configs")  # by which the copies name each other
+    if target.exists():
+        raise FileExistsError(f"there is a {target} here already: name its files, or go to another directory")
+    print(f"configs  {shutil.copytree(PRESETS_ROOT / target, target)}")
 
 
 @app.command(**_PASSED_ON)

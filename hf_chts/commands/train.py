@@ -1,5 +1,6 @@
 """`train`: a training run from its options to the trained model, its export and its report."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any, cast
 import datasets
 import torch
 from transformers import (
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
@@ -19,20 +21,27 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse
 from hf_chts.checkpoint.run_folder import last_sealed, refuse_folder_of_another_run
-from hf_chts.commands import one_line_errors, refusal
+from hf_chts.commands import one_line_errors, refusal, without_fail
 from hf_chts.commands.options import parse_run
 from hf_chts.config_file import PRESETS_ROOT
-from hf_chts.data import DataArguments, load_data, token_byte_lengths
+from hf_chts.data import BlockStream, DataArguments, LoadedData, load_data, token_byte_lengths
 from hf_chts.evaluation import language_modeling_metrics
 from hf_chts.export import push_directory
-from hf_chts.machine import check_can_write, device_line, on_cpu, without_fail
-from hf_chts.made_of import made_of
+from hf_chts.machine import check_can_write, device_line, on_cpu
 from hf_chts.model_arguments import ModelArguments, build_model, load_config
 from hf_chts.plain_text import print_anything
 from hf_chts.training.divergence import last_whole
 
 # Metrics of the validation data that are printed at the end, with their formats
 MEASURED = {"loss": ".4f", "perplexity": ".2f", "bits_per_byte": ".4f"}
+# Settings of the model that no weight depends on
+_NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
+# Settings of the data that decide which blocks there are, and their order; where the data are stored may change
+_THE_DATA = (
+    "dataset_config", "dataset_split", "text_column", "streaming", "shuffle_buffer", "block_size", "packing",
+    "validation_split", "validation_fraction",
+)  # fmt: skip
+_BLOCKS_READ = 64  # of the training data, for their digest
 
 
 def train(argv: Sequence[str], program: str) -> None:
@@ -53,7 +62,8 @@ def train(argv: Sequence[str], program: str) -> None:
             (ModelArguments, DataArguments, SparsityConfig, SparseTrainingArguments),
             [*(["--use_cpu", "true"] if on_cpu() else []), *argv],  # the user's own options come later and win
             program=program,
-            description="Pretrain a sparse language model.",
+            description="Pretrain a sparse language model. On several devices: accelerate launch --config_file FILE "
+            "-m hf_chts train …; `hf-chts configs` copies such files to ./configs/accelerate.",
             default_config=PRESETS_ROOT / "configs/demo.yaml",
         )
         use_one_device(args)
@@ -118,9 +128,31 @@ def build_trainer(
     return trainer
 
 
+def made_of(config: PreTrainedConfig, args: DataArguments, data: LoadedData) -> dict[str, Any]:
+    """What must stay the same when a run is resumed: settings of the model and the data, and a digest of some blocks.
+
+    They are by name, as JSON can hold them. A stream has no digest: its state in the checkpoint identifies it.
+    """
+    made = {f"model.{name}": value for name, value in config.to_dict().items() if name not in _NOT_THE_MODEL}
+    made |= {name: getattr(args, name) for name in _THE_DATA}
+    if not isinstance(data.train, BlockStream):
+        made["training data"] = _summary(data.train)
+    return made
+
+
+def _summary(blocks: Any) -> str:
+    number, digest = len(blocks), hashlib.sha256()
+    for index in range(0, number, -(-number // _BLOCKS_READ) or 1):
+        digest.update(torch.as_tensor(blocks[index]["input_ids"]).to(torch.int64).numpy().tobytes())
+    return f"{number} blocks, {digest.hexdigest()[:16]}"
+
+
 def fit(trainer: SparseTrainer, program: str) -> None:
-    """Train, or resume. A refusal before the first step ends the program with one line, as divergence and files that
-    cannot be read or written do at any time. A ValueError later is a bug and keeps its traceback.
+    """Train, or resume.
+
+    Raises:
+        SystemExit: with a message of one line for a ValueError before the first step, which the user can put right (a
+            later one is a bug), and at any time for divergence and files that cannot be read or written.
     """
     first_step = FirstStep()
     trainer.add_callback(first_step)

@@ -26,7 +26,7 @@ class DataArguments:
             "(.txt, .json, .jsonl, .csv, .tsv, .parquet, .arrow, WebDataset's .tar, also .gz, .bz2, .xz and .zst; in a "
             "folder, files or sub-folders called train, validation and test are splits, and so are files named as on "
             "the Hub, train-00000-of-00080.parquet; also a clone of a Hub dataset, and what save_to_disk wrote), or a "
-            "directory that `python -m hf_chts prepare` wrote."
+            "directory that `hf-chts prepare` wrote."
         },
     )
     dataset_config: str | None = field(

@@ -67,7 +67,7 @@ def push_directory(
     check_contents(export)
     extra = [Path(path) for path in figures]
     contents = _contents(export, repo_id, revision, results, extra)
-    again = f"{directory} did not change; to push it again: python -m hf_chts push {directory} {repo_id}"
+    again = f"{directory} did not change; to push it again: hf-chts push {directory} {repo_id}"
     with explained(f"{directory} was not pushed to {repo_id}", repo_id, again):
         repository = open_repository(repo_id, token=token, private=private, revision=revision)
         if repository.repo_id != repo_id:

@@ -26,7 +26,7 @@ KINDS = ("bits", "values", "shape")
 # shows it; the loader in packed_loading.py puts the name of the index in its place.
 NOTE = (
     "these weights are packed by hf_chts. To load them, install it (pip install hf_chts) and `import hf_chts` before "
-    "from_pretrained, or make a plain directory with `python -m hf_chts unpack DIR OUT`"
+    "from_pretrained, or make a plain directory with `hf-chts unpack DIR OUT`"
 )
 
 # elements per block: their positions fit the processor's cache

@@ -22,7 +22,7 @@ from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import KINDS, METHOD, VERSION, unpack_weight
 from hf_chts.export.weight_files import PACKED_STEM, find_shards, index_path
 
-_UNPACK_FIRST = "Make a plain directory with `python -m hf_chts unpack DIR OUT` and load that"
+_UNPACK_FIRST = "Make a plain directory with `hf-chts unpack DIR OUT` and load that"
 
 
 class PackedWeightsConfig(QuantizationConfigMixin):

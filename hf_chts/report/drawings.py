@@ -11,8 +11,7 @@ from hf_chts.report.drawing import Drawing
 from hf_chts.report.layer_drawings import layer_active_neurons, layer_itop, layer_overlap
 from hf_chts.report.network_drawings import adjacency, degrees
 from hf_chts.report.run import Run
-from hf_chts.report.topology_drawings import exploration, links
-from hf_chts.report.training_drawings import loss, schedules, seconds
+from hf_chts.report.training_drawings import exploration, links, loss, schedules, seconds
 
 OF_A_RUN: tuple[Callable[[Run], Drawing | None], ...] = (
     loss,

@@ -54,7 +54,7 @@ class Run:
         shown: the names of the layers to show by themselves.
         seconds: the lines of seconds.jsonl.
         snapshots: step → layer name → its snapshot.
-        notes: a sentence for everything that is missing or could not be read.
+        notes: a sentence for each thing that is missing or could not be read.
     """
 
     directory: Path
@@ -165,7 +165,7 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
 
 
 def labels(directories: Sequence[Path]) -> list[str]:
-    """What to call runs: as few of the last parts of their paths as make them distinct.
+    """Names for runs: the shortest endings of their paths that tell them apart.
 
     Raises:
         ValueError: a directory was given twice.

@@ -207,7 +207,7 @@ class HubPushes(AnyTrainer):
         self._wait_for_push()
         if self._unpushed is not None:
             logger.error(
-                "the last checkpoint is NOT on the Hub: %s is whole here, and push_to_hub() or `python -m hf_chts push "
+                "the last checkpoint is NOT on the Hub: %s is whole here, and push_to_hub() or `hf-chts push "
                 "%s %s` pushes it",
                 checkpoint, checkpoint, self.hub_model_id,
             )  # fmt: skip

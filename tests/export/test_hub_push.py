@@ -240,7 +240,7 @@ def test_a_push_that_breaks_off(hub, waits, exports, tmp_path, pattern, status, 
     hub.fail(pattern, status=status)
     with pytest.raises(PushFailed, match=words) as raised:
         push_directory(directory, "me/model")
-    assert f"python -m hf_chts push {directory} me/model" in str(raised.value)
+    assert f"hf-chts push {directory} me/model" in str(raised.value)
     assert contents(directory) == before
     assert hub.files("me/model") == old
     assert 0 < len(waits) < 2 * TRIES
@@ -446,7 +446,7 @@ def test_export_sparse_pushes(hub, waits, model, tmp_path):
     assert not (tmp_path / "model/zero_shot.json").exists()
     hub.objects.clear()  # equal files would not be sent again
     hub.fail("PUT /lfs/", status=500)
-    with pytest.raises(PushFailed, match="python -m hf_chts push"):
+    with pytest.raises(PushFailed, match="hf-chts push"):
         export_sparse(model, tmp_path / "b", push_to_hub=True, repo_id="me/other")
     assert {path.name for path in (tmp_path / "b").iterdir()} == PLAIN
     hub.failures.clear()
@@ -470,4 +470,4 @@ def test_a_card_of_the_users_own_stays(hub, waits, exports, tmp_path):
     push_directory(directory, "me/model")
     card = ModelCard(hub.files("me/model")["README.md"].decode())
     assert "| `q_proj` | 2 | 40 × 40 | 1,600 | 50.00% |" in card.text  # counted in the packed file
-    assert "python -m hf_chts unpack DIR OUT" in card.text
+    assert "hf-chts unpack DIR OUT" in card.text

@@ -119,7 +119,7 @@ def test_a_count_that_was_not_written(run, count, damage):
     assert all("nan" not in drawing.alt and "None" not in drawing.alt for drawing in drawn.values())
 
 
-@pytest.mark.parametrize("figure", ["sparsity", "itop", "overlap", "active_neurons", "links_removed", "links_regrown"])
+@pytest.mark.parametrize("figure", ["itop", "links_regrown"])
 def test_a_figure_that_was_not_logged_is_that_of_the_records(run, figure):
     change_json(run / "trainer_state.json", log_without(figure))
     _, table, drawn, _ = read(run)
@@ -163,7 +163,7 @@ def test_any_field_of_the_config_may_not_have_been_there(run):
         assert not any("config" in note for note in found.notes), name
 
 
-@pytest.mark.parametrize("name", ["global_step", "max_steps", "epoch", "total_flos"])
+@pytest.mark.parametrize("name", ["global_step", "max_steps"])
 def test_a_field_of_the_state_that_was_not_there(run, name):
     change_json(run / "trainer_state.json", without(name))
     assert summary(read_run(run)) == TABLE

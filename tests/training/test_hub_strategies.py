@@ -168,7 +168,7 @@ def test_a_hub_that_fails_does_not_stop_training(hub, waits, tmp_path, caplog):
         verify_seal(tmp_path / f"run/checkpoint-{step}")
         assert f"checkpoint-{step} was not pushed to me/run: the connection" in caplog.text
     last = tmp_path / "run/checkpoint-16"
-    said = f"the last checkpoint is NOT on the Hub: {last} is whole here, and push_to_hub() or `python -m hf_chts push"
+    said = f"the last checkpoint is NOT on the Hub: {last} is whole here, and push_to_hub() or `hf-chts push"
     assert said in caplog.messages[-1]
     assert not list((tmp_path / "run").glob(".hub_push*"))
     with pytest.raises(PushFailed, match="was not pushed to me/run: the connection"):

@@ -1,0 +1,121 @@
+"""What values the fields of a SparsityConfig take."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any, get_args, get_type_hints
+
+from hf_chts.methods import CHOICES
+from hf_chts.topology.parts import SPARSITY_SCHEDULES
+
+_IN_WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+
+
+def check_values(config: Any) -> None:
+    """Check the fields of a SparsityConfig, all of which are set, and that they fit each other.
+
+    Raises:
+        ValueError: a value is out of range, not among the choices, or does not fit another one.
+    """
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(unknown(name, getattr(config, name), choices))
+    if config.is_dense:
+        return
+    for name in ("sparsity", "initial_sparsity"):
+        value = getattr(config, name)
+        if not (0 < value < 1 or (value == 0 and name == "initial_sparsity")):
+            raise ValueError(
+                f"{name} is {value}; it is a share of missing links strictly between 0 and 1 "
+                "(0.9 keeps 10% of the links). For a dense model use method: dense"
+            )
+    for name in ("brf_r", "bsw_beta", "drop_fraction", "update_until", "sparsity_schedule_until"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must lie in [0, 1]")
+    for name in ("softness_start", "softness_end"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must lie in [0, 1): T = δ/(1−δ)")
+    if config.update_interval < 1:
+        raise ValueError(f"update_interval is {config.update_interval}; it must be at least 1 step")
+    if config.sigmoid_k <= 0:
+        raise ValueError(f"sigmoid_k is {config.sigmoid_k}; it must be > 0 (the paper's is 6)")
+    below = SPARSITY_SCHEDULES[config.sparsity_schedule].starts_below
+    if below is not None and config.initial_sparsity != config.sparsity - below:
+        starts = f"starts {below} below `sparsity`" if below else "stays at `sparsity`"
+        raise ValueError(
+            f"initial_sparsity is {config.initial_sparsity} and sparsity {config.sparsity}, but sparsity_schedule "
+            f"{config.sparsity_schedule!r} {starts}: leave initial_sparsity out, or choose another schedule"
+        )
+    if config.changes_sparsity and not config.evolves:
+        raise ValueError(
+            f"sparsity_schedule is {config.sparsity_schedule!r}, but method {config.method!r} never updates its "
+            "topology: choose a method that does, or sparsity_schedule: constant"
+        )
+    if config.changes_sparsity and config.sparsity_schedule_until > config.update_until:
+        raise ValueError(
+            f"sparsity_schedule_until is {config.sparsity_schedule_until} of the run, after the last topology update "
+            f"at {config.update_until}: the target sparsity would never be reached. Lower it, or raise update_until"
+        )
+    if config.selects and config.percolation:
+        raise ValueError(
+            f"percolation is true, but regrowth {config.regrowth!r} chooses all links at once, so that nothing is "
+            "regrown after it: set percolation to false"
+        )
+    stored = [part for part in config.scores() if "stored" in part.needs]
+    if stored and config.regrown_weights != "historical":
+        raise ValueError(
+            f"{stored[0].name!r} needs the weights of removed links, which regrown_weights "
+            f"{config.regrown_weights!r} does not keep. Set regrown_weights: historical"
+        )
+    if config.softness_schedule == "adaptive" and config.removal_choice != "soft":
+        raise ValueError(
+            f"softness_schedule is 'adaptive', but removal_choice is {config.removal_choice!r}: set removal_choice: "
+            "soft, or softness_schedule: linear"
+        )
+    _check_patterns(config)
+
+
+def _check_patterns(config: Any) -> None:
+    for name in ("target_modules", "exclude_modules", "layer_sparsity"):
+        for pattern in getattr(config, name) or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{name} has {pattern!r}, which is not a regular expression: {error}") from error
+    for pattern, sparsity in config.overrides.items():
+        if not (isinstance(sparsity, float) and 0 < sparsity < 1):
+            raise ValueError(
+                f"layer_sparsity has {sparsity!r} for {pattern!r}; it must be a number strictly between 0 and 1. "
+                "To keep layers dense, name them in exclude_modules"
+            )
+
+
+def check_types(config: Any) -> None:
+    """Check the types of those fields that are set; whole numbers in fields of type float become floats.
+
+    Raises:
+        ValueError: a value has another type.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(config, name, float(value))  # a config is frozen
+        elif hint in (float, int, str, bool) and type(value) is not hint:
+            advice = ": leave out the quotes" if isinstance(value, str) else ""
+            raise ValueError(f"{name} is {value!r}; it must be {_IN_WORDS[hint]}{advice}")
+        elif name == "layer_sparsity":
+            if not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
+                raise ValueError(f"{name} is {value!r}; it must map module names or patterns to numbers")
+        elif list[str] in get_args(hint) and not (
+            isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+        ):
+            raise ValueError(f"{name} is {value!r}; it must be a list of module names or patterns")
+
+
+def unknown(what: str, value: Any, known: Iterable[str]) -> str:
+    """The message for a value that is not among the known ones."""
+    close = difflib.get_close_matches(str(value), list(known), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"unknown {what} {value!r}{hint} Known: {', '.join(known)}"
