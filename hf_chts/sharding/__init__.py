@@ -1,5 +1,5 @@
 """The only room that knows how an engine holds weights, moments and ranks.
 
-`detect.engine_of` finds the engine of a run, and all engines answer the same few questions (interface.py): what is the
-whole weight of a layer, where must zeros go when its topology changes, what would its gradient be without the mask.
+`detect.engine_of` finds the engine of a run, and all engines answer the same few questions (interface.py): where are
+the bytes of a layer's weight, what is the whole weight, what would its gradient be without the mask.
 """

@@ -1,11 +1,11 @@
-"""Which engine holds the weights, and which cannot be worked with."""
+"""Find the engine that holds a model's weights, and refuse the ones that are not supported."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from hf_chts.sharding.interface import Engine, SparseLayer
+from hf_chts.sharding.interface import Engine, HeldLayer
 from hf_chts.sharding.optimizer_state import check_state
 from hf_chts.sharding.replicated import ReplicatedWeights
 from hf_chts.sharding.zero import ZeroStage3Weights, ZeroStage12Weights
@@ -13,7 +13,7 @@ from hf_chts.sharding.zero import ZeroStage3Weights, ZeroStage12Weights
 _ZERO_STAGES_1_2 = ("DeepSpeedZeroOptimizer", "BF16_Optimizer")
 _ZERO_STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 
-# Optimizers that keep one value of each state for a weight, and leave a weight of 0 where its gradient always is
+# Optimizers that keep one value of each state for each weight, and never move a weight of 0 whose gradient is 0
 _ELEMENTWISE = (
     "adam", "adamw", "nadam", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "rprop", "sgd", "asgd",
     "lion", "adan", "ademamix", "fusedadam", "deepspeedcpuadam", "deepspeedcpuadagrad", "deepspeedcpulion", "fusedlion",
@@ -24,8 +24,8 @@ _ELEMENTWISE = (
 _IMPOSSIBLE = ("lbfgs", "lomo", "galore", "apollo", "onebit", "zeroone", "4bit", "8bit", "fp8")
 
 
-def engine_of(model: nn.Module, layers: Mapping[str, SparseLayer], optimizer: Any) -> Engine:
-    """The engine that holds the weights of `layers`. Collective; to be called when model and optimizer are prepared.
+def engine_of(model: nn.Module, layers: Mapping[str, HeldLayer], optimizer: Any) -> Engine:
+    """Find the engine that holds the weights of `layers`. Collective; call it once model and optimizer are prepared.
 
     Args:
         model: the model that the layers are in, wrapped or not.
@@ -33,8 +33,8 @@ def engine_of(model: nn.Module, layers: Mapping[str, SparseLayer], optimizer: An
         optimizer: torch's, Accelerate's or DeepSpeed's, as prepared for the run.
 
     Raises:
-        ValueError: the engine, the optimizer, or what holds a layer's weight, is one with which topologies cannot be
-            evolved rightly; the message names it.
+        ValueError: topologies cannot evolve with this engine or optimizer, or with the way a layer holds its weight;
+            the message names it.
     """
     scaler = getattr(optimizer, "scaler", None)
     while type(optimizer).__module__.startswith("accelerate."):
@@ -55,31 +55,31 @@ def engine_of(model: nn.Module, layers: Mapping[str, SparseLayer], optimizer: An
     mixing = _mixes(optimizer)
     scale = (lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0)
     for name, layer in layers.items():
-        if hasattr(layer.weight, "_fsdp_flattened") or not isinstance(layer.weight, nn.Parameter):
+        if hasattr(layer.parameter, "_fsdp_flattened") or not isinstance(layer.parameter, nn.Parameter):
             raise ValueError(
                 f"FSDP1 holds {name}, which flattens weights and moments together: set fsdp_version to 2 "
                 "(configs/accelerate/fsdp2.yaml)"
             )
-    if any(hasattr(layer.weight, "device_mesh") for layer in layers.values()):
+    if any(hasattr(layer.parameter, "device_mesh") for layer in layers.values()):
         from hf_chts.sharding.fsdp2 import Fsdp2Weights, check_fsdp2
 
         _check_elementwise(optimizer, "FSDP2")
         check_fsdp2(model, layers)
         return Fsdp2Weights(layers.values(), optimizer, scale)
     for name, layer in layers.items():
-        if layer.weight.shape != layer.storage.parameter_shape:
+        if layer.parameter.shape != layer.storage.parameter_shape:
             raise ValueError(
-                f"{name} has a weight of {tuple(layer.weight.shape)} where {tuple(layer.storage.parameter_shape)} is "
-                f"expected, under {kind}: what holds the weight is none of DDP, FSDP2, and DeepSpeed ZeRO 1, 2 and 3"
+                f"{name} has a weight of {tuple(layer.parameter.shape)} where {tuple(layer.storage.parameter_shape)} "
+                f"is expected, under {kind}: what holds the weight is none of DDP, FSDP2, and DeepSpeed ZeRO 1, 2 and 3"
             )
     return ReplicatedWeights(optimizer, scale, mixing=mixing)
 
 
 def _mixes(optimizer: Any) -> bool:
-    """Whether the optimizer may move a weight whose gradient is 0, or is not known not to.
+    """Whether the optimizer may move a weight whose gradient is 0; True as well if that is not known.
 
     Raises:
-        ValueError: missing links could not be kept at 0 with it.
+        ValueError: missing links cannot be kept at 0 with this optimizer.
     """
     kind = _kind(optimizer)
     quantized = kind.startswith("bitsandbytes.") and optimizer.args.optim_bits != 32
@@ -106,11 +106,11 @@ def _kind(optimizer: Any) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def _check_stage_3(layers: Mapping[str, SparseLayer], optimizer: Any) -> None:
+def _check_stage_3(layers: Mapping[str, HeldLayer], optimizer: Any) -> None:
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
         raise ValueError("ZeRO stage 3 keeps weights or moments on NVMe, which is not supported: offload to the CPU")
     for name, layer in layers.items():
-        if getattr(layer.weight, "ds_secondary_tensor", None) is not None:
+        if getattr(layer.parameter, "ds_secondary_tensor", None) is not None:
             raise ValueError(
                 f"ZeRO++ keeps a second copy of {name} (zero_hpz_partition_size), which is not supported: set it to 1"
             )

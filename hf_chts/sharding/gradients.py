@@ -1,4 +1,4 @@
-"""The gradient that there would be without the mask, brought to the rank that evolves the layer."""
+"""The dense gradient of a layer, as it would be without the mask, for the rank that evolves the layer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,9 +14,9 @@ class DenseGradient(ABC):
     """Adds up a layer's dense gradient over the micro-batches of a step, in fp32.
 
     Args:
-        shape, device: of the dense weight, as it lies in the layer.
-        owner: the rank that the mean over all ranks goes to.
-        loss_scale: what the loss is multiplied by, when asked in the backward pass.
+        shape, device: those of the dense weight, in the layer's own layout.
+        owner: the rank that receives the mean over all ranks.
+        loss_scale: returns the factor of the loss; called in the backward pass.
     """
 
     def __init__(self, shape: torch.Size, device: torch.device, owner: int, loss_scale: Callable[[], float]) -> None:
@@ -32,7 +32,7 @@ class DenseGradient(ABC):
     @abstractmethod
     def mean(self) -> Tensor | None:
         """The mean over ranks of the sum over micro-batches, fp32 of the weight's shape; None if this rank is not the
-        owner. Collective; may be asked once."""
+        owner. Collective; call it once."""
 
     def _accumulate(self, grad: Tensor) -> None:
         if self.sum is None:
@@ -48,7 +48,7 @@ class DenseGradient(ABC):
 
 
 class LocalGradient(DenseGradient):
-    """Each rank keeps its own sum, as it keeps its own gradients under DDP; one reduction at the end."""
+    """Each rank sums up its own gradients, and one reduction at the end adds them up, as under DDP."""
 
     def add_(self, grad: Tensor) -> None:
         self._accumulate(grad)
@@ -71,7 +71,7 @@ class ReducedGradient(DenseGradient):
     def add_(self, grad: Tensor) -> None:
         rank, world_size = rank_and_world()
         if world_size > 1:
-            # a copy: the reduction leaves anything in it, and the gradient itself is still needed
+            # a copy, because the reduction overwrites it and the gradient itself is still needed
             grad = grad.to(torch.float32, copy=True).contiguous()
             dist.reduce(grad, dst=self.owner)
         if rank == self.owner:

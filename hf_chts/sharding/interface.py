@@ -1,12 +1,12 @@
-"""What every engine can tell and do about the weights of masked layers.
+"""The interface of engines to the weights of sparse layers.
 
-Every engine that we know holds, on each rank, one run of a weight's elements, in the order in which they lie: all of
-them, some rows, or any stretch. Engines say which run that is and which tensors cover it; the rest is the same for all.
+On each rank an engine holds one contiguous range of a parameter's elements: all of them, some rows, or any other range.
+Engines say which range that is and which tensors cover it. Everything else is the same for all engines.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from hf_chts.sharding.ranks import rank_and_world
 
 
 class Storage(Protocol):
-    """What engines ask of how a layer's links are stored (hf_chts/layers/links.py)."""
+    """What engines need to know about a layer's storage (hf_chts/layers/links.py)."""
 
     @property
     def device(self) -> torch.device: ...
@@ -28,45 +28,65 @@ class Storage(Protocol):
     def parameter_shape(self) -> torch.Size: ...
 
 
-class SparseLayer(Protocol):
+class HeldLayer(Protocol):
     """A layer whose weight an engine holds."""
 
-    weight: Tensor
-
+    @property
+    def parameter(self) -> Tensor: ...
     @property
     def storage(self) -> Storage: ...
 
 
+class Stepped(NamedTuple):
+    """The part of a layer that an optimizer has stepped on.
+
+    Attributes:
+        held: see `Engine.held`.
+        step: the optimizer's number of steps.
+        group: its parameter group.
+    """
+
+    held: dict[str, Tensor]
+    step: Tensor | float
+    group: Mapping[str, Any]
+
+
 class Engine(ABC):
-    """Holds the parameters, gradients and optimizer moments of sparse layers: says where they are, and moves them.
+    """Says where parameters, gradients and optimizer moments of sparse layers are on this rank, and moves them.
 
     Everything has the layout of the layer's parameter, `layer.storage.parameter_shape`. All ranks call the methods
     marked collective, for the same layers in the same order.
     """
 
-    #: whether a rank holds a part of each weight, so that whole ones must be gathered
+    #: whether each rank holds only a part of a weight, so that whole weights have to be gathered
     sharded: ClassVar[bool] = False
 
-    #: whether the optimizer may move a weight whose gradient is 0, so that missing links must be set to 0 after a step
+    #: whether the optimizer may move weights whose gradient is 0, so that missing links are reset to 0 after each step
     moves_missing_links: bool = False
 
-    #: what multiplies the loss, hence the gradients, at this moment: that of a gradient scaler
+    #: whether a parameter may change its size between two steps, which `keep` does
+    resizes: bool = False
+
+    #: torch's optimizer, which takes the steps
+    stepping: torch.optim.Optimizer
+
+    #: returns the current factor of the loss, and so of the gradients: the scale of a gradient scaler
     loss_scale: Callable[[], float] = staticmethod(lambda: 1.0)
 
     @abstractmethod
-    def extents(self, layer: SparseLayer) -> Sequence[tuple[int, int]]:
-        """(start, stop) of the elements of the layer's weight that each rank holds, by rank; (n, n) for none."""
+    def extents(self, layer: HeldLayer) -> Sequence[tuple[int, int]]:
+        """(start, stop) of the elements that each rank holds, by rank; (n, n) if it holds none."""
 
     @abstractmethod
-    def optimizes(self, layer: SparseLayer) -> bool:
-        """Whether the optimizer has the layer's weight: it has not what was frozen when it was made."""
+    def optimizes(self, layer: HeldLayer) -> bool:
+        """Whether the optimizer has the layer's parameter. It lacks those that were frozen when it was made."""
 
-    def trained(self, layers: Mapping[str, SparseLayer]) -> list[str]:
+    def trained(self, layers: Mapping[str, HeldLayer]) -> list[str]:
         """The names of the layers whose weights train at this moment, on every rank. Collective.
 
-        The others were frozen, or never given to the optimizer.
+        The other layers are frozen, or were never given to the optimizer.
         """
-        trains = [layer.weight.requires_grad and self.optimizes(layer) for layer in layers.values()]
+        trains = [layer.parameter.requires_grad and self.optimizes(layer) for layer in layers.values()]
         if layers and rank_and_world()[1] > 1:
             agreed = torch.tensor(trains, dtype=torch.int32, device=next(iter(layers.values())).storage.device)
             dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
@@ -74,41 +94,50 @@ class Engine(ABC):
         return [name for name, train in zip(layers, trains, strict=True) if train]
 
     @abstractmethod
-    def held(self, layer: SparseLayer) -> dict[str, Tensor]:
-        """The live tensors that cover this rank's extent, by name: flat, or whole and of the weight's shape.
+    def held(self, layer: HeldLayer) -> dict[str, Tensor]:
+        """The live tensors that cover this rank's extent, by name: flat, or whole in the parameter's shape.
 
         "weight" comes first and is what the optimizer steps on: the fp32 master weight where the engine has one. Others
         may be "working" (the weight of the forward), "gradient", and the optimizer's moments by the optimizer's names.
-        Of a weight that the optimizer does not have, what there is.
+        If the optimizer does not have the parameter, some of these are missing.
         """
 
-    def copies(self, layer: SparseLayer) -> dict[str, Tensor]:
-        """The live tensors that this rank holds whole beside its extent, by name, of the weight's shape.
+    def stepped(self, layer: HeldLayer) -> Stepped | None:
+        """What the optimizer has just stepped on, for its post-step hook; None if it took no step on the layer here."""
+        parameter, optimizer = layer.parameter, self.stepping
+        state = optimizer.state.get(parameter)
+        if not state or parameter.grad is None:
+            return None
+        group = next(group for group in optimizer.param_groups if any(one is parameter for one in group["params"]))
+        return Stepped(self.held(layer), state["step"], group)
 
-        Which there are is the same on all ranks.
+    def copies(self, layer: HeldLayer) -> dict[str, Tensor]:
+        """Live tensors that this rank holds whole in addition to its extent, by name, in the parameter's shape.
+
+        The names are the same on all ranks.
         """
         return {}
 
-    def extent(self, layer: SparseLayer) -> tuple[int, int]:
-        """(start, stop) of the elements of the layer's weight that this rank holds."""
+    def extent(self, layer: HeldLayer) -> tuple[int, int]:
+        """(start, stop) of the elements that this rank holds."""
         return self.extents(layer)[rank_and_world()[0]]
 
     def gather(
-        self, destinations: Sequence[tuple[SparseLayer, int]], pieces: Sequence[Tensor] | None = None
+        self, destinations: Sequence[tuple[HeldLayer, int]], pieces: Sequence[Tensor] | None = None
     ) -> list[Tensor | None]:
-        """Bring whole weights together, each on one rank. Collective.
+        """Gather whole weights, each on one rank. Collective.
 
-        It is the optimizer's weight, the fp32 master where there is one: bf16 would make ties that a run on another
-        engine does not have, and so other topologies.
+        These are the optimizer's weights: the fp32 master weights if there are any. In bf16 there would be ties that a
+        run on another engine does not have, and so another topology.
 
         Args:
-            destinations: (layer, rank) pairs: which rank gets the weight of which layer. A rank holds all that it is
-                to get at the same time.
-            pieces: what to bring together instead of the weights: for each pair, a tensor that covers this rank's
-                extent, such as one of `held` or `store`.
+            destinations: (layer, rank) pairs: the rank that receives the weight of the layer. A rank holds everything
+                it receives at the same time.
+            pieces: tensors to gather instead of the weights, one for each pair, that cover this rank's extent, such as
+                those of `held` and `zeros`.
 
         Returns:
-            For each pair a tensor of the weight's shape, to read, where the destination is this rank, else None.
+            For each pair a tensor of the parameter's shape, read only, if the destination is this rank, else None.
         """
         rank, _ = rank_and_world()
         found: list[Tensor | None] = []
@@ -135,10 +164,10 @@ class Engine(ABC):
                 work.wait()
         return found
 
-    def whole(self, layer: SparseLayer, piece: Tensor | None = None) -> Tensor:
-        """The whole weight, or what `piece` is this rank's extent of, on every rank, to read. Collective."""
+    def whole(self, layer: HeldLayer, piece: Tensor | None = None) -> Tensor:
+        """The whole weight on every rank, or the tensor of which `piece` is this rank's part; read only. Collective."""
         if piece is None and not self.optimizes(layer):
-            return whole_weight(layer.weight)
+            return whole_weight(layer.parameter)
         (tensor,) = self.gather([(layer, 0)], None if piece is None else [piece])
         if tensor is None:
             like = self.held(layer)["weight"] if piece is None else piece
@@ -146,29 +175,33 @@ class Engine(ABC):
         dist.broadcast(tensor, src=0)
         return tensor
 
-    def zeros(self, layer: SparseLayer) -> Tensor:
-        """Zeros that cover this rank's extent, of the weight's dtype, to keep something of a layer in."""
+    def zeros(self, layer: HeldLayer) -> Tensor:
+        """Zeros that cover this rank's extent, with the dtype of the weight."""
         return torch.zeros_like(self.held(layer)["weight"])
 
-    def part_of(self, layer: SparseLayer, whole: Tensor) -> Tensor:
-        """This rank's extent of a tensor of the parameter's shape, as a tensor of its own such as `zeros` makes."""
+    def part_of(self, layer: HeldLayer, whole: Tensor) -> Tensor:
+        """A copy of this rank's extent of a tensor of the parameter's shape, in the form that `zeros` has."""
         start, stop = self.extent(layer)
         part = self.zeros(layer)
         return part.copy_(whole.reshape(-1)[start:stop].view_as(part))
 
-    def dense_gradient(self, layer: SparseLayer, owner: int) -> DenseGradient:
-        """What to set as `layer.dense_gradient` for the micro-batches of a step, for rank `owner` to have the mean."""
+    def keep(self, layer: HeldLayer, elements: Tensor) -> None:
+        """Reduce the parameter and its optimizer state to these elements, int64 (n,); only if `resizes`."""
+        raise NotImplementedError
+
+    def dense_gradient(self, layer: HeldLayer, owner: int) -> DenseGradient:
+        """The accumulator to set as `layer.dense_gradient` during a step, whose mean goes to rank `owner`."""
         return ReducedGradient(layer.storage.weight_shape, layer.storage.device, owner, self.loss_scale)
 
-    def spread(self, layer: SparseLayer, positions: Tensor, mine: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give every rank the values that each knows for its own extent. Collective.
+    def spread(self, layer: HeldLayer, positions: Tensor, mine: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Broadcast the values that each rank has for its own extent. Collective.
 
         Args:
-            positions: in the whole flattened parameter, ascending; the same on all ranks.
-            mine: the values at those that are in this rank's extent.
+            positions: int64 (n,), positions in the whole flattened parameter, ascending; the same on all ranks.
+            mine: the values at the positions in this rank's extent.
 
         Returns:
-            (positions, values) of one rank after the other.
+            (positions, values) of each rank in turn.
         """
         rank, _ = rank_and_world()
         for source, (start, stop) in enumerate(self.extents(layer)):
@@ -185,12 +218,12 @@ class ShardedEngine(Engine):
     """An engine that splits weights over all ranks. Collective to make.
 
     Raises:
-        ValueError: a weight is not split over all ranks in one run of elements each.
+        ValueError: a weight is not split over all ranks into one contiguous range each.
     """
 
     sharded = True
 
-    def __init__(self, layers: Iterable[SparseLayer]) -> None:
+    def __init__(self, layers: Iterable[HeldLayer]) -> None:
         layers = list(layers)
         mine = [self.find_extent(layer) for layer in layers]
         _, world_size = rank_and_world()
@@ -209,15 +242,15 @@ class ShardedEngine(Engine):
             if end != layer.storage.parameter_shape.numel():
                 raise ValueError(
                     f"a weight of shape {tuple(layer.storage.parameter_shape)} is not split over all {world_size} "
-                    f"ranks in one run of elements each, but as {extents}: hierarchical and tensor parallel layouts "
+                    f"ranks into one contiguous range each, but as {extents}: hierarchical and tensor parallel layouts "
                     "are not supported"
                 )
 
     @abstractmethod
-    def find_extent(self, layer: SparseLayer) -> tuple[int, int]:
+    def find_extent(self, layer: HeldLayer) -> tuple[int, int]:
         """(start, stop) of the elements that this rank holds."""
 
-    def extents(self, layer: SparseLayer) -> Sequence[tuple[int, int]]:
+    def extents(self, layer: HeldLayer) -> Sequence[tuple[int, int]]:
         return self._extents[layer]
 
 
@@ -230,7 +263,7 @@ def moments(state: dict[str, object], like: Tensor, *, elementwise: bool = True)
     """The tensors of an optimizer's state that have a value for each element of `like`.
 
     Raises:
-        TypeError: `elementwise`, and there is a tensor that has neither one value nor one for each element.
+        TypeError: with `elementwise`, a tensor has neither one value nor one for each element.
     """
     found: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -238,7 +271,7 @@ def moments(state: dict[str, object], like: Tensor, *, elementwise: bool = True)
             continue
         if value.shape != like.shape:
             if not elementwise:
-                if value.shape[1:] == like.shape:  # several values for each element, one after the other
+                if value.shape[1:] == like.shape:  # several values for each element, stacked along the first dimension
                     found |= {f"{name}[{i}]": one for i, one in enumerate(value)}
                 continue
             raise TypeError(

@@ -1,4 +1,4 @@
-"""What an optimizer will keep for a weight, found out before training on a weight that is no one's."""
+"""What state an optimizer keeps for a weight, found out before training on a weight made for the purpose."""
 
 import copy
 from collections import OrderedDict, defaultdict
@@ -13,12 +13,11 @@ _SHAPE = (3, 5)
 
 
 def check_state(optimizer: Any) -> None:
-    """Raises ValueError, naming the state, for an optimizer that keeps other than a value for each weight.
+    """Raises ValueError, naming the state, if an optimizer does not keep one value for each weight.
 
-    A copy of it takes a step on a tiny weight. Where that fails nothing is known, and its state is looked at after the
-    first real step.
+    A copy of the optimizer takes a step on a tiny weight. If that fails, the first real step is checked instead.
     """
-    # torch's keep a value for each weight or were told from those before; DeepSpeed's share what is not Python's
+    # those of torch are known (detect.py); DeepSpeed's share state with C++ that a copy would change
     if type(optimizer).__module__.startswith(("torch.optim.", "deepspeed.")):
         return
     state = _after_a_step(optimizer)
@@ -32,7 +31,7 @@ def check_state(optimizer: Any) -> None:
 
 
 def _after_a_step(optimizer: Any) -> dict[str, Any] | None:
-    """What a copy of the optimizer keeps of a tiny weight after a step; None where it cannot take one."""
+    """The state that a copy of the optimizer keeps for a tiny weight after a step; None if the step fails."""
     like: Tensor = optimizer.param_groups[0]["params"][0]
     device = getattr(like, "device", torch.device("cpu"))
     devices = [device] if device.type not in ("cpu", "meta") else []
@@ -54,7 +53,7 @@ def _after_a_step(optimizer: Any) -> dict[str, Any] | None:
 
 
 def _own(name: str, value: Any) -> Any:
-    """An attribute for a copy of an optimizer: no hooks of the user's, and nothing shared that it could write into."""
+    """An attribute for a copy of an optimizer: without the user's hooks, and not shared if it can be written to."""
     if name.startswith("_optimizer_"):
         return OrderedDict()
     return copy.copy(value) if isinstance(value, dict | list | set) else value

@@ -1,9 +1,9 @@
-"""Weights of which this rank holds a part: FSDP2 and DeepSpeed's stage 3 may split a model before it is made sparse.
+"""Weights that are split over ranks: FSDP2 and DeepSpeed's stage 3 may split a model before it is made sparse.
 
-Knows such weights by what hangs on them, and imports neither. What an engine holds beside the weight, once training has
-begun, is the matter of sharding.
+Such weights are recognized by their attributes; neither library is imported.
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ def weight_shape(weight: Tensor) -> torch.Size:
 
 
 def held_part(weight: Tensor) -> tuple[Tensor, int]:
-    """The live elements of a weight that this rank holds, and where they begin in the whole.
+    """The live elements of a weight that this rank holds, and the position of the first one.
 
     Returns:
-        (part, start): a flat tensor without padding, or the weight itself where it is whole, and the position of its
-        first element, counted along the rows of the whole end to end.
+        (part, start): a flat tensor without padding, or the weight itself if it is whole, and the position of its first
+        element in the flattened weight.
 
     Raises:
-        ValueError: the weight is split other than by rows over one dimension of ranks.
+        ValueError: the weight is not split by rows over one dimension of ranks.
     """
     split: Any = weight.detach()
     if hasattr(weight, "ds_tensor"):
@@ -39,14 +39,14 @@ def held_part(weight: Tensor) -> tuple[Tensor, int]:
                 f"a weight is placed {placements} on a mesh of {tuple(mesh.shape)} ranks: only FSDP2 by rows is "
                 "supported (no hybrid, tensor or pipeline parallelism)"
             )
-        rows, columns = split.shape
+        rows, *columns = split.shape
         chunk = -(-rows // mesh.size())  # as torch.chunk splits rows
-        return split.to_local().view(-1), min(mesh.get_local_rank() * chunk, rows) * columns
+        return split.to_local().view(-1), min(mesh.get_local_rank() * chunk, rows) * prod(columns)
     return split, 0
 
 
 def whole_weight(weight: Tensor) -> Tensor:
-    """The whole weight on every rank, to read. Collective where it is split."""
+    """The whole weight on every rank, read only. Collective if it is split."""
     split: Any = weight.detach()
     if hasattr(split, "full_tensor"):
         return split.full_tensor()

@@ -1,4 +1,4 @@
-"""Ranks: who evolves which layer, how the new masks reach all of them, and what they must have in common."""
+"""Ranks: which one evolves which layer, how new masks reach all of them, and what has to be the same on each."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -27,7 +27,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def share_out(costs: Mapping[str, float], world_size: int) -> dict[str, int]:
-    """Which rank evolves which layer: the dearest first, each to the rank with the least to do so far.
+    """Assign layers to ranks: the most costly first, each to the rank with the least work so far.
 
     The same on every rank: ties go to the lower rank and to the earlier layer.
     """
@@ -47,18 +47,18 @@ def exchange(
     device: torch.device,
     n_counts: int = 4,
 ) -> Iterator[tuple[str, tuple[Tensor, list[int]]]]:
-    """Give each rank's new masks, and the counts that go with them, to all ranks. Collective.
+    """Send each rank's new masks and their counts to all ranks. Collective.
 
     Args:
         mine: (mask as bits, counts) of the layers that this rank owns.
-        shapes: (out, in) of all layers that are exchanged, in one order on all ranks.
+        shapes: (out, in) of all layers to exchange, in the same order on all ranks.
         owner: rank by layer name.
         device: where masks are.
         n_counts: how many counts each layer has.
 
     Returns:
-        (name, (mask, counts)), rank by rank and in the order of `shapes`; a mask is unpacked where it is taken. Masks
-        travel as bits, in one broadcast from each rank.
+        (name, (mask, counts)), rank by rank and in the order of `shapes`; each mask is unpacked as it is yielded.
+        Masks are sent as bits, in one broadcast from each rank.
     """
     rank, world_size = rank_and_world()
     for source in range(world_size):
@@ -84,18 +84,19 @@ def exchange(
 
 
 def together(facts: Mapping[str, str] | None, problem: Exception | None = None, word: Any = None) -> Any:
-    """Compare what ranks have in common; `problem` is why this rank cannot train. Collective.
+    """Check that facts are the same on all ranks, and that no rank has a problem. Collective.
 
     Args:
-        facts: by name; None with a problem.
-        word: what rank 0 tells the others.
+        facts: by name; None if there is a problem.
+        problem: the reason why this rank cannot train.
+        word: rank 0 sends this to the others.
 
     Returns:
         Rank 0's `word`.
 
     Raises:
         Exception: this rank's problem.
-        ValueError: another rank has one, or ranks differ; the message names the ranks and all that differs.
+        ValueError: another rank has a problem, or facts differ; the message names the ranks and the differences.
     """
     rank, world_size = rank_and_world()
     everyone: list[Any] = [(dict(facts or {}), str(problem) if problem else None, word)]

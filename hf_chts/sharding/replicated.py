@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from hf_chts.sharding.gradients import DenseGradient, LocalGradient
-from hf_chts.sharding.interface import Engine, SparseLayer, in_groups, moments
+from hf_chts.sharding.interface import Engine, HeldLayer, in_groups, moments
 from hf_chts.sharding.ranks import rank_and_world
 
 
 class ReplicatedWeights(Engine):
     """Args (beside the optimizer and the loss scale):
-    mixing: whether the optimizer may move a weight because of others, as Muon does by making its steps orthogonal; or
-        keep sums over rows and columns, as Adafactor does. Weights are then masked again after each step, and of its
-        state what has a value for each weight.
+    mixing: whether the optimizer lets other weights move a weight, as Muon does with orthogonal steps, or keeps sums
+        over rows and columns, as Adafactor does. Then weights, and state with a value for each weight, are masked again
+        after each step.
     """
 
     def __init__(
@@ -24,39 +24,47 @@ class ReplicatedWeights(Engine):
         *,
         mixing: bool = False,
     ) -> None:
-        self.optimizer = optimizer
+        self.optimizer = self.stepping = optimizer
         self.loss_scale = loss_scale
         self.moves_missing_links = mixing
+        self.resizes = rank_and_world()[1] == 1  # DDP has buckets for parameters of the sizes that they had
 
-    def _moments(self, layer: SparseLayer) -> dict[str, Tensor]:
-        state = self.optimizer.state.get(layer.weight, {})
-        return moments(state, layer.weight, elementwise=not self.moves_missing_links)
+    def _moments(self, layer: HeldLayer) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(layer.parameter, {})
+        return moments(state, layer.parameter, elementwise=not self.moves_missing_links)
 
-    def optimizes(self, layer: SparseLayer) -> bool:
-        return in_groups(layer.weight, self.optimizer)
+    def optimizes(self, layer: HeldLayer) -> bool:
+        return in_groups(layer.parameter, self.optimizer)
 
-    def extents(self, layer: SparseLayer) -> Sequence[tuple[int, int]]:
+    def extents(self, layer: HeldLayer) -> Sequence[tuple[int, int]]:
         return [(0, layer.storage.parameter_shape.numel())] * rank_and_world()[1]
 
-    def held(self, layer: SparseLayer) -> dict[str, Tensor]:
-        weight = layer.weight
+    def held(self, layer: HeldLayer) -> dict[str, Tensor]:
+        weight = layer.parameter
         held = {"weight": weight.detach()}
         if weight.grad is not None:
             held["gradient"] = weight.grad
         return held | self._moments(layer)
 
-    def whole(self, layer: SparseLayer, piece: Tensor | None = None) -> Tensor:
-        return layer.weight.detach() if piece is None else piece
+    def whole(self, layer: HeldLayer, piece: Tensor | None = None) -> Tensor:
+        return layer.parameter.detach() if piece is None else piece
 
     def gather(
-        self, destinations: Sequence[tuple[SparseLayer, int]], pieces: Sequence[Tensor] | None = None
+        self, destinations: Sequence[tuple[HeldLayer, int]], pieces: Sequence[Tensor] | None = None
     ) -> list[Tensor | None]:
         rank, _ = rank_and_world()
-        tensors = [layer.weight.detach() for layer, _ in destinations] if pieces is None else pieces
+        tensors = [layer.parameter.detach() for layer, _ in destinations] if pieces is None else pieces
         return [
             tensor if destination == rank else None
             for tensor, (_, destination) in zip(tensors, destinations, strict=True)
         ]
 
-    def dense_gradient(self, layer: SparseLayer, owner: int) -> DenseGradient:
+    def keep(self, layer: HeldLayer, elements: Tensor) -> None:
+        parameter = layer.parameter
+        state = self.optimizer.state.get(parameter, {})
+        for name in self._moments(layer):
+            state[name] = state[name][elements]
+        parameter.data, parameter.grad = parameter.data[elements], None
+
+    def dense_gradient(self, layer: HeldLayer, owner: int) -> DenseGradient:
         return LocalGradient(layer.storage.weight_shape, layer.storage.device, owner, self.loss_scale)

@@ -56,7 +56,7 @@ def test_each_regrown_link_steps_as_if_training_began_with_it(kind, beta2):
         optimizer.param_groups[0]["lr"] = rates[step - 1]
         weight.grad = draws[step - 1] * mask
         optimizer.step()
-        regrown.correct(optimizer, step)
+        regrown.correct(step)
         if step % INTERVAL == 0:
             after = mask.clone()
             for link, update in births.items():
@@ -98,7 +98,7 @@ def test_the_first_steps_of_a_regrown_link_are_no_larger_than_the_rate():
             weight.grad = torch.ones(1, 1)
             optimizer.step()
             if corrected:
-                regrown.correct(optimizer, step)
+                regrown.correct(step)
             steps.append(abs(weight.item() - before))
         return max(steps)
 
