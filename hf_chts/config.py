@@ -22,7 +22,7 @@ VERSION = 1
 # Names modules of parts to import, separated by commas, for commands that read configs and have no --parts
 PARTS_VARIABLE = "HF_CHTS_PARTS"
 # Fields that decide where defaults come from, so that no method can set them
-_NOT_OF_METHODS = ("method", "recipe", "parts", "version")
+_NOT_OF_METHODS = ("method", "recipe", "parts", "storage", "dense_mib", "compact_after_decay", "version")
 
 
 def _option(default: Any, help: str, *, shown: str | None = None, compare: bool = True) -> Any:
@@ -153,6 +153,24 @@ class SparsityConfig:
     )
     sigmoid_k: float = _option(6.0, "Steepness of the sigmoid schedule.")
     topology_seed: int = _option(0, "Seed of everything random in the topology.")
+    storage: str = _option(
+        "masked",
+        "How the weights of sparse layers are kept: masked, dense with zeros; links, one value for each link, so that "
+        "memory, traffic and checkpoints are in proportion to the links. The results are the same.",
+        compare=False,
+    )
+    dense_mib: int = _option(
+        256,
+        "With storage links, how many MiB of a layer's weight are made dense at a time; a larger weight is worked "
+        "through in blocks of rows.",
+        compare=False,
+    )
+    compact_after_decay: bool = _option(
+        False,
+        "With storage links, in one process: once the sparsity has reached its final value, give back the slots that "
+        "the denser beginning needed.",
+        compare=False,
+    )
     parts: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
         None,
         "Modules with parts or methods of your own (see hf_chts.register), by name or as .py files; they are imported "
@@ -281,9 +299,11 @@ class SparsityConfig:
         return SchedulePlan.of(self, max_steps, **known)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields but `parts` where there are none, which earlier versions do not know."""
-        values = dataclasses.asdict(self)
-        return values if self.parts else {name: value for name, value in values.items() if name != "parts"}
+        """All fields, but those that earlier versions do not know only where they are not their defaults."""
+        new = {"parts": None, "storage": "masked", "dense_mib": 256}
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in new or value != new[name]
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SparsityConfig":

@@ -37,6 +37,13 @@ def check_values(config: Any) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}; it must lie in [0, 1): T = δ/(1−δ)")
     if config.update_interval < 1:
         raise ValueError(f"update_interval is {config.update_interval}; it must be at least 1 step")
+    if config.compact_after_decay and (config.storage != "links" or config.allocation == "global"):
+        raise ValueError(
+            f"compact_after_decay is true, with storage {config.storage!r} and allocation {config.allocation!r}: it "
+            "needs storage links, and numbers of links that stay. Set it to false"
+        )
+    if config.dense_mib < 1:
+        raise ValueError(f"dense_mib is {config.dense_mib}; it must be at least 1 MiB")
     if config.sigmoid_k <= 0:
         raise ValueError(f"sigmoid_k is {config.sigmoid_k}; it must be > 0 (the paper's is 6)")
     below = SPARSITY_SCHEDULES[config.sparsity_schedule].starts_below

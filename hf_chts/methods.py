@@ -68,4 +68,5 @@ CHOICES: Mapping[str, Iterable[str]] = {
     "regrown_weights": ("zero", "historical"),
     "regrown_adam": ("global_steps", "per_weight_steps"),
     "drop_schedule": tuple(schedules.DROP_SCHEDULES),
+    "storage": ("masked", "links"),
 }

@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 from hf_chts.config import SparsityConfig
 from hf_chts.evolution.evolver import Evolver
 from hf_chts.files.reading import LazyMapping
-from hf_chts.layers.conversion import convert_layers
+from hf_chts.layers.conversion import convert_layers, link_layers
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.heads import head_blocks
 from hf_chts.layers.initial_masks import check_links, initial_masks
 from hf_chts.layers.masked_linear import masked_class
-from hf_chts.layers.shares import overrides
+from hf_chts.layers.materialize import materialize
+from hf_chts.layers.shares import most_links, overrides
+from hf_chts.layers.sparse_layer import SparseLayer
 from hf_chts.layers.sparse_layers import HANDLE, SparseLayers
 from hf_chts.layers.targets import check_targets, earlier_targets, find_targets, matrix_shape
 from hf_chts.layers.wrappers import unwrap
@@ -29,6 +31,21 @@ class SparsityHandle(SparseLayers):
     def of(model: nn.Module) -> "SparsityHandle | None":
         """The handle of a sparse model, wrapped or not, or None."""
         return getattr(unwrap(model), HANDLE, None)
+
+    def materialize(self, device: torch.device | str = "cpu") -> None:
+        """Give a model that was made sparse on the meta device its weights: new random ones, as a dense model's.
+
+        It never is dense: at most one of its blocks is at a time. The random numbers are not those that the dense
+        model would have got.
+
+        Raises:
+            ValueError: the model is not on the meta device, or of another library than transformers.
+        """
+        if not isinstance(self.model, PreTrainedModel):
+            raise ValueError(
+                f"only models of transformers say how they are initialized, not {type(self.model).__name__}"
+            )
+        materialize(self.model, device)
 
     def evolver(self, optimizer: Any, max_steps: int, *, step: int = 0) -> Evolver:
         """Evolve the topology in a training loop of your own; see `Evolver`. Collective.
@@ -44,7 +61,7 @@ class SparsityHandle(SparseLayers):
         evolver = Evolver(self)
         evolver.begin(max_steps, optimizer, step)
         assert evolver.engine is not None
-        trains = [layer for layer in self.layers.values() if layer.weight.requires_grad]
+        trains = [layer for layer in self.layers.values() if layer.parameter.requires_grad]
         if trains and not evolver.engine.trained(self.layers):
             evolver.close()
             raise ValueError(
@@ -58,7 +75,7 @@ def sparsify(
     model: nn.Module,
     config: SparsityConfig,
     *,
-    masks: dict[str, Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     calibration: Mapping[str, Tensor] | None = None,
 ) -> SparsityHandle:
     """Make the target layers of `model` sparse, in place.
@@ -83,7 +100,7 @@ def sparsify(
     if SparsityHandle.of(model) is not None:
         raise ValueError("the model is sparse already: call unsparsify() on its handle, SparsityHandle.of(model)")
     targets = {} if config.is_dense else _targets(model, config, masks)
-    _refuse_meta(targets)
+    _refuse_meta(targets, config)
     if config.percolation and targets:
         couplings(cast(PreTrainedModel, model), list(targets))  # refuses architectures whose coupling is not known
     shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
@@ -96,8 +113,14 @@ def sparsify(
         masks = initial_masks(shapes, weights, config, calibration, blocks)
     else:
         _check_masks(masks, shapes)
-    layers = convert_layers(targets, masks)
-    sparse = SparsityHandle(model, config, layers, blocks)
+    layers: Mapping[str, SparseLayer]
+    if config.storage == "links":
+        links = {name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}
+        slots = most_links(shapes, config, links) if targets else {}
+        layers = link_layers(targets, masks, slots, config.dense_mib * 2**20)
+    else:
+        layers = convert_layers(targets, masks)
+    sparse = SparsityHandle(model, config, dict(layers), blocks)
     # not a submodule: plain attribute, so it is in no state dict
     object.__setattr__(model, HANDLE, sparse)
     sparse.ignore_masks_in_ddp(model)
@@ -114,7 +137,7 @@ def follow_masks(sparse: SparsityHandle, masks: Mapping[str, Tensor]) -> None:
         return
     check_targets(sparse.model, {name: layer for name, layer in earlier.items() if name not in sparse.layers})
     shapes = {name: matrix_shape(layer) for name, layer in earlier.items()}
-    _check_masks(dict(masks), shapes)
+    _check_masks(masks, shapes)
     blocks = head_blocks(sparse.model, shapes) if sparse.config.per_head else {}
     new = convert_layers({name: layer for name, layer in earlier.items() if name not in sparse.layers}, masks)
     sparse.layers = {name: new.get(name) or sparse.layers[name] for name in earlier}
@@ -139,14 +162,24 @@ def _earlier(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tenso
     return earlier if set(earlier) == set(masks) else None
 
 
-def _refuse_meta(targets: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError for weights without data: whatever fills them later would ignore the masks."""
+def _refuse_meta(targets: Mapping[str, nn.Module], config: SparsityConfig) -> None:
+    """Raises ValueError for weights without data: what fills them later knows nothing of masks."""
+    remedy = (
+        "give the model its weights first (from_pretrained, or to_empty and init_weights on a real device; where FSDP "
+        "leaves ranks without them, fsdp_cpu_ram_efficient_loading: false)"
+    )
     for name, layer in targets.items():
-        if layer.get_parameter("weight").is_meta:
+        if not layer.get_parameter("weight").is_meta:
+            continue
+        if config.storage != "links":
             raise ValueError(
-                f"{name} is on the meta device, where weights have no values and masks would be lost: give the model "
-                "its weights first (from_pretrained, or to_empty and init_weights on a real device; where FSDP leaves "
-                "ranks without them, fsdp_cpu_ram_efficient_loading: false)"
+                f"{name} is on the meta device, where weights have no values and masks would be lost: {remedy}, or use "
+                "storage: links and call materialize() on the handle"
+            )
+        if config.allocation == "global":
+            raise ValueError(
+                f"{name} is on the meta device, and allocation 'global' compares weights: {remedy}, or choose another "
+                "allocation"
             )
 
 
@@ -155,7 +188,7 @@ def _matrix(layer: nn.Module) -> Tensor:
     return masked_class(layer).matrix(whole_weight(layer.get_parameter("weight")))
 
 
-def _check_masks(masks: dict[str, Tensor], shapes: dict[str, tuple[int, int]]) -> None:
+def _check_masks(masks: Mapping[str, Tensor], shapes: dict[str, tuple[int, int]]) -> None:
     if set(masks) != set(shapes):
         missing, extra = sorted(set(shapes) - set(masks)), sorted(set(masks) - set(shapes))
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Masked layers, and how a model gets them."""
+"""Sparse layers, and which layers of a model become sparse."""

@@ -1,10 +1,10 @@
-"""Where the layers of a transformers model meet: the junctions of its decoder blocks, for percolation.
+"""The junctions between layers in the decoder blocks of a transformers model, for percolation.
 
-The residual stream couples nothing: every block reads it and adds to it, and the embeddings that start it are dense. So
-the inputs of q, k, v, gate and up, the outputs of o and down, and heads on top of the blocks are in no junction.
+The residual stream couples no layers: every block reads it and adds to it, and it starts with dense embeddings. So the
+inputs of q, k, v, gate and up, the outputs of o and down, and heads on top of the blocks are in no junction.
 
-Not removed, though useless: q and k of a head of which o reads nothing at all. That keeps the two junctions of an
-attention apart.
+Links of q and k in a head that o does not read at all are useless too, but stay. That keeps the two junctions of an
+attention independent.
 """
 
 from collections.abc import Collection, Mapping
@@ -62,13 +62,13 @@ def couplings(model: PreTrainedModel, layers: Collection[str]) -> list[Junction]
         elif kind == mlp:
             _only(inside, name, ("gate_proj", "up_proj", "down_proj"))
             junctions.append(_mlp_junction(model, modules, name))
-        elif name:  # the model itself holds heads, which read the residual stream
+        elif name:  # heads are in the model itself, and read the residual stream
             raise ValueError(_unknown(f"{inside[0]} in a {type(block).__name__}", "or leave it out of target_modules"))
     return [junction for junction in junctions if _can_remove(junction, layers)]
 
 
 def _block_classes(model: PreTrainedModel) -> tuple[str, str]:
-    """The full names of the classes of a model's attention and MLP."""
+    """The full class names of a model's attention and MLP."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in _BLOCKS:
         raise ValueError(
@@ -133,7 +133,7 @@ def _mlp_junction(model: PreTrainedModel, modules: Mapping[str, Any], name: str)
     )
     constant = [f"{name}.{projection}" for projection, linear in mlp.items() if linear.bias is not None]
     with torch.no_grad():
-        if modules[name].act_fn(gate.weight.new_zeros(1)).item() != 0:
+        if modules[name].act_fn(next(gate.parameters()).new_zeros(1)).item() != 0:
             constant.append(f"{name}.gate_proj")
     names = [f"{name}.{projection}" for projection in mlp]
     return gated_mlp(*names, neurons=neurons, constant=constant)

@@ -1,4 +1,4 @@
-"""Where layers are cut into the blocks of attention heads, as the attention that they are in has them."""
+"""Which rows of a projection belong to which attention head, according to the attention module."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,11 +24,11 @@ _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 
 def head_blocks(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Into how many equal blocks of rows the layers are cut that project onto attention heads; by name.
+    """The number of equal blocks of rows, one for each head, of the layers that project onto attention heads; by name.
 
     Raises:
-        ValueError: an attention does not tell the size and number of its heads, or has other rows than those, or no
-            layer projects onto heads.
+        ValueError: an attention module has no size or number of heads, its rows do not match them, or no layer projects
+            onto heads.
     """
     modules = named_originals(model)
     blocks = {}
@@ -59,7 +59,7 @@ def head_blocks(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict
 
 
 def _heads_of(attention: nn.Module, projection: str) -> tuple[int | None, int | None]:
-    """(rows of a head, how many heads) of one of the projections of an attention; None for what it does not tell."""
+    """(rows of a head, number of heads) of a projection; None for what the attention module does not have."""
     config = getattr(attention, "config", None)
     size = _first(_SIZE, attention)
     heads = _first(_HEADS, attention, config)
@@ -80,7 +80,7 @@ def _heads_of(attention: nn.Module, projection: str) -> tuple[int | None, int | 
 
 
 def _first(names: tuple[str, ...], *places: Any) -> int | None:
-    """The first whole number above 0 that one of the places has under one of the names."""
+    """The first positive integer that one of the places has under one of the names."""
     for place in places:
         for name in names:
             found = getattr(place, name, None)

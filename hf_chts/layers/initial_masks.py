@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from hf_chts.config import SparsityConfig
+from hf_chts.files.reading import LazyMapping
 from hf_chts.layers.shares import layer_links
 from hf_chts.topology.allocation import block_links
+from hf_chts.topology.bits import pack_bits, unpack_bits
 from hf_chts.topology.parts import INITIAL_TOPOLOGIES
 from hf_chts.topology.random_streams import random_stream
 
@@ -18,8 +20,10 @@ def initial_masks(
     config: SparsityConfig,
     calibration: Mapping[str, Tensor] | None = None,
     blocks: Mapping[str, int] | None = None,
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """The initial topologies of layers of these shapes (out, in), by name: bool, on the CPU.
+
+    With links storage they are kept as bits, and each is unpacked when it is read.
 
     Args:
         weights: (out, in) by name; see `layer_links`.
@@ -31,12 +35,14 @@ def initial_masks(
             something other than a mask with the right number of links.
     """
     links = layer_links(shapes, config.initial_sparsity, config, weights)
-    part, masks = INITIAL_TOPOLOGIES[config.initial_topology], {}
+    part = INITIAL_TOPOLOGIES[config.initial_topology]
+    masks: dict[str, Tensor] = {}
+    as_bits = config.storage == "links"
     for index, (name, (rows, columns)) in enumerate(shapes.items()):
         n = (blocks or {}).get(name, 1)
         parts = []
         for block in range(n):
-            # drawn on the CPU, so that it is the same whatever device the model is on
+            # drawn on the CPU, so that it is the same on every device
             purpose = f"initial topology {block}" if block else "initial topology"
             generator = random_stream(config.topology_seed, 0, index, purpose)
             shape = (rows * (block + 1) // n - rows * block // n, columns)
@@ -45,8 +51,9 @@ def initial_masks(
             if "inputs" in part.needs:
                 given["inputs"] = _calibration_inputs(name, shape, config, calibration)
             parts.append(part.check(part(config, **given), shape, number))
-        masks[name] = (parts[0] if n == 1 else torch.cat(parts)).cpu()
-    return masks
+        mask = (parts[0] if n == 1 else torch.cat(parts)).cpu()
+        masks[name] = pack_bits(mask) if as_bits else mask
+    return LazyMapping(lambda name: unpack_bits(masks[name], shapes[name]), masks) if as_bits else masks
 
 
 def check_links(
@@ -55,7 +62,7 @@ def check_links(
     config: SparsityConfig,
     blocks: Mapping[str, int],
 ) -> None:
-    """Raises ValueError, naming the layer, if one would be left without a link."""
+    """Raises ValueError, naming the layer, if a layer would have no link."""
     for sparsity in (config.sparsity, config.initial_sparsity):
         for name, links in layer_links(shapes, sparsity, config, weights).items():
             if links < blocks.get(name, 1):

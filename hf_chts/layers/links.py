@@ -1,7 +1,7 @@
-"""The links of a layer: which there are, what becomes of values when they change, and whether all else is 0.
+"""The links of a layer: where they are, how values change with them, and the check that all other weights are 0.
 
-Everything that knows how weights and links belong together is here, and nothing else writes masks. Engines
-(hf_chts/sharding) only say where the bytes of a layer's parameter are, and move them.
+Nothing else writes masks. Engines (hf_chts/sharding) only say where the bytes of a layer's parameter are, and move
+them.
 """
 
 from abc import ABC, abstractmethod
@@ -11,46 +11,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_chts.layers.stored_weights import StoredParts, StoredWeights
 from hf_chts.sharding.interface import Engine
 from hf_chts.sharding.partitions import held_part, weight_shape
 from hf_chts.topology.bits import link_positions
 
-# torch's Adamax and Rprop keep these above 0 for every weight from the first step on; a weight whose gradient is 0 does
-# not move by them
-_NEVER_ZERO = ("exp_inf", "step_size")
+# torch's Adamax and Rprop keep these above 0 for every weight, which does not move weights whose gradient is 0
+NEVER_ZERO = ("exp_inf", "step_size")
 
 
 class LinkStorage(ABC):
-    """How the links of one layer, and their weights, are stored.
+    """How the links of one layer and their weights are stored.
 
     Attributes:
         shape: (out, in) of the layer.
-        version: rises with every change of the links, so that what is derived from them knows when it is stale.
+        version: rises with every change of the links, so that data derived from them can be recognized as stale.
     """
 
     shape: tuple[int, int]
     version: int = 0
+    foreign: bool = False  # whether the last restored checkpoint is of the other storage
     _count: tuple[int, int] = (-1, 0)  # the version that was counted, and its links
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the links are kept."""
+        """The device of the links."""
 
     @property
     @abstractmethod
     def weight_shape(self) -> torch.Size:
-        """The shape of the dense weight, as it lies in the plain layer: (out, in), or (in, out) for Conv1D."""
+        """The shape of the plain layer's weight: (out, in), or (in, out) for Conv1D."""
 
     @property
     @abstractmethod
     def parameter_shape(self) -> torch.Size:
-        """The shape of the whole trained parameter: what engines split, gather and keep moments of."""
+        """The shape of the whole trained parameter, which engines split and gather, and optimizers keep moments for."""
 
     @property
     @abstractmethod
     def topology(self) -> Tensor:
-        """bool (out, in), True where there is a link; to read."""
+        """bool (out, in), True where there is a link; read only."""
 
     @property
     def count(self) -> int:
@@ -65,22 +66,67 @@ class LinkStorage(ABC):
 
     @abstractmethod
     def matrix(self, values: Tensor) -> Tensor:
-        """Values of the parameter's shape as a matrix (out, in), 0 or anything where there is no link."""
+        """Convert values of the parameter's shape to a matrix (out, in); entries without a link are arbitrary."""
 
     @abstractmethod
     def values(self, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix`: values of the parameter's shape, from a matrix (out, in)."""
+        """The inverse of `matrix`: convert a matrix (out, in) to values of the parameter's shape."""
 
     @abstractmethod
     def copy(self, topology: Tensor) -> None:
-        """Take over a topology, bool (out, in), and leave weights and optimizer state to whoever loads them."""
+        """Set the topology, bool (out, in), but not weights and optimizer state, which are loaded separately."""
+
+    @abstractmethod
+    def restore(self, topology: Tensor, slots: Tensor | None) -> None:
+        """Set the topology of a checkpoint, and its slots if it was written with links storage.
+
+        Raises:
+            ValueError: the slots do not fit the layer.
+        """
+
+    @abstractmethod
+    def buffers(self) -> dict[str, Tensor]:
+        """The layer's buffers that only this object writes, by name."""
+
+    @abstractmethod
+    def missing(self) -> Tensor:
+        """bool of the parameter's shape, True for values without a link."""
+
+    @property
+    def slot_positions(self) -> Tensor | None:
+        """The position of the link in each slot, integer (slots,), for `restore`; None without slots."""
+        return None
+
+    def nothing_stored(self, like: Tensor) -> dict[str, Tensor]:
+        """What a checkpoint stores for a layer that has no weights of removed links."""
+        return {"stored": like.new_zeros(self.shape)}
+
+    @abstractmethod
+    def converted(self, tensor: Tensor) -> Tensor:
+        """Convert a weight or a moment from a checkpoint of the other storage to the parameter's shape.
+
+        Raises:
+            ValueError: the tensor does not fit the last restored topology, or has no value for each weight.
+        """
+
+    @abstractmethod
+    def saved(self, values: Tensor) -> Tensor:
+        """Convert values of the parameter's shape to the form that a checkpoint stores."""
+
+    @abstractmethod
+    def loaded(self, saved: Tensor, slots: Tensor | None) -> Tensor:
+        """The inverse of `saved`, for a checkpoint with these slots, or without any."""
+
+    @abstractmethod
+    def stored_weights(self, engine: Engine, saved: Mapping[str, Tensor] | None = None) -> StoredWeights:
+        """Where weights of removed links are kept: empty, or with those of a checkpoint (`StoredWeights.saved`)."""
 
     @abstractmethod
     def replace(
         self,
         topology: Tensor,
         engine: Engine | None = None,
-        stored: Tensor | None = None,
+        stored: StoredWeights | None = None,
         stamp: tuple[Tensor, int] | None = None,
     ) -> None:
         """Change the links. Collective where `engine` splits weights.
@@ -90,10 +136,10 @@ class LinkStorage(ABC):
 
         Args:
             topology: bool (out, in), the same on all ranks.
-            engine: what holds weight, gradient and moments; None: there is only the weight.
-            stored: this rank's part of the weights of removed links, as `Engine.zeros` made it.
-            stamp: a tensor of this rank's part, as `stored`, and a number that it gets for new links; removed links get
-                0.
+            engine: holds weight, gradient and moments; None if there is only the weight.
+            stored: the weights of removed links.
+            stamp: a tensor of this rank's part, as `Engine.zeros` makes it, and a number that it gets for new links;
+                removed links get 0.
 
         Raises:
             ValueError: the topology is not bool (out, in).
@@ -101,15 +147,15 @@ class LinkStorage(ABC):
 
     @abstractmethod
     def clear(self, engine: Engine, *, skip: Iterable[str] = ()) -> None:
-        """Set to 0, where there is no link, everything that the engine holds but for the names in `skip`."""
+        """Set everything that the engine holds, except the names in `skip`, to 0 where there is no link."""
 
     @abstractmethod
     def strays(self, engine: Engine | None = None, *, finite: bool = False) -> dict[str, int]:
-        """How many elements on this rank are not 0 where there is no link, by the engine's names of what it holds.
+        """Count elements on this rank that are not 0 where there is no link, by the engine's names of its tensors.
 
         Args:
-            engine: None: of the weight alone.
-            finite: do not count NaN and infinity.
+            engine: None checks the weight alone.
+            finite: whether to leave out NaN and infinity.
         """
 
 
@@ -124,13 +170,15 @@ class MaskedStorage(LinkStorage):
         ValueError: the topology is not bool (out, in).
     """
 
+    _slots: Tensor | None = None  # the slots of the last restored checkpoint, if it has any
+
     def __init__(self, layer: Any, topology: Tensor) -> None:
         self._layer = layer
         weight = layer.get_parameter("weight")
         mask = torch.zeros(weight_shape(weight), dtype=torch.bool, device=weight.device)
         rows, columns = layer.matrix(mask).shape
         self.shape = (rows, columns)
-        self._check(topology)
+        check_topology(topology, self.shape)
         layer.register_buffer("mask", mask, persistent=False)  # state dicts have the keys of the plain layer
         self.copy(topology)
 
@@ -161,20 +209,50 @@ class MaskedStorage(LinkStorage):
         return self._layer.matrix(matrix)
 
     def copy(self, topology: Tensor) -> None:
-        self._check(topology)
+        check_topology(topology, self.shape)
         # in place: compiled graphs and CUDA graphs hold on to the buffer
         self.topology.copy_(topology)
         self.version += 1
+
+    def missing(self) -> Tensor:
+        return ~self._mask
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {"mask": self._mask}
+
+    def restore(self, topology: Tensor, slots: Tensor | None) -> None:
+        self.copy(topology)
+        self._slots, self.foreign = slots, slots is not None
+
+    def converted(self, tensor: Tensor) -> Tensor:
+        if self._slots is None or tensor.shape != self._slots.shape:
+            raise ValueError(
+                f"a tensor of {tuple(tensor.shape)} in the checkpoint has no value for each of the slots of a layer of "
+                f"{self.shape}: resume with storage: links, as the checkpoint was written"
+            )
+        return in_place(tensor, self._slots, self.weight_shape)
+
+    def saved(self, values: Tensor) -> Tensor:
+        return self.matrix(values)
+
+    def loaded(self, saved: Tensor, slots: Tensor | None) -> Tensor:
+        return self.values(saved) if slots is None else in_place(saved, slots, self.weight_shape)
+
+    def stored_weights(self, engine: Engine, saved: Mapping[str, Tensor] | None = None) -> StoredParts:
+        if saved is None:
+            return StoredParts(self._layer, engine.zeros(self._layer))
+        whole = self.loaded(saved["stored"], saved.get("left"))
+        return StoredParts(self._layer, engine.part_of(self._layer, whole))
 
     @torch.no_grad()
     def replace(
         self,
         topology: Tensor,
         engine: Engine | None = None,
-        stored: Tensor | None = None,
+        stored: StoredWeights | None = None,
         stamp: tuple[Tensor, int] | None = None,
     ) -> None:
-        self._check(topology)
+        check_topology(topology, self.shape)
         if engine is None:
             self.copy(topology)
             self.clear_weight()
@@ -189,10 +267,12 @@ class MaskedStorage(LinkStorage):
         for tensor in copies.values():
             _fill(tensor, gone)
         if stored is not None:
+            assert isinstance(stored, StoredParts)
             assert come is not None
-            revived = stored.take(_within(come, extent).to(stored.device))
-            links = old.reshape(-1)[start:stop].to(stored.device)
-            torch.where(links.view_as(stored), held["weight"].view_as(stored), stored, out=stored)
+            part = stored.part
+            revived = part.take(_within(come, extent).to(part.device))
+            links = old.reshape(-1)[start:stop].to(part.device)
+            torch.where(links.view_as(part), held["weight"].view_as(part), part, out=part)
         for tensor in held.values():
             _fill(tensor, gone_here)
         if stored is not None:
@@ -212,7 +292,7 @@ class MaskedStorage(LinkStorage):
 
     @torch.no_grad()
     def clear_weight(self) -> None:
-        """Set what this rank holds of the weight to 0 where there is no link."""
+        """Set this rank's part of the weight to 0 where there is no link."""
         for part, missing in self._weight_parts():
             part.masked_fill_(missing, 0)
 
@@ -224,31 +304,25 @@ class MaskedStorage(LinkStorage):
 
     def strays(self, engine: Engine | None = None, *, finite: bool = False) -> dict[str, int]:
         if engine is None:
-            # of a gathered weight the rank holds its part and the whole
+            # a gathered weight is counted twice: in this rank's part and in the whole
             return {"weight": max(int((p.detach().ne(0) & missing).sum()) for p, missing in self._weight_parts())}
         counts: dict[str, int] = {}
         for name, tensor, missing in self._held(engine):
-            if name not in _NEVER_ZERO:
+            if name not in NEVER_ZERO:
                 values = tensor.detach().reshape(-1)
                 nonzero = values.ne(0) & values.isfinite() if finite else values.ne(0)
                 counts[name] = counts.get(name, 0) + int((nonzero & missing.to(nonzero.device)).sum())
         return counts
 
-    def _check(self, topology: Tensor) -> None:
-        if topology.dtype != torch.bool or tuple(topology.shape) != self.shape:
-            raise ValueError(
-                f"the mask of this layer is bool {self.shape}; got {topology.dtype} {tuple(topology.shape)}"
-            )
-
     def _held(self, engine: Engine) -> list[tuple[str, Tensor, Tensor]]:
-        """(name, tensor, missing): all that this rank holds, each with where there is no link, flat."""
+        """(name, tensor, missing) for everything this rank holds; `missing` is flat, True where there is no link."""
         start, stop = engine.extent(self._layer)
         missing = ~self._mask.reshape(-1)
         here = [(name, tensor, missing[start:stop]) for name, tensor in engine.held(self._layer).items()]
         return here + [(name, tensor, missing) for name, tensor in engine.copies(self._layer).items()]
 
     def _weight_parts(self) -> list[tuple[Tensor, Tensor]]:
-        """What this rank holds of the weight, each part with where there is no link."""
+        """(part, missing) for this rank's parts of the weight; `missing` is True where there is no link."""
         weight: Tensor = self._layer.weight
         part, start = held_part(weight)
         missing = (~self._mask).to(part.device)
@@ -258,6 +332,23 @@ class MaskedStorage(LinkStorage):
         if hasattr(weight, "ds_tensor") and weight.numel() == self._mask.numel():
             parts.append((weight.detach(), ~self._mask))  # gathered at the moment as well
         return parts
+
+
+def in_place(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+    """Values (n,) at their positions in a flattened tensor of `shape`, 0 elsewhere.
+
+    Args:
+        positions: integer (n,), each once; values at the position one past the last are left out.
+    """
+    flat = torch.zeros(shape.numel() + 1, dtype=values.dtype, device=values.device)
+    flat.index_copy_(0, positions.long().to(values.device), values)
+    return flat[:-1].view(shape)
+
+
+def check_topology(topology: Tensor, shape: tuple[int, int]) -> None:
+    """Raises ValueError if a topology is not bool of this shape."""
+    if topology.dtype != torch.bool or tuple(topology.shape) != shape:
+        raise ValueError(f"the mask of this layer is bool {shape}; got {topology.dtype} {tuple(topology.shape)}")
 
 
 def check_zeros(layers: Mapping[str, Any], engine: Engine | None = None) -> None:

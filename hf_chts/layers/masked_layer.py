@@ -1,31 +1,24 @@
-"""What masked layers have in common: missing links stay missing.
+"""Masked layers: dense weights that stay 0 where there is no link.
 
-The weight is 0 off the mask, so the forward takes it as it is; what has to be masked is its gradient. A hook on the
-weight does that, once for a backward pass and wherever in the model the weight was used: some models multiply with
-`layer.weight` themselves. A hook stays on the tensor that it was put on. Where another takes its place in the forward
-(functional_call, the gathered weight of FSDP2), `keep_links` masks the gradient on its way instead, which is all that
-the layer can see of it.
+The weight is 0 off the mask, so only its gradient needs masking. A hook on the weight does that once for each backward
+pass, wherever in the model the weight was used: some models multiply with `layer.weight` themselves. A hook stays on
+its tensor. Where another tensor is used in the forward (functional_call, the gathered weight of FSDP2), `keep_links`
+masks the gradient inside autograd instead; it covers only the layer's own forward.
 """
 
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from hf_chts.layers.links import LinkStorage, MaskedStorage
-from hf_chts.layers.plain_weight import check_plain
+from hf_chts.layers.links import MaskedStorage
+from hf_chts.layers.sparse_layer import Accumulator, SparseLayer
 
 _Layer = TypeVar("_Layer", bound="MaskedLayer")
-
-
-class Accumulator(Protocol):
-    """What a gradient can be added to: a tensor, or what stands for one."""
-
-    def add_(self, grad: Tensor, /) -> Any: ...
 
 
 class _KeepLinks(torch.autograd.Function):
@@ -53,45 +46,34 @@ class _KeepLinks(torch.autograd.Function):
 def keep_links(weight: Tensor, mask: Tensor, dense_gradient: Accumulator | None = None) -> Tensor:
     """`weight` unchanged, with a gradient that is 0 where `mask` (bool, same shape) is False.
 
-    The gradient that there would be without the mask is added to `dense_gradient`, where one is given, in backward;
-    not inside torch.func's transforms, whose gradients are their results and reach no optimizer.
+    The backward pass adds the unmasked gradient to `dense_gradient` if there is one, except inside torch.func's
+    transforms, whose gradients are results and reach no optimizer.
     """
     if torch._C._are_functorch_transforms_active():
-        # The same function, since the weight is 0 off the mask, and a pass over it that a training step does without.
-        # Transforms batch it and differentiate it in either mode, any number of times. An autograd function for them
-        # would cost every call four times as much, and torch.compile forgets its backward inside torch.func.grad.
+        # The same result, since the weight is 0 off the mask, at the cost of a pass over it. Transforms can batch and
+        # differentiate it in both modes. An autograd function that they accept would make every call four times as
+        # expensive, and torch.compile loses its backward inside torch.func.grad.
         return torch.where(mask, weight, 0)
     primal, tangent = forward_ad.unpack_dual(weight)
     kept = _KeepLinks.apply(primal, mask, dense_gradient)
-    # not a jvp of the function: of one that returns a view, autograd takes no tangent but a view
+    # by hand, since autograd accepts only views as tangents of a function that returns a view
     return kept if tangent is None else forward_ad.make_dual(kept, torch.where(mask, tangent, 0))
 
 
-class MaskedLayer(nn.Module):
+class MaskedLayer(SparseLayer):
     """A layer with one weight of two dimensions and a bool buffer `mask` of the weight's shape; True is a link.
 
     The buffer is not persistent, so state dicts have the keys of the plain layer. Weight, gradient and optimizer
-    moments are 0 off the mask at every step.
-
-    `mask`, `dense_gradient` and moments have the weight's layout. The topology is always (out, in): `topology`,
-    `set_mask`, and `matrix` for the rest.
-
-    Attributes:
-        storage: the owner of the links; changes of them go through it.
-        plain: the class that the layer is made from.
-        transposed: whether the weight lies as (in, out).
+    moments are 0 off the mask at every step. `mask`, `dense_gradient` and moments have the weight's layout.
     """
 
-    plain: ClassVar[type[nn.Module]]
-    transposed: ClassVar[bool] = False
+    parameter_name = "weight"
+    other_name = "link_values"
 
     weight: Tensor
     mask: Tensor
-    storage: LinkStorage
-    # where the dense gradient of the current step adds up over its micro-batches; None on steps that do not need it
-    dense_gradient: Accumulator | None = None
-    # the hook that masks the gradient, and the weight that it is on: by a weak reference, since whoever splits weights
-    # puts others in their place and wants the memory back
+    # the hook that masks the gradient, and a weak reference to the weight it is on: engines replace weights and want
+    # their memory back
     _hook: RemovableHandle | None = None
     _hooked: Callable[[], Tensor | None] = staticmethod(lambda: None)
 
@@ -112,10 +94,8 @@ class MaskedLayer(nn.Module):
 
     @classmethod
     def attach(cls: type[_Layer], layer: nn.Module, mask: Tensor) -> _Layer:
-        """As `convert`, but that weights off the mask stay: `revert` gives back all that was there."""
-        check_plain("the layer", layer)
-        if type(layer) is not cls.plain:
-            raise TypeError(f"only {cls.plain.__name__} itself can become a {cls.__name__}, got {type(layer).__name__}")
+        """As `convert`, but weights off the mask stay as they are, so that `revert` restores the layer."""
+        cls.check(layer)
         plain = type(layer)
         layer.__class__ = cls
         assert isinstance(layer, cls)
@@ -137,36 +117,17 @@ class MaskedLayer(nn.Module):
         self.__dict__.pop("dense_gradient", None)
         if self._hook is not None:
             self._hook.remove()
-            del self._hook, self._hooked  # those of the class are seen again
+            del self._hook, self._hooked  # the class attributes take their place again
         self._non_persistent_buffers_set.discard("mask")
         self.__class__ = self.plain  # type: ignore[assignment]
         return self
 
-    @classmethod
-    def matrix(cls, tensor: Tensor) -> Tensor:
-        """Switch between the weight's layout and (out, in). Its own inverse; only Conv1D transposes."""
-        return tensor.t() if cls.transposed else tensor
-
     @property
-    def topology(self) -> Tensor:
-        """The mask, bool (out, in): a view of the live buffer, to read."""
-        return self.storage.topology
-
-    def set_mask(self, mask: Tensor) -> None:
-        """Take over a topology, bool (out, in), in place, and set the weights off it to 0.
-
-        Raises:
-            ValueError: the mask is not bool (out, in).
-        """
-        self.storage.replace(mask)
-
-    @property
-    def links(self) -> int:
-        """The number of links."""
-        return self.storage.count
+    def parameter(self) -> Tensor:
+        return self.weight
 
     def masked_weight(self) -> Tensor:
-        """The weight, for the forward, with a gradient that is masked once."""
+        """The weight for the forward; its gradient is masked exactly once."""
         weight = self.weight
         return weight if self._is_hooked(weight) else keep_links(weight, self.mask, self.dense_gradient)
 
@@ -185,19 +146,19 @@ class MaskedLayer(nn.Module):
         """
         if self._is_hooked(self.weight) or not self.weight.requires_grad or hasattr(self.weight, "device_mesh"):
             return
-        if self._hook is not None:  # on a weight that is no longer the layer's
+        if self._hook is not None:  # on a weight that has been replaced
             self._hook.remove()
         self._hook = self.weight.register_hook(self._mask_gradient)
         self._hooked = weakref.ref(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # where `.to` and the like swap parameters instead of writing into them, nothing may refer to one weakly
+        # if `.to` and the like swap parameters instead of writing to them, weak references to them are not allowed
         swaps = self._hook is not None and torch.__future__.get_swap_module_params_on_conversion()
         if swaps:
             assert self._hook is not None
             self._hook.remove()
             del self._hook, self._hooked
-            if not self.weight._backward_hooks:  # an empty list would be swapped too, without its effect
+            if not self.weight._backward_hooks:  # an empty list of hooks would be swapped as well
                 self.weight._backward_hooks = None
         try:
             return super()._apply(fn, recurse)
@@ -219,5 +180,5 @@ class MaskedLayer(nn.Module):
 
 
 def _value(grad: Tensor) -> Tensor:
-    """A gradient without what it could be differentiated by, in either mode: what adds it up has no derivative."""
+    """A gradient detached from autograd in both modes, for accumulators."""
     return forward_ad.unpack_dual(grad.detach()).primal

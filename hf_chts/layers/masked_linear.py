@@ -40,7 +40,7 @@ PLAIN_LAYERS = (nn.Linear, Conv1D)
 
 
 class _OfSubclass(MaskedLayer):
-    """What a masked layer has that is made of a model's own kind of linear layer: that kind's forward."""
+    """A masked layer made of a model's own subclass of a linear layer; it keeps that class's forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weight, masked = self.weight, self.masked_weight()

@@ -1,7 +1,7 @@
-"""Subclasses of linear layers, which models have of their own: which of them still are linear layers.
+"""Which of a model's own subclasses of linear layers still compute a linear product.
 
-Falcon's is, and has another forward only for the order of its roundings. One that scales or rounds its weight, or sends
-groups of features through parts of it, is not: there a weight of 0 need not be a missing link.
+Falcon's does; its forward only rounds in another order. A subclass that scales or rounds its weight, or sends groups of
+features through parts of it, does not: there a weight of 0 need not be a missing link.
 """
 
 import torch
@@ -16,10 +16,10 @@ _ROWS = 3
 
 
 def computes_a_product(layer: nn.Module) -> bool:
-    """Whether a layer, `nn.Linear`, `Conv1D` or of a subclass, gives x·Wᵀ + b, in training and in evaluation.
+    """Whether a layer, `nn.Linear`, `Conv1D` or a subclass, computes x·Wᵀ + b, in training and in evaluation.
 
-    A subclass that has a forward of its own is tried with random inputs and a random weight. Neither its hooks nor its
-    parameters take part, so that a weight may be split over ranks, and the global random state stays.
+    A subclass with its own forward is tried with random inputs and a random weight, without its hooks and parameters,
+    which may be split over ranks. The global random state does not change.
     """
     plain = Conv1D if isinstance(layer, Conv1D) else nn.Linear
     if type(layer).forward is plain.forward:
@@ -51,7 +51,7 @@ def _agrees(layer: nn.Module, training: bool, parameters: dict[str, Tensor], inp
     with torch.random.fork_rng(devices, device_type=inputs.device.type if devices else "cuda"):
         try:
             found = twin.forward(inputs)
-        except Exception:  # it takes other inputs, or cannot do with such a weight
+        except Exception:  # it takes other inputs, or needs another weight
             return False
     tolerance = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     return (

@@ -1,4 +1,4 @@
-"""Layers whose weight is not a plain tensor of their own: quantized, or worked out from others before each forward."""
+"""Detect layers whose weight is not a plain tensor: quantized, or computed from others before each forward."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from hf_chts.layers.wrappers import named_originals
 
 
 def check_plain(name: str, layer: nn.Module) -> None:
-    """Raises ValueError, naming the layer and what holds its weight, where a mask could not reach what is trained."""
+    """Raises ValueError, naming layer and reason, if masking the weight would not mask what is trained."""
     if is_parametrized(layer):
         tensor, (first, *_) = next(iter(layer.parametrizations.items()))  # type: ignore[operator, union-attr]
         kind = f"torch.nn.utils.parametrize ({type(first).__name__})"
@@ -41,7 +41,7 @@ def check_plain(name: str, layer: nn.Module) -> None:
 
 
 def check_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError, naming it, where a layer is no longer in the model: another has been put in its place."""
+    """Raises ValueError, naming the layer, if a layer has been removed from the model or replaced."""
     found = set(model.modules())
     for name, layer in layers.items():
         if layer not in found:
@@ -54,7 +54,7 @@ def check_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def why_not_plain(weight: Tensor) -> str | None:
-    """What a weight is that is not stored as plain floating-point numbers, for a sentence; None for one that is."""
+    """Why a weight is not plain floating-point numbers, as part of a sentence; None if it is."""
     if kind := own_class(weight):
         return f"of the class {kind} and no plain tensor"
     if not weight.is_floating_point() or weight.element_size() == 1:
@@ -63,9 +63,9 @@ def why_not_plain(weight: Tensor) -> str | None:
 
 
 def own_class(tensor: Tensor) -> str | None:
-    """The class of a tensor that is not torch's own, as those of quantization are, and its library; else None.
+    """The class and library of a tensor whose class is not torch's own, such as a quantized one; else None.
 
-    Those of FSDP2 and DeepSpeed are torch's: what a rank holds of them is.
+    Weights that FSDP2 or DeepSpeed splits count as torch's own if their local parts are.
     """
     kind = type(getattr(tensor, "_local_tensor", tensor) if hasattr(tensor, "device_mesh") else tensor)
     return None if kind in (Tensor, nn.Parameter) else f"{kind.__name__} ({kind.__module__.partition('.')[0]})"

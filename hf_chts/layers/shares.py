@@ -1,8 +1,9 @@
-"""The number of links of each layer, and the layers that patterns of the config match."""
+"""The number of links of each layer, and the layers that a pattern of the config matches."""
 
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -22,8 +23,8 @@ def layer_links(
 
     Args:
         shapes: (out, in) by layer name.
-        sparsity: of all layers together, but for those with a sparsity of their own (`layer_sparsity`).
-        weights: (out, in) by layer name; only read for allocation "global", one at a time.
+        sparsity: of all layers together, except those with their own sparsity (`layer_sparsity`).
+        weights: (out, in) by layer name; read for allocation "global" alone, one at a time.
     """
     own = overrides(shapes, config)
     rest = {name: shape for name, shape in shapes.items() if name not in own}
@@ -41,6 +42,23 @@ def layer_links(
     return {name: links[name] for name in shapes}
 
 
+def most_links(
+    shapes: Mapping[str, tuple[int, int]], config: SparsityConfig, links: Mapping[str, int]
+) -> dict[str, int]:
+    """The largest number of links that each layer may have during a run, by name.
+
+    With allocation "global", which depends on the weights: 1.5 times its initial number or its uniform share.
+
+    Args:
+        links: the initial number by layer name.
+    """
+    shared = config.allocation == "global"
+    apart = replace(config, allocation="uniform") if shared else config
+    ends = [layer_links(shapes, sparsity, apart, {}) for sparsity in (config.initial_sparsity, config.sparsity)]
+    most = {name: max(links[name], *(end[name] for end in ends)) for name in shapes}
+    return {name: min(n + n // 2, math.prod(shapes[name])) if shared else n for name, n in most.items()}
+
+
 def without_return(
     links: Mapping[str, int],
     held: Mapping[str, int],
@@ -49,9 +67,9 @@ def without_return(
     weights: Mapping[str, Tensor],
     trained: Collection[str],
 ) -> dict[str, int]:
-    """The `links` of allocation "global", but for the layers `trained` together no more than they `held` before.
+    """Limit the `links` of allocation "global" so that the layers in `trained` have no more together than they `held`.
 
-    Without it, their share of all links could grow beside layers that do not train.
+    Otherwise their share could grow at the expense of layers that do not train.
     """
     own = overrides(shapes, config)
     sharing = {name: shapes[name] for name in shapes if name in trained and name not in own}
@@ -70,9 +88,9 @@ def sparsity_ahead(
     scheduled: float,
     trained: Collection[str] | None = None,
 ) -> float | None:
-    """The sparsity of the run at which its layers have these links, if it is above `scheduled`; else None.
+    """The sparsity of the run at which its layers have these numbers of links, if it is above `scheduled`; else None.
 
-    If there is no such sparsity, the one at which no layer, or group of layers that share links, has more.
+    If there is no such sparsity, the highest one at which no layer, or group of layers that share links, has fewer.
 
     Args:
         trained: the layers that count; the others keep their links. None: all. With allocation "global" the sparsity of
@@ -127,7 +145,7 @@ def overrides(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
     """The final sparsity of the layers that `config.layer_sparsity` names.
 
     Raises:
-        ValueError: a pattern that matches no layer, or two that match one.
+        ValueError: a pattern matches no layer, or two patterns match the same layer.
     """
     names = list(names)
     found: dict[str, str] = {}

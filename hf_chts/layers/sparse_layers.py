@@ -1,13 +1,15 @@
 """The sparse layers of one model."""
 
 from collections.abc import Mapping
+from math import prod
 
 from torch import Tensor, nn
 
 from hf_chts.config import SparsityConfig
+from hf_chts.files.reading import LazyMapping
 from hf_chts.layers.links import check_zeros
-from hf_chts.layers.masked_layer import MaskedLayer
 from hf_chts.layers.plain_weight import check_places, check_plain
+from hf_chts.layers.sparse_layer import SparseLayer
 from hf_chts.layers.wrappers import named_originals
 
 # the attribute of a sparse model that holds its handle
@@ -19,16 +21,16 @@ class SparseLayers:
 
     Attributes:
         model: the model itself, without wrappers.
-        config: the SparsityConfig it was patched with.
-        layers: its masked layers by their name in the model, in the model's order.
-        blocks: into how many blocks of rows, each with a topology of its own, a layer is cut; by name, 1 where absent.
+        config: the SparsityConfig that made it sparse.
+        layers: its sparse layers by their name in the model, in the model's order.
+        blocks: the number of blocks of rows with a topology of their own, by layer name; 1 where absent.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: SparsityConfig,
-        layers: dict[str, MaskedLayer],
+        layers: dict[str, SparseLayer],
         blocks: Mapping[str, int] | None = None,
     ) -> None:
         self.model = model
@@ -37,35 +39,39 @@ class SparseLayers:
         self.blocks = dict(blocks or {})
 
     def sparsity(self) -> float:
-        """The share of missing links over all masked layers; 0 for a dense model."""
-        total = sum(layer.mask.numel() for layer in self.layers.values())
+        """The share of missing links over all sparse layers; 0 for a dense model."""
+        total = sum(prod(layer.storage.shape) for layer in self.layers.values())
         return 1 - self.links() / total if total else 0.0
 
     def links(self) -> int:
-        """The number of links of all masked layers."""
+        """The number of links of all sparse layers."""
         return sum(layer.links for layer in self.layers.values())
 
     def masks(self) -> dict[str, Tensor]:
-        """The masks by layer name: bool (out_features, in_features), views of the live buffers."""
-        return {name: layer.topology for name, layer in self.layers.items()}
+        """The masks by layer name: bool (out_features, in_features), read only."""
+        return dict(self.topologies())
 
-    def copies(self) -> dict[str, MaskedLayer]:
-        """Masked layers in the model that are none of `layers`, by name: copies of them, as PEFT's modules_to_save.
+    def topologies(self) -> Mapping[str, Tensor]:
+        """As `masks`, but each is made, or looked up, when it is read, so that one is in memory at a time."""
+        return LazyMapping(lambda name: self.layers[name].topology, self.layers)
 
-        They keep their links, and nobody evolves them.
+    def copies(self) -> dict[str, SparseLayer]:
+        """Copies of sparse layers in the model, such as PEFT's modules_to_save, by name.
+
+        They keep their links, and are not evolved.
         """
         mine = {id(layer) for layer in self.layers.values()}
         return {
             name: module
             for name, module in named_originals(self.model).items()
-            if isinstance(module, MaskedLayer) and id(module) not in mine
+            if isinstance(module, SparseLayer) and id(module) not in mine
         }
 
     def check(self) -> None:
         """Raises RuntimeError, naming the layer, if a weight is not 0 where there is no link.
 
         Raises:
-            ValueError: something else has taken hold of a weight, or the place of a layer.
+            ValueError: a layer was replaced, or its weight is held in another form.
         """
         check_places(self.model, self.layers)
         for name, layer in (self.layers | self.copies()).items():
@@ -76,7 +82,7 @@ class SparseLayers:
         """Make every layer a plain dense one again, with the weights as they are, and return the model.
 
         Raises:
-            ValueError: something else has taken hold of a weight. Nothing is changed then.
+            ValueError: a weight is held in another form. Nothing is changed then.
         """
         layers = self.layers | self.copies()
         for name, layer in layers.items():
@@ -90,12 +96,16 @@ class SparseLayers:
         return self.model
 
     def ignore_masks_in_ddp(self, model: nn.Module) -> None:
-        """Tell DDP, which is to wrap `model`, the model or something around it, to leave the masks alone.
+        """Make DDP, when it wraps `model`, leave the masks alone; `model` is the model or a wrapper of it.
 
-        It would send every mask from rank 0 at each forward. Ranks agree on masks by construction.
+        Otherwise it would broadcast every mask at each forward. The ranks' masks are the same by construction.
         """
-        masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLayer)]
-        others = [
-            name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not name.endswith(".mask")
-        ]
-        model._ddp_params_and_buffers_to_ignore = [*others, *(f"{name}.mask" for name in sorted(masked))]  # type: ignore[assignment]
+        mine = {
+            f"{name}.{buffer}"
+            for name, module in model.named_modules()
+            if isinstance(module, SparseLayer)
+            for buffer in module.storage.buffers()
+        }
+        ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+        others = [name for name in ignored if name.rpartition(".")[2] not in ("mask", "link_positions")]
+        model._ddp_params_and_buffers_to_ignore = [*others, *sorted(mine)]  # type: ignore[assignment]

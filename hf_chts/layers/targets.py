@@ -1,7 +1,6 @@
 """Which layers of a model become sparse, and why the others stay dense.
 
-By default the linear projections of the model's blocks are sparse, but for those that are no place to save: see
-`_why_dense`.
+By default the linear projections of the model's blocks are sparse, except those in `_why_dense`.
 """
 
 import re
@@ -36,7 +35,7 @@ _DECAY = ("in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj")
 
 
 def find_targets(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Module]:
-    """The layers that `config` makes sparse, of `PLAIN_LAYERS` or equivalent, by name, in the model's order.
+    """The layers that `config` makes sparse, by name, in the model's order.
 
     Raises:
         ValueError: see `sparsify`.
@@ -59,14 +58,14 @@ def find_targets(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Modul
 
 
 def earlier_targets(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that were sparse by default before some of those in the blocks were left out."""
+    """The layers that earlier versions made sparse by default, which left out fewer layers of the blocks."""
     modules, linears, _ = _parts(model)
     blocks = _block_prefixes(modules)
     return {name: linear for name, linear in linears.items() if name.startswith(blocks)}
 
 
 def why_dense(model: nn.Module, config: SparsityConfig, sparse: Collection[str]) -> dict[str, str]:
-    """Why each linear layer that is not among `sparse` is dense, by name, in the model's order."""
+    """The reason why each linear layer outside `sparse` is dense, by name, in the model's order."""
     modules, linears, added = _parts(model)
     excluded = _matching("exclude_modules", config.exclude_modules or [], linears, added)
     reasons: dict[str, str | None] = dict.fromkeys(linears, "not in target_modules")
@@ -79,7 +78,7 @@ def why_dense(model: nn.Module, config: SparsityConfig, sparse: Collection[str])
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of one of `PLAIN_LAYERS`, also where its weight is held in another form."""
+    """(out, in) of one of `PLAIN_LAYERS`, even if its weight is held in another form."""
     features = ("nf", "nx") if isinstance(layer, Conv1D) else ("out_features", "in_features")
     out, inn = (int(getattr(layer, name)) for name in features)
     return out, inn
@@ -110,7 +109,7 @@ def _by_default(
     """The linear layers of the blocks, without those that stay dense.
 
     Raises:
-        ValueError: there are none, or they are not all: some projections are parameters that no linear layer holds.
+        ValueError: there are none, or some projections are parameters outside linear layers.
     """
     kind, blocks = type(model).__name__, _block_prefixes(modules)
     reasons = _default_reasons(model, modules, linears)
@@ -184,9 +183,9 @@ def _is_router(name: str, layer: nn.Module) -> bool:
 
 
 def _towers(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """Prefixes of what is no text model in a model that has one, such as its vision and audio towers.
+    """Prefixes of the vision and audio towers of a model that has a text model.
 
-    Those are models in the model that have a config of their own, are not its text model, and are not for text alone.
+    Towers are inner models with their own config that are not the text model and not for text alone.
     """
     config: Any = getattr(model, "config", None)
     if not isinstance(model, PreTrainedModel) or "text" not in _modalities(model):
@@ -256,7 +255,7 @@ def _of_own_class(model: nn.Module, name: str, targets: Mapping[str, nn.Module])
 
 
 def check_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError, naming the layer, where a mask would not hold or would reach further than the layer."""
+    """Raises ValueError, naming the layer, if a mask would not hold, or would affect more than the layer."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(original_name(name))

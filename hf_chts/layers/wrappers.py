@@ -1,7 +1,7 @@
-"""The model that wrappers hold, and the names that its modules and weights have without them.
+"""Find the model inside its wrappers, and the names of its modules and weights without them.
 
-The one place that knows wrappers: torch.compile, activation checkpointing, data parallelism, DeepSpeed, PEFT, and any
-other module that holds a transformers model and nothing else. None of them is imported that is not torch's own.
+The only place that knows wrappers: torch.compile, activation checkpointing, data parallelism, DeepSpeed, PEFT, and any
+other module that holds a transformers model and nothing else. Only torch is imported for them.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ _ADAPTED = ("base_layer", "original_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, whatever it is wrapped in."""
+    """The model without its wrappers."""
     while (inside := _inside(model)) is not None:
         model = inside
     return model
 
 
 def wrappers(model: nn.Module) -> list[nn.Module]:
-    """What a model is wrapped in, the outermost first."""
+    """The wrappers of a model, the outermost first."""
     found = []
     while (inside := _inside(model)) is not None:
         found.append(model)
@@ -35,21 +35,21 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model without what torch itself wraps it in, compiled or checkpointed."""
+    """The model without torch's own wrappers for compiling and checkpointing."""
     children = model._modules
     inside = next((child for name in _INSERTED if (child := children.get(name)) is not None), None)
     return model if inside is None else uncompiled(inside)
 
 
 def original_name(name: str) -> str:
-    """A dotted name of a module or weight without what torch's wrappers put into it."""
+    """The dotted name of a module or weight without the parts that torch's wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _INSERTED)
 
 
 def named_originals(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by the names that they have, or had, without wrappers and adapters, in its order.
+    """The modules of a model by their names without wrappers and adapters, in the model's order.
 
-    Where a module is wrapped, the name is that of what is inside. What an adapter adds keeps its own name.
+    The name of a wrapped module stands for the module inside. Modules that an adapter adds keep their own names.
     """
     model = unwrap(model)
     originals: dict[str, nn.Module] = {}
@@ -65,18 +65,18 @@ def named_originals(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether it is one of PEFT's layers, around a layer of the model."""
+    """Whether it is a layer of PEFT around a layer of the model."""
     return hasattr(module, "adapter_layer_names")
 
 
 def added_by_adapters(model: nn.Module) -> set[nn.Module]:
-    """The modules that PEFT has put into a model beside its own, such as the matrices of LoRA and copies of layers."""
+    """The modules that PEFT has added to a model, such as the matrices of LoRA and copies of layers."""
     model = unwrap(model)
     return set(model.modules()).difference(_without_added(model))
 
 
 def copied_by_adapters(model: nn.Module) -> set[nn.Module]:
-    """The modules of a model that PEFT's modules_to_save has made copies of, which run instead of them."""
+    """The modules that run as copies, made by PEFT's modules_to_save."""
     copied: set[nn.Module] = set()
     for module in unwrap(model).modules():
         if is_adapted(module) and "modules_to_save" in module._modules:
@@ -85,7 +85,7 @@ def copied_by_adapters(model: nn.Module) -> set[nn.Module]:
 
 
 def saves_adapters_alone(model: nn.Module) -> bool:
-    """Whether the Trainer saves the adapters of PEFT alone, and not the weights of the model that they are on."""
+    """Whether the Trainer saves PEFT's adapters alone, without the weights of the model."""
     while not isinstance(model, PreTrainedModel) and (inside := _running(model)) is not None:
         model = inside
     return hasattr(type(model), "get_base_model") or bool(getattr(model, "_hf_peft_config_loaded", False))
@@ -93,20 +93,20 @@ def saves_adapters_alone(model: nn.Module) -> bool:
 
 @contextmanager
 def original_keys(model: nn.Module) -> Iterator[None]:
-    """Inside, state dicts of `model` have original names, and load by them, whoever asks for them or loads them.
+    """Within the context, state dicts of `model` have original names, and are loaded by them.
 
-    PEFT's own names stay: it looks for them.
+    PEFT's own names stay, since PEFT looks for them.
     """
-    # asked for, since some wrappers rename in their own hooks
+    # read from a state dict, since some wrappers rename keys in their own hooks
     wrapped = {original_name(key): key for key in model.state_dict(keep_vars=True) if original_name(key) != key}
 
     def save(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-        for key in list(state):  # every one of them, so that their order stays
+        for key in list(state):  # all of them, so that their order stays
             state[original_name(key)] = state.pop(key)
 
     def load(module: nn.Module, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
         for key in list(state):
-            name = original_name(key)  # it may have been saved under a wrapper that is not there now
+            name = original_name(key)  # it may have been saved under a wrapper that is gone
             state[wrapped.get(name, name)] = state.pop(key)
 
     with ExitStack() as stack:
@@ -117,7 +117,7 @@ def original_keys(model: nn.Module) -> Iterator[None]:
 
 
 def _without_added(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and those inside it, without what adapters add."""
+    """A module and the modules inside it, without those that adapters add."""
     yield module
     for name, child in module.named_children():
         if name in _ADAPTED or not is_adapted(module):
@@ -125,7 +125,7 @@ def _without_added(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    """What a wrapper of a whole model wraps; None where `module` is no wrapper."""
+    """The model inside a wrapper; None if `module` is not a wrapper."""
     if isinstance(module, PreTrainedModel):
         return None
     if (inside := _running(module)) is not None:
@@ -140,7 +140,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 
 def _running(module: nn.Module) -> nn.Module | None:
-    """What a wrapper wraps that says how a model is run, and that the Trainer takes off to save; None for others."""
+    """The model inside a wrapper that changes how it runs, and that the Trainer removes to save; else None."""
     if (inside := uncompiled(module)) is not module:
         return inside
     parallel = isinstance(module, DistributedDataParallel | nn.DataParallel)

@@ -28,9 +28,9 @@ def layer_of(kind):
 def test_a_change_of_links(kind):
     layer, engine = layer_of(kind)
     version = layer.storage.version
-    stored = engine.zeros(layer)
-    stored.copy_(layer.matrix(torch.tensor([[0.0, 0.0, 7.0], [8.0, 0.0, 0.0]])))
-    stamped = torch.zeros_like(stored, dtype=torch.int16)
+    stored = layer.storage.stored_weights(engine)
+    stored.part.copy_(layer.matrix(torch.tensor([[0.0, 0.0, 7.0], [8.0, 0.0, 0.0]])))
+    stamped = torch.zeros_like(stored.part, dtype=torch.int16)
     stamped.copy_(layer.matrix(torch.tensor([[1, 2, 0], [0, 3, 0]])))
     layer.storage.replace(NEW, engine, stored, (stamped, 9))
     assert layer.storage.version > version
@@ -40,7 +40,7 @@ def test_a_change_of_links(kind):
     # a link that stays keeps its weight, one that comes has the stored one
     assert layer.matrix(layer.weight).tolist() == [[1, 0, 7], [0, 3, 0]]
     # one that goes leaves its weight there, and those that stay theirs
-    assert layer.matrix(stored).tolist() == [[1, 2, 7], [8, 3, 0]]
+    assert layer.matrix(stored.part).tolist() == [[1, 2, 7], [8, 3, 0]]
     assert layer.matrix(stamped).tolist() == [[1, 0, 9], [0, 3, 0]]
     for name, tensor in engine.held(layer).items():
         if name != "weight":

@@ -1,0 +1,143 @@
+"""Layers that keep a value for each of their links, and no dense weight."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from hf_chts.layers.link_products import fill, product
+from hf_chts.layers.slots import SlotStorage
+from hf_chts.layers.sparse_layer import SparseLayer, rename_parameter
+
+_Layer = TypeVar("_Layer", bound="LinkedLayer")
+
+
+class LinkedLayer(SparseLayer):
+    """A layer whose trained parameter is `link_values`, (slots,): the values of its links; see hf_chts/layers/slots.py.
+
+    `weight` is the dense weight, made anew whenever it is asked for. It can be differentiated, so that models which
+    multiply with it past the layer's forward train as well, at the price of keeping it until the backward pass.
+    """
+
+    parameter_name = "link_values"
+    other_name = "weight"
+
+    link_values: nn.Parameter
+    link_positions: Tensor
+    storage: SlotStorage
+
+    @classmethod
+    def attach(cls: type[_Layer], layer: nn.Module, topology: Tensor, slots: int, dense_bytes: int) -> _Layer:
+        """Turn `layer` itself into a linked layer with the links of `topology`, bool (out, in), and `slots` slots.
+
+        The module stays the same object; its parameter `weight` makes way for `link_values`, so the optimizer has to be
+        made after. Where the weight is on the meta device, so are the values, and the positions on the CPU.
+
+        Args:
+            dense_bytes: how many bytes of the weight are made dense at a time.
+        """
+        cls.check(layer)
+        weight = layer.get_parameter("weight")
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        shape, device = (topology.shape[0], topology.shape[1]), torch.device("cpu") if weight.is_meta else weight.device
+        layer.storage = SlotStorage(layer, shape, slots, device, dense_bytes)
+        layer.storage.copy(topology)
+        values = weight.detach().new_empty(slots) if weight.is_meta else layer.slot_values(weight)
+        rename_parameter(layer, "weight", "link_values", nn.Parameter(values, weight.requires_grad))
+        return layer
+
+    def slot_values(self, weight: Tensor) -> Tensor:
+        """The values of the slots, (slots,), of a dense weight as the plain layer has it."""
+        return self.storage.values(self.matrix(weight.detach()))
+
+    def revert(self) -> nn.Module:
+        """Turn the layer back into a plain, dense one with the same function."""
+        weight = nn.Parameter(self.weight.detach(), self.link_values.requires_grad)
+        del self._buffers["link_positions"], self.storage
+        self._non_persistent_buffers_set.discard("link_positions")
+        self.__dict__.pop("dense_gradient", None)
+        self.__class__ = self.plain  # type: ignore[assignment]
+        rename_parameter(self, "link_values", "weight", weight)
+        return self
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.link_values
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, as the plain layer has it."""
+        weight = fill(self.link_values, self.storage.slots())
+        if self.dense_gradient is not None and weight.requires_grad:
+            weight.register_hook(self.dense_gradient.add_)
+        return weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # of a model's own kind of linear layer, which reads the weight
+        return self.plain.forward(self, *args, **kwargs)
+
+    def _product(self, x: Tensor, plain: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        # transforms batch and differentiate torch's own functions, in either mode and any number of times
+        bias: Any = self.bias
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return plain(x, self.weight, bias)
+        return product(x, self.link_values, self.storage.slots(), bias, self.dense_gradient)
+
+
+class LinkedLinear(LinkedLayer, nn.Linear):  # type: ignore[override] # nobody can set the weight
+    """`nn.Linear` without its weight; see `LinkedLayer`."""
+
+    plain = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._product(input, functional.linear)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, links={self.links}"
+
+
+class LinkedConv1D(LinkedLayer, Conv1D):
+    """transformers' `Conv1D` without its weight; see `LinkedLayer`."""
+
+    plain = Conv1D
+    transposed = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._product(input, lambda x, weight, bias: x @ weight + cast(Tensor, bias))
+
+    def __repr__(self) -> str:
+        return f"LinkedConv1D(nf={self.nf}, nx={self.nx}, links={self.links})"
+
+
+def linked_class(layer: nn.Module) -> type[LinkedLayer]:
+    """The linked class that a layer of `PLAIN_LAYERS`, or of a subclass of one, becomes."""
+    return _linked_class(type(layer))
+
+
+def _linked_class(kind: type[nn.Module]) -> type[LinkedLayer]:
+    base: type[LinkedLayer] = LinkedConv1D if issubclass(kind, Conv1D) else LinkedLinear
+    if kind is base.plain:
+        return base
+    if kind not in _MADE:
+        _MADE[kind] = type(f"Linked{kind.__name__}", (_OfSubclass, base, kind), {"plain": kind})
+    return _MADE[kind]
+
+
+_MADE: dict[type[nn.Module], type[LinkedLayer]] = {}
+
+
+class _OfSubclass(LinkedLayer):
+    """What a linked layer has that is made of a model's own kind of linear layer: that kind's forward."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # its class is in no module
+        return _empty, (self.plain,), self.__getstate__()
+
+
+def _empty(kind: type[nn.Module]) -> LinkedLayer:
+    made = _linked_class(kind)
+    return made.__new__(made)
