@@ -52,11 +52,11 @@ def arguments(directory, kind=SparseTrainingArguments, **changes):
     return kind(**(settings | changes))
 
 
-def trainer(directory, case="chtss", callbacks=None, model=None, **changes):
+def trainer(directory, case="chtss", callbacks=None, model=None, storage="masked", config=None, **changes):
     return SparseTrainer(
         model=tiny_llama() if model is None else model,
         args=arguments(directory, **changes),
-        sparsity=case_config(case),
+        sparsity=case_config(case, **({"storage": storage} | (config or {}))),
         train_dataset=random_blocks(),
         eval_dataset=random_blocks(8),
         callbacks=callbacks,
@@ -85,7 +85,7 @@ def all_of(run):
         "softness": dict(topology.softness),
     }
     tensors = {"weights": weights(run), "masks": run.sparse.masks(), "explored": topology.explored}
-    tensors |= {"stored": topology.stored, "born": topology.adam.born if topology.adam else {}}
+    tensors |= {"stored": topology.state().stored, "born": topology.adam.born if topology.adam else {}}
     for kind, named in tensors.items():
         found |= {f"{kind} {name}": tensor.clone() for name, tensor in named.items()}
     return found
@@ -108,15 +108,22 @@ def check_links(sparse, sparsity):
     for name, layer in sparse.layers.items():
         final = own.get(name.rsplit(".", 1)[-1])
         if final is not None:
-            assert layer.links == links_at(layer.mask.numel(), final * (sparsity / config.sparsity)), name
+            assert layer.links == links_at(layer.topology.numel(), final * (sparsity / config.sparsity)), name
         elif config.allocation == "uniform":
-            assert layer.links == links_at(layer.mask.numel(), sparsity), name
+            assert layer.links == links_at(layer.topology.numel(), sparsity), name
     if config.allocation != "uniform":
-        possible = sum(layer.mask.numel() for layer in sparse.layers.values())
+        possible = sum(layer.topology.numel() for layer in sparse.layers.values())
         assert sparse.links() == links_at(possible, sparsity)
     for name, blocks in sparse.blocks.items():
         parts = [int(rows.sum()) for rows in sparse.layers[name].topology.chunk(blocks)]
         assert max(parts) - min(parts) <= 1, name
+
+
+def missing_are_zero(layer, values):
+    """That values of the parameter's shape are 0 where there is no link, or in slots without one."""
+    positions = layer.storage.slot_positions
+    missing = ~layer.matrix(layer.topology) if positions is None else positions == layer.topology.numel()
+    return bool(values[missing].eq(0).all())
 
 
 class Stop(TrainerCallback):
@@ -151,8 +158,8 @@ class Invariants(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         for layer in self.trainer.sparse.layers.values():
-            assert layer.weight.grad[~layer.mask].eq(0).all()
-            assert layer.weight.grad[layer.mask].ne(0).any()
+            assert layer.storage.matrix(layer.parameter.grad)[layer.topology].ne(0).any()
+            assert missing_are_zero(layer, layer.parameter.grad)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         self.zero_off_mask(optimizer)
@@ -169,7 +176,7 @@ class Invariants(TrainerCallback):
             if sparse.config.regrown_weights == "zero":
                 assert layer.matrix(layer.weight)[fresh].eq(0).all()
             for moment in ("exp_avg", "exp_avg_sq"):
-                assert layer.matrix(optimizer.state[layer.weight][moment])[fresh].eq(0).all()
+                assert layer.storage.matrix(optimizer.state[layer.parameter][moment])[fresh].eq(0).all()
             changed += int((mask != self.before[name]).sum())
         scheduled = plan.sparsity(state.global_step - state.global_step % sparse.config.update_interval)
         check_links(sparse, max(scheduled, self.floor))
@@ -178,6 +185,6 @@ class Invariants(TrainerCallback):
 
     def zero_off_mask(self, optimizer):
         for layer in self.trainer.sparse.layers.values():
-            moments = optimizer.state[layer.weight]
-            for tensor in (layer.weight, moments["exp_avg"], moments["exp_avg_sq"]):
-                assert tensor[~layer.mask].eq(0).all()
+            moments = optimizer.state[layer.parameter]
+            for tensor in (layer.parameter, moments["exp_avg"], moments["exp_avg_sq"]):
+                assert missing_are_zero(layer, tensor)

@@ -11,16 +11,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from hf_chts.files.atomic import write_json, write_whole
+from hf_chts.files.atomic import write_json
 from hf_chts.files.reading import LazyMapping, read_json, reading
+from hf_chts.files.tensor_file import Planned, write_file
 from hf_chts.layers.wrappers import original_name
 from hf_chts.topology.bits import pack_bits, unpack_bits
 
@@ -28,7 +29,7 @@ MASKS_NAME = "masks.safetensors"
 HISTORY_NAME = "topology_history.json"
 FORMAT = "hf_chts masks, 1"
 
-_OPTIONAL = ("explored", "stored", "born")  # the kinds of tensors beside "mask"
+_OPTIONAL = ("explored", "stored", "born", "left", "slots")  # the kinds of tensors beside "mask"
 _REMEDY = "Restore it from a backup, or use an earlier checkpoint"
 
 
@@ -39,17 +40,21 @@ class TopologyState:
     Attributes:
         masks: bool (out, in) by layer name.
         explored: the links that were ever active, bit-packed uint8 by layer name; empty for static topologies.
-        stored: the weights of removed links, (out, in) by layer name; empty unless the method keeps them.
+        stored: the weights of removed links, (out, in) by layer name, or (n,) with their positions in `left`; empty
+            unless the method keeps them.
         step: finished optimizer steps.
         history: one dict of figures for each update so far.
-        born: the number of the update that regrew each link, int16 by layer name; empty unless Adam needs it.
+        born: the number of the update that regrew each link, int16 by layer name, (out, in), or (slots,) with `slots`;
+            empty unless Adam needs it.
+        left: int64 (n,) by layer name, see `stored`.
+        slots: the position of the link in each slot, integer (slots,) by layer name; empty where there are none.
         softness: δ of each layer's next removal, by name; empty unless it adapts.
         loss_before_update: the loss of the step just finished, if an update followed it.
         sparsity: the scheduled sparsity, or the run's floor, at the last update; None if it is not known.
         run: the id of the run (run_identity.py); None if it is not known.
     """
 
-    masks: dict[str, Tensor]
+    masks: Mapping[str, Tensor]
     explored: dict[str, Tensor] = field(default_factory=dict)
     stored: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
@@ -59,16 +64,32 @@ class TopologyState:
     loss_before_update: float | None = None
     sparsity: float | None = None
     run: str | None = None
+    left: dict[str, Tensor] = field(default_factory=dict)
+    slots: dict[str, Tensor] = field(default_factory=dict)
+
+    def stored_of(self, name: str) -> dict[str, Tensor] | None:
+        """The weights of removed links of a layer, by kind; None where they are not kept."""
+        kinds = {"stored": self.stored, "left": self.left}
+        return {kind: values[name] for kind, values in kinds.items() if name in values} or None
 
 
 def save_masks(directory: str | Path, state: TopologyState) -> None:
     """Write masks.safetensors, with all tensors of the state, into `directory`."""
-    tensors = {f"{name}.mask": pack_bits(mask).cpu() for name, mask in state.masks.items()}
+    shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in state.masks.items()}
+    planned = [
+        Planned(f"{name}.mask", "U8", ((math.prod(shape) + 7) // 8,), partial(_bits, state.masks, name))
+        for name, shape in shapes.items()
+    ]
     for kind in _OPTIONAL:
         values: dict[str, Tensor] = getattr(state, kind)
-        tensors |= {f"{name}.{kind}": tensor.cpu().contiguous() for name, tensor in values.items()}
-    metadata = mask_metadata(tensors, {name: tuple(mask.shape) for name, mask in state.masks.items()}, state.step)
-    write_whole(Path(directory) / MASKS_NAME, save(tensors, metadata))
+        planned += [Planned.of(f"{name}.{kind}", tensor) for name, tensor in values.items()]
+    made = {one.key: one.make for one in planned}
+    metadata = mask_metadata(LazyMapping(lambda key: made[key](), made), shapes, state.step)
+    write_file(Path(directory) / MASKS_NAME, planned, metadata)
+
+
+def _bits(masks: Mapping[str, Tensor], name: str) -> Tensor:
+    return pack_bits(masks[name]).cpu()
 
 
 def mask_metadata(
@@ -154,11 +175,11 @@ def load_masks(directory: str | Path) -> TopologyState:
         FileNotFoundError, ValueError: see `MaskFile`.
     """
     file = MaskFile(directory)
-    explored, stored, born = (
-        {name: file.tensors[f"{name}.{kind}"] for name in file.shapes if kind in file.kinds} for kind in _OPTIONAL
-    )
+    others: dict[str, Any] = {
+        kind: {name: file.tensors[f"{name}.{kind}"] for name in file.shapes if kind in file.kinds} for kind in _OPTIONAL
+    }
     masks = {name: file.mask(name) for name in file.shapes}
-    return TopologyState(masks, explored, stored, file.step, born=born)
+    return TopologyState(masks, step=file.step, **others)
 
 
 def load_topology(directory: str | Path) -> TopologyState:
@@ -191,7 +212,7 @@ def with_original_names(state: TopologyState, layers: Iterable[str]) -> Topology
     first, saved = next(iter(layers), ""), original_name(next(iter(state.masks), ""))
     prefix = saved.removesuffix(first) if saved.endswith(f".{first}") else ""
 
-    def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         return {original_name(name).removeprefix(prefix): value for name, value in values.items()}
 
     changes: dict[str, Any] = {kind: renamed(getattr(state, kind)) for kind in ("masks", *_OPTIONAL, "softness")}
@@ -199,8 +220,8 @@ def with_original_names(state: TopologyState, layers: Iterable[str]) -> Topology
 
 
 def verify_fits(state: TopologyState, layers: Mapping[str, Any], directory: str | Path) -> None:
-    """Raises ValueError if the state does not fit these masked layers."""
-    shapes = {name: tuple(layer.topology.shape) for name, layer in layers.items()}
+    """Raises ValueError if the state does not fit these sparse layers."""
+    shapes = {name: tuple(layer.storage.shape) for name, layer in layers.items()}
     saved = {name: tuple(mask.shape) for name, mask in state.masks.items()}
     if shapes != saved:
         name = sorted(set(shapes.items()) ^ set(saved.items()))[0][0]

@@ -23,7 +23,9 @@ from hf_chts.layers.coupling import couplings
 from hf_chts.layers.links import check_zeros
 from hf_chts.layers.plain_weight import check_places, check_plain
 from hf_chts.layers.shares import layer_links, sparsity_ahead
+from hf_chts.layers.slots import SlotStorage
 from hf_chts.layers.sparse_layers import SparseLayers
+from hf_chts.layers.stored_weights import StoredWeights
 from hf_chts.names import listed
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.sharding.detect import engine_of
@@ -34,7 +36,7 @@ from hf_chts.topology.percolation import Junction
 
 _log = logging.getLogger(__name__)
 _FORMAT = "hf_chts evolver, 1"
-# for each model, the evolver that is at work on it
+# the active evolver of each model
 _AT_WORK: "weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Evolver]]" = weakref.WeakKeyDictionary()
 
 
@@ -50,9 +52,8 @@ class Evolver:
             optimizer.zero_grad()
             figures = evolver.step()
 
-    It hangs on to the optimizer, so that missing links stay 0 with any optimizer, and counts the steps that the
-    optimizer takes: `step` does nothing on micro-batches and on steps that a GradScaler skips. Under DDP, FSDP2 and
-    DeepSpeed all ranks call it alike.
+    Its hooks on the optimizer keep missing links at 0 and count the optimizer's steps, so that `step` does nothing on
+    micro-batches and on steps that a GradScaler skips. Under DDP, FSDP2 and DeepSpeed all ranks call it alike.
 
     Attributes:
         sparse: the handle of the model.
@@ -63,7 +64,7 @@ class Evolver:
         reached: the sparsity that the schedule, or its floor, had at the last update; None: not known.
         history: the figures of each update so far, in order.
         explored: the links of each layer that were ever active, bit-packed uint8 by layer name.
-        stored: this rank's part of the weights of removed links, by layer name, where they are kept.
+        stored: the weights of removed links, by layer name, where they are kept.
         softness: δ of each layer's next removal, by layer name; used where it adapts.
         last_update: what the last update did to each layer; empty before it.
     """
@@ -80,7 +81,6 @@ class Evolver:
         self._ranks: UpdateOverRanks | None = None
         self._restored: TopologyState | None = None
         self._first_step = False  # whether none has been taken since training began
-        self._optimizer: Any = None
         self._hooks: list[Any] = []
         self._hooked = False  # whether the optimizer tells when it steps
         self._stepped: set[int] = set()  # what the optimizer has stepped on since the last call of `step`
@@ -184,7 +184,7 @@ class Evolver:
         """Evolve every layer that trains once, as of `step`, whether one is due or not. Collective.
 
         Returns:
-            The figures of all layers together; empty where no layer trains.
+            The figures of all layers together; empty if no layer trains.
         """
         assert self.plan is not None
         assert self._ranks is not None
@@ -202,6 +202,8 @@ class Evolver:
         )
         self.reached = self.plan.sparsity(step)
         self.history.append({"step": step, **figures})
+        if self.config.compact_after_decay and step >= self.plan.decay_end:
+            self._compact()
         return figures
 
     def warm_up(self, scheduler: Any, steps: int | None = None) -> int:
@@ -209,13 +211,13 @@ class Evolver:
 
         Args:
             scheduler: a `LambdaLR`, as all of transformers' `get_scheduler` are; changed in place.
-            steps: over how many steps; None: the paper's 20, or a fifth of update_interval where that is less.
+            steps: the length of the warm-up; None takes the paper's 20, or a fifth of update_interval if that is less.
 
         Returns:
             The number of steps.
 
         Raises:
-            ValueError: the scheduler is another, or `steps` does not fit between two updates.
+            ValueError: the scheduler is not a `LambdaLR`, or `steps` does not fit between two updates.
         """
         assert self.plan is not None
         scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's
@@ -234,10 +236,10 @@ class Evolver:
         check_zeros(self.sparse.layers, self.engine)
 
     def close(self) -> None:
-        """Let go of the optimizer; another evolver may then take the model."""
+        """Remove the hooks from the optimizer. Another evolver may then take the model."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._optimizer, self._hooked = [], None, False
+        self._hooks, self._hooked = [], False
         self._stepped.clear()
         for layer in self.sparse.layers.values():
             layer.dense_gradient = None
@@ -249,21 +251,25 @@ class Evolver:
     def state(self, step: int | None = None) -> TopologyState:
         """What a checkpoint keeps beyond weights and optimizer. Collective.
 
-        `stored` and `born` are on rank 0 alone where the engine splits weights.
+        `stored`, `left` and `born` are on rank 0 alone if the engine splits weights.
         """
+        stored = self._saved_weights()
+        slots = {name: layer.storage.slot_positions for name, layer in self.sparse.layers.items()}
         return TopologyState(
-            masks=self.sparse.masks(),
+            masks=self.sparse.topologies(),
             explored=self.explored,
-            stored=self._gathered(self.stored),
+            stored={name: saved["stored"] for name, saved in stored.items()},
+            left={name: saved["left"] for name, saved in stored.items() if "left" in saved},
+            slots={name: positions for name, positions in slots.items() if positions is not None},
             step=self.finished if step is None else step,
             history=self.history,
-            born=self._gathered(self.adam.born if self.adam else {}),
+            born=self._saved_births(),
             softness=self.softness if self.config.adapts_softness else {},
             sparsity=self.reached,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All of `state` as plain values and CPU tensors, for `torch.save`; to be saved on rank 0. Collective."""
+        """`state` as plain values and CPU tensors, for `torch.save` on rank 0. Collective."""
         state = self.state()
         return {
             "format": _FORMAT,
@@ -272,18 +278,20 @@ class Evolver:
             "step": state.step,
             "masks": {name: (pack_bits(mask).cpu(), list(mask.shape)) for name, mask in state.masks.items()},
             "explored": {name: bits.cpu().clone() for name, bits in state.explored.items()},
-            "stored": {name: values.cpu().clone() for name, values in state.stored.items()},
-            "born": {name: values.cpu().clone() for name, values in state.born.items()},
+            **{
+                kind: {name: values.cpu().clone() for name, values in getattr(state, kind).items()}
+                for kind in ("stored", "born", "left", "slots")
+            },
             "softness": dict(state.softness),
             "history": list(state.history),
             "sparsity": state.sparsity,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave. Weights and optimizer are loaded by you, before or after. Collective.
+        """Restore what `state_dict` returned. Load weights and optimizer yourself, before or after. Collective.
 
         Raises:
-            ValueError: it is of another sparsity config or model; nothing was changed.
+            ValueError: the state is of another sparsity config or model; nothing was changed.
         """
         if state.get("format") != _FORMAT:
             raise ValueError(f"this is no state of an evolver (format {state.get('format')!r}, not {_FORMAT!r})")
@@ -291,6 +299,7 @@ class Evolver:
         restored = TopologyState(
             masks={name: unpack_bits(bits, tuple(shape)) for name, (bits, shape) in state["masks"].items()},
             **{key: state[key] for key in ("explored", "stored", "step", "history", "born", "softness", "sparsity")},
+            **{key: state.get(key, {}) for key in ("left", "slots")},
         )
         verify_fits(restored, self.sparse.layers, "the evolver's state")
         self.restore(restored)
@@ -302,19 +311,19 @@ class Evolver:
             self._ask_gradients()
 
     def restore(self, state: TopologyState | None) -> None:
-        """Have the next `begin` go on with the state of a checkpoint, whose masks are set at once.
+        """Set the masks of a checkpoint now, and make the next `begin` continue from its state.
 
-        None takes back an earlier call.
+        None cancels an earlier call.
         """
         self._restored = state
         if state is not None:
             self._reset()
 
     def take_parts(self) -> None:
-        """This rank's parts of what a checkpoint had, or new ones; also for one restored in the midst of training.
+        """Set up this rank's stored weights and births, from the restored checkpoint or anew.
 
         Raises:
-            ValueError: the run has more updates than can be told apart.
+            ValueError: the run has more updates than births can count.
         """
         assert self.engine is not None
         assert self.plan is not None
@@ -324,18 +333,14 @@ class Evolver:
             self.adam.check_updates(self.plan.number_of_updates(self.plan.max_steps))
         for name, layer in layers.items():
             if self.config.stores_weights and self.engine.optimizes(layer):
-                saved = state.stored.get(name) if state else None
-                if saved is None:
-                    self.stored[name] = self.engine.zeros(layer)
-                else:
-                    self.stored[name] = self.engine.part_of(layer, layer.storage.values(saved))
+                self.stored[name] = layer.storage.stored_weights(self.engine, state.stored_of(name) if state else None)
             if self.adam and state and name in state.born:
-                self.adam.restore(name, layer.storage.values(state.born[name]))
+                self.adam.restore(name, layer.storage.loaded(state.born[name], state.slots.get(name)))
 
     def forget_missing(self) -> None:
-        """Set to 0, where there is no link, what the optimizer keeps: it may have stepped on other masks.
+        """Set the optimizer's state to 0 where there is no link, since it may have stepped on other masks.
 
-        The weights of the forward stay as they are.
+        The weights of the forward do not change.
         """
         assert self.engine is not None
         for layer in self.sparse.layers.values():
@@ -343,19 +348,19 @@ class Evolver:
             layer.storage.clear(self.engine, skip=["working" if "working" in names else "weight"])
 
     def plan_from(self, step: int, max_steps: int, trained: Collection[str] | None = None) -> SchedulePlan:
-        """The plan of a run of `max_steps` optimizer steps that begins, or goes on, after `step` of them.
+        """The plan of a run of `max_steps` optimizer steps that starts, or continues, after `step` of them.
 
-        Where the model is sparser than its schedule says, because it comes from a run with another one, sparsity stays
-        until the schedule has caught up.
+        If the model is sparser than its schedule says, because it comes from a run with another one, sparsity stays the
+        same until the schedule has caught up.
 
         Args:
-            trained: the layers that train; None: those that are not frozen.
+            trained: the layers that train; None takes all that are not frozen.
         """
         config, layers = self.config, self.sparse.layers
         shapes = {name: layer.storage.shape for name, layer in layers.items()}
 
         def largest_block(sparsity: float) -> list[int]:
-            # global allocation, which would read the weights, does not ask
+            # not called with global allocation, which would read the weights
             links = layer_links(shapes, sparsity, config, {})
             return [-(-number // self.sparse.blocks.get(name, 1)) for name, number in links.items()]
 
@@ -366,7 +371,7 @@ class Evolver:
         scheduled, ahead = plan.sparsity(update), self.reached
         if self._restored is None or ahead is None:
             if trained is None:
-                trained = [name for name, layer in layers.items() if layer.weight.requires_grad]
+                trained = [name for name, layer in layers.items() if layer.parameter.requires_grad]
             links = {name: layer.links for name, layer in layers.items()}
             ahead = sparsity_ahead(links, shapes, config, scheduled, trained)
         if ahead is None or ahead <= scheduled + 1e-12:
@@ -374,54 +379,64 @@ class Evolver:
         return config.plan(max_steps, floor=min(ahead, config.sparsity), links=largest_block)
 
     def _reset(self) -> None:
-        """All that a run keeps, as the restored checkpoint has it, or anew."""
+        """Set up the state of a run, from the restored checkpoint or anew."""
         state, layers = self._restored, self.sparse.layers
         for name, layer in layers.items():
             layer.dense_gradient = None
             if state:
-                layer.storage.copy(state.masks[name])
+                layer.storage.restore(state.masks[name], state.slots.get(name))
         self.history: list[dict[str, Any]] = list(state.history) if state else []
         self.softness = dict.fromkeys(layers, self.config.softness_start) | (state.softness if state else {})
-        # bits: a bool would cost as much memory again as the masks
+        # as bits: bools would take as much memory as the masks
         self.explored = {
             name: state.explored[name].to(layer.storage.device) if state else pack_bits(layer.topology)
             for name, layer in layers.items()
         }
-        self.stored: dict[str, Tensor] = {}
+        self.stored: dict[str, StoredWeights] = {}
         self.adam = None
         self.reached = state.sparsity if state else None
         self._ranks = None
-        self._said: set[str] = set()  # the layers of which it was said that they do not train
+        self._said: set[str] = set()  # the layers that were logged as not training
 
-    def _gathered(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors (out, in) of this rank's parts; on rank 0, and on the CPU where they are split."""
+    def _saved_births(self) -> dict[str, Tensor]:
+        """`RegrownAdam.born` of every layer, whole; on rank 0."""
         whole = {}
-        for name, part in parts.items():
+        for name, part in (self.adam.born if self.adam else {}).items():
             assert self.engine is not None, "there are parts from `begin` on"
             layer = self.sparse.layers[name]
             (tensor,) = self.engine.gather([(layer, 0)], [part])
             if tensor is not None:
-                whole[name] = layer.storage.matrix(tensor.cpu() if self.engine.sharded else tensor)
-        like = next(iter(whole.values()), None)
-        if like is not None:  # the file has them of all layers, and those that the optimizer lacks have no parts
-            whole |= {n: like.new_zeros(m.shape) for n, m in self.sparse.masks().items() if n not in parts}
+                whole[name] = layer.storage.saved(tensor.cpu() if self.engine.sharded else tensor)
         return whole
+
+    def _saved_weights(self) -> dict[str, dict[str, Tensor]]:
+        """The weights of removed links of every layer, by name and kind; on rank 0."""
+        saved = {}
+        for name, stored in self.stored.items():
+            assert self.engine is not None, "there are parts from `begin` on"
+            of_layer = stored.saved(self.engine)
+            if of_layer:
+                saved[name] = {kind: value.cpu() if self.engine.sharded else value for kind, value in of_layer.items()}
+        if saved:  # the file has an entry for every layer, also for those that the optimizer does not have
+            like = next(iter(saved.values()))["stored"]
+            for name, layer in self.sparse.layers.items():
+                saved.setdefault(name, layer.storage.nothing_stored(like))
+        return saved
 
     # The optimizer
 
     def _attach(self, optimizer: Any) -> None:
         self.close()
         _AT_WORK[self.sparse.model] = weakref.ref(self)
-        self._optimizer = optimizer
-        inner = optimizer
+        inner, split = optimizer, False
         while type(inner).__module__.startswith(("accelerate.", "deepspeed.runtime.")) and hasattr(inner, "optimizer"):
+            split |= type(inner).__module__.startswith("deepspeed.")
             inner = inner.optimizer
         if not isinstance(inner, torch.optim.Optimizer):
             return
         self._hooked = True
-        # weakly: an optimizer that is kept must not keep the evolver, and with it the model, alive
+        # a weak reference, so that the optimizer does not keep the evolver and the model alive
         me = weakref.ref(self)
-        split = type(optimizer).__module__.startswith("deepspeed.")
 
         def before(optimizer: Any, *_: Any) -> None:
             if (evolver := me()) is not None:
@@ -430,7 +445,9 @@ class Evolver:
         def after(optimizer: Any, *_: Any) -> None:
             if (evolver := me()) is not None:
                 evolver._stepped.add(_stepped_on(optimizer))
-                if not split:  # DeepSpeed steps on one group after the other, on its own copies of the weights
+                if evolver.adam:
+                    evolver.adam.correct(evolver.finished + 1)
+                if not split:  # DeepSpeed steps on its own copies of the weights, one group after the other
                     evolver._after_optimizer_step()
 
         self._hooks = [inner.register_step_pre_hook(before), inner.register_step_post_hook(after)]
@@ -449,14 +466,12 @@ class Evolver:
         if self.engine.moves_missing_links:
             for layer in layers.values():
                 layer.storage.clear(self.engine, skip=["gradient"])
-        if self.adam and self._hooked:
-            self.adam.correct(self._optimizer, self.finished + 1)
         if self._first_step:
             self._first_step = False
             check_first_step(self.engine, layers)
 
     def _ask_gradients(self) -> None:
-        """Have the next step keep dense gradients, if an update follows it that needs them."""
+        """Keep dense gradients in the next step, if the update after it needs them."""
         assert self.plan is not None
         assert self.engine is not None
         assert self._ranks is not None
@@ -464,12 +479,34 @@ class Evolver:
             for name, layer in self.sparse.layers.items():
                 layer.dense_gradient = self.engine.dense_gradient(layer, self._ranks.owner[name])
 
+    def _compact(self) -> None:
+        """Shrink parameters to the slots that still have a link."""
+        assert self.engine is not None
+        slots = {name: layer.storage for name, layer in self.sparse.layers.items()}
+        vacant = {name: int(one.missing().sum()) for name, one in slots.items() if isinstance(one, SlotStorage)}
+        if not any(vacant.values()):
+            return
+        if not self.engine.resizes:
+            if self._said.isdisjoint({"compact_after_decay"}) and rank_and_world()[0] == 0:
+                _log.warning("compact_after_decay: slots are given back in one process alone, and stay in this run")
+            self._said.add("compact_after_decay")
+            return
+        before = sum(one.parameter_shape.numel() for one in slots.values())
+        for name in (name for name, number in vacant.items() if number):
+            storage = slots[name]
+            assert isinstance(storage, SlotStorage)
+            kept = storage.compact(self.engine)
+            if self.adam:
+                self.adam.keep(name, kept)
+        freed = sum(vacant.values())
+        _log.info("compact_after_decay: %d of %d slots are given back", freed, before)
+
     # What is refused
 
     def _trained(self) -> list[str]:
-        """The layers that train at this moment, the same on all ranks. Collective.
+        """The layers that train at the moment, the same on all ranks. Collective.
 
-        The others do not evolve, since new links would stay 0. Each of them is told once.
+        The others do not evolve, since their new links would stay 0. Each is logged once.
         """
         assert self.engine is not None
         layers = self.sparse.layers
@@ -492,8 +529,8 @@ class Evolver:
         return names
 
     def _refuse_copies(self) -> None:
-        """Raises ValueError, naming them, for copies of sparse layers that would train and not evolve."""
-        copies = [name for name, layer in self.sparse.copies().items() if layer.weight.requires_grad]
+        """Raises ValueError that names copies of sparse layers which would train without evolving."""
+        copies = [name for name, layer in self.sparse.copies().items() if layer.parameter.requires_grad]
         if copies and self.config.evolves:
             raise ValueError(
                 f"copies of sparse layers would train instead of the layers themselves, and their topology would not "
@@ -502,17 +539,17 @@ class Evolver:
             )
 
     def _compare_ranks(self, max_steps: int) -> None:
-        """Raises ValueError where ranks differ in the length of the run or in their masks. Collective."""
+        """Raises ValueError if ranks differ in the length of the run or in their masks. Collective."""
         if rank_and_world()[1] == 1:
             return
         digest = hashlib.sha256()
-        for name, mask in sorted(self.sparse.masks().items()):
+        for name, mask in sorted(self.sparse.topologies().items()):
             digest.update(name.encode() + pack_bits(mask).cpu().numpy().tobytes())
         together({"the number of steps": str(max_steps), "the topology at the begin": digest.hexdigest()[:16]})
 
 
 def check_same_config(saved: SparsityConfig, current: SparsityConfig, where: str) -> None:
-    """Raises ValueError that names the fields where `saved`, of `where`, differs from this run's config."""
+    """Raises ValueError that names the fields in which `saved`, read from `where`, differs from this run's config."""
     if saved != current:
         before, now = saved.to_dict(), current.to_dict()
         changed = "; ".join(f"{k}: {before[k]!r} there, {now[k]!r} here" for k in now if before[k] != now[k])
@@ -523,5 +560,5 @@ def check_same_config(saved: SparsityConfig, current: SparsityConfig, where: str
 
 
 def _stepped_on(optimizer: torch.optim.Optimizer) -> int:
-    """What tells one of DeepSpeed's steps from another: it has its optimizer step on each group of weights alone."""
+    """An id that distinguishes the steps DeepSpeed takes: its optimizer steps on each group of weights separately."""
     return next((id(weight) for group in optimizer.param_groups for weight in group["params"]), 0)

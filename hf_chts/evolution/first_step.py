@@ -1,20 +1,20 @@
-"""A look at all that is held after the first optimizer step: masks that do not hold are found before hours are lost."""
+"""A check after the first optimizer step, which finds masks that do not hold before hours of training are lost."""
 
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
-from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.layers.sparse_layer import SparseLayer
 from hf_chts.names import listed
 from hf_chts.sharding.interface import Engine
 from hf_chts.sharding.ranks import rank_and_world
 
 
-def check_first_step(engine: Engine, layers: Mapping[str, MaskedLayer]) -> None:
-    """Raises RuntimeError, naming them, on all ranks if anything of a layer is not 0 off its mask. Collective.
+def check_first_step(engine: Engine, layers: Mapping[str, SparseLayer]) -> None:
+    """Raises RuntimeError on all ranks, naming the layers, if anything of a layer is not 0 off its mask. Collective.
 
-    NaN is left to those who look for it: a gradient that is NaN may have been spread by clipping.
+    NaN is left to the checks for it, since clipping spreads a gradient that is NaN.
     """
     found = [any(layer.storage.strays(engine, finite=True).values()) for layer in layers.values()]
     if layers and rank_and_world()[1] > 1:

@@ -1,4 +1,4 @@
-"""Weights of half precision are refused, whoever holds them."""
+"""Refuse to train float16 weights, under any engine."""
 
 from collections.abc import Mapping
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def refuse_half_precision(weights: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, naming the layer, where a weight that an optimizer is to step on is float16.
+    """Raises ValueError, naming the layer, if the optimizer would step on a float16 weight.
 
-    Its steps overflow and vanish: Adam's ε of 1e-8 is 0 in float16, and losses grow into the thousands before they are
-    infinite.
+    Steps overflow or vanish in float16: Adam's ε of 1e-8 is 0 there, and losses grow into the thousands before they
+    become infinite.
     """
     for name, weight in weights.items():
         if weight.dtype == torch.float16:

@@ -1,25 +1,27 @@
-"""What a rank holds of a run's weights, optimizer state and gradients, by name; to look for NaN and infinity in it."""
+"""The tensors of a run on this rank by name, to look for NaN and infinity in them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.layers.sparse_layer import SparseLayer
+from hf_chts.layers.stored_weights import StoredWeights
 from hf_chts.layers.wrappers import original_name
 from hf_chts.sharding.interface import Engine
+from hf_chts.sharding.partitions import held_part
 
 MASTER = "master weights or moments that the optimizer holds in parts"
 
 
 def weights_of(model: nn.Module, *, frozen: bool = False) -> dict[str, list[Tensor]]:
-    """What this rank holds of each trained weight; with `frozen` of each weight."""
+    """This rank's part of each trained weight; with `frozen`, of every weight."""
     weights = model.named_parameters()
     return {original_name(name): [_held(weight)] for name, weight in weights if frozen or weight.requires_grad}
 
 
 def weights_and_moments(model: nn.Module, optimizer: Any) -> dict[str, list[Tensor]]:
-    """What this rank holds of each trained weight and of its optimizer state; DeepSpeed's partitions under one name."""
+    """This rank's part of each trained weight and its optimizer state; DeepSpeed's partitions are under one name."""
     state: dict[Any, Any] = {}
     groups: list[dict[str, Any]] = []
     if optimizer is not None:
@@ -32,7 +34,7 @@ def weights_and_moments(model: nn.Module, optimizer: Any) -> dict[str, list[Tens
         if weight.requires_grad:
             own.add(id(weight))
             found[f"optimizer state of {original_name(name)}"] = _tensors(state.get(weight))
-    # under ZeRO stage 3 the param_groups have the partitions only during a step, and the state always
+    # under ZeRO stage 3 the partitions are in the param_groups only during a step, but always in the state
     others = {id(weight): weight for weight in (*state, *(weight for group in groups for weight in group["params"]))}
     found[MASTER] = [
         tensor
@@ -44,21 +46,21 @@ def weights_and_moments(model: nn.Module, optimizer: Any) -> dict[str, list[Tens
 
 
 def read_by_update(
-    layers: Mapping[str, MaskedLayer], engine: Engine, stored: Mapping[str, Tensor]
+    layers: Mapping[str, SparseLayer], engine: Engine, stored: Mapping[str, StoredWeights]
 ) -> dict[str, list[Tensor]]:
-    """What this rank holds of everything that a topology update may read.
+    """This rank's part of everything that a topology update may read.
 
     Args:
-        stored: the weights of removed links, by layer name, where they are kept.
+        stored: the weights of removed links by layer name, if they are kept.
     """
     read: dict[str, list[Tensor]] = {}
     for name, layer in layers.items():
         held = engine.held(layer)
         read[f"weight of {name}"] = [held[key] for key in ("weight", "working") if key in held]
-        read[f"stored weights of {name}"] = [stored[name]] if name in stored else []
+        read[f"stored weights of {name}"] = stored[name].parts() if name in stored else []
         total = getattr(layer.dense_gradient, "sum", None)
         if total is not None and engine.loss_scale() != 1:
-            # infinity comes from the scaled loss then, and the scaler has skipped the step
+            # the infinity comes from the scaled loss, and the scaler has skipped the step
             total.nan_to_num_(0.0, 0.0, 0.0)
         read[f"dense gradient of {name}"] = [] if total is None else [total]
     return read
@@ -69,4 +71,5 @@ def _tensors(state: Any) -> list[Tensor]:
 
 
 def _held(weight: Tensor) -> Tensor:
-    return getattr(weight, "ds_tensor", weight).detach()  # ZeRO stage 3 leaves the weight itself empty
+    # under ZeRO stage 3 the weight itself is empty, and its padding uninitialized
+    return held_part(weight)[0] if hasattr(weight, "ds_tensor") else weight.detach()

@@ -1,4 +1,4 @@
-"""Adam's bias correction, anew for each regrown link.
+"""Adam's bias correction, restarted for each regrown link.
 
 A regrown link starts with moments of 0, late in a run whose bias correction is long over. Its second moment then lags
 behind its first: with β = (0.9, 0.999) the steps of its first hundred updates are up to some 6 times the learning rate
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.layers.sparse_layer import SparseLayer
 from hf_chts.sharding.interface import Engine
 from hf_chts.topology.bits import link_positions
 
-# Where β2^a is below this, the correction is lost in the rounding of fp32
+# if β2^a is below this, fp32 rounds the correction away
 _NEGLIGIBLE = 2.0**-24
 
 
@@ -40,26 +40,26 @@ class RegrownAdam:
             that regrew a link; 0 for links that were there from the start, and off the mask.
     """
 
-    def __init__(self, layers: Mapping[str, MaskedLayer], engine: Engine, update_interval: int) -> None:
+    def __init__(self, layers: Mapping[str, SparseLayer], engine: Engine, update_interval: int) -> None:
         self.layers = layers
         self.engine = engine
         self.update_interval = update_interval
         self.born = {name: torch.zeros_like(engine.zeros(x), dtype=torch.int16) for name, x in layers.items()}
-        # (interval, positions, births) of the links that are young enough to correct, in the interval between updates
+        # (interval, positions, births) of the links young enough to correct, for an interval between updates
         self._young: dict[str, tuple[int, Tensor, Tensor]] = {}
 
     @staticmethod
     def check(optimizer: Any) -> None:
-        """Raises ValueError, naming it, for an optimizer whose steps cannot be corrected from outside."""
+        """Raises ValueError, naming the optimizer, if its steps cannot be corrected from outside."""
         inner = optimizer
-        while type(inner).__module__.startswith("accelerate."):  # DeepSpeed's own stays: it steps on other tensors
+        while type(inner).__module__.startswith(("accelerate.", "deepspeed.runtime.")) and hasattr(inner, "optimizer"):
             inner = inner.optimizer
         kind = f"{type(inner).__module__}.{type(inner).__qualname__}"
         if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):
             raise ValueError(
                 f"regrown_adam is 'per_weight_steps', which knows torch.optim.Adam and AdamW, and the optimizer is "
-                f"{kind}: set regrown_adam to global_steps, or use torch.optim.AdamW (optim: adamw_torch) without "
-                "DeepSpeed"
+                f"{kind}: set regrown_adam to global_steps, or use torch.optim.AdamW (optim: adamw_torch; under "
+                "DeepSpeed without an optimizer in its own config)"
             )
         if any(group["amsgrad"] or group["maximize"] for group in inner.param_groups):
             raise ValueError(
@@ -68,7 +68,7 @@ class RegrownAdam:
             )
 
     def check_updates(self, number: int) -> None:
-        """Raises ValueError if a run has more updates than can be told apart."""
+        """Raises ValueError if a run has more updates than int16 can count."""
         most = torch.iinfo(torch.int16).max
         if number > most:
             raise ValueError(
@@ -77,36 +77,40 @@ class RegrownAdam:
             )
 
     def changed(self, name: str) -> None:
-        """The layer's links, and `born` with them, have changed."""
+        """Call after the layer's links and `born` have changed."""
+        self._young.pop(name, None)
+
+    def keep(self, name: str, elements: Tensor) -> None:
+        """Call after the layer's parameter was reduced to these elements, int64 (n,)."""
+        self.born[name] = self.born[name][elements]
         self._young.pop(name, None)
 
     def restore(self, name: str, born: Tensor) -> None:
-        """Take over what a checkpoint has of a layer, whole and as the weight lies."""
+        """Restore a layer's births from a checkpoint: whole, in the parameter's shape."""
         start, stop = self.engine.extent(self.layers[name])
         self.born[name].copy_(born.reshape(-1)[start:stop].view_as(self.born[name]))
         self._young.pop(name, None)
 
     @torch.no_grad()
-    def correct(self, optimizer: Any, step: int) -> None:
-        """Correct the step that `optimizer` has just taken, the one that makes it `step` finished steps."""
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    def correct(self, step: int) -> None:
+        """Correct the step that the optimizer has just taken; with it, `step` steps are finished."""
         for name, layer in self.layers.items():
-            state, group = optimizer.state.get(layer.weight, {}), groups.get(id(layer.weight))
-            if not state or group is None or layer.weight.grad is None:  # the optimizer took no step on it
+            stepped = self.engine.stepped(layer)
+            if stepped is None:
                 continue
+            held, group = stepped.held, stepped.group
             positions, updates = self._young_links(name, step, group["betas"][1])
             if not len(positions):
                 continue
             ages = step - updates.to(torch.float64) * self.update_interval
-            held = self.engine.held(layer)
             # in float64: the difference of two nearly equal steps is added to a weight that has taken one of them
             first, second = (held[key].view(-1)[positions].double() for key in ("exp_avg", "exp_avg_sq"))
-            steps = torch.as_tensor(float(state["step"]), dtype=torch.float64)
+            steps = torch.as_tensor(float(stepped.step), dtype=torch.float64)
             change = _step(first, second, group, steps) - _step(first, second, group, ages)
             held["weight"].view(-1).index_add_(0, positions, change.to(held["weight"].dtype))
 
     def _young_links(self, name: str, step: int, beta2: float) -> tuple[Tensor, Tensor]:
-        # told by the interval, not by the step: a resumed run must leave out the same links
+        # by the interval, not the step, so that a resumed run leaves out the same links
         interval = (step - 1) // self.update_interval
         if name not in self._young or self._young[name][0] != interval:
             born = self.born[name].view(-1)

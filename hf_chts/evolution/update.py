@@ -1,4 +1,4 @@
-"""What a topology update does with the layers that one rank evolves: the config's parts put together."""
+"""A topology update of the layers that one rank evolves, made of the config's parts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,20 +18,21 @@ from hf_chts.topology.percolation import Junction, percolate
 from hf_chts.topology.random_streams import random_stream
 from hf_chts.topology.softness import temperature
 
-# Layers that are evolved at a time in one process: each holds several copies of itself meanwhile
+# Layers that are evolved at the same time in one process; each takes several copies of itself in memory
 _WORKERS = 4
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class TopologyUpdate:
-    """An update at one step, of any of the layers.
+    """An update at one step, for any of the layers.
 
     Attributes:
         plan: the run's schedules.
         step: finished optimizer steps.
-        masks: bool (out, in) of all layers, by name in the model's order; read only.
-        links: how many links each layer has afterwards, by name.
+        masks: bool (out, in) of all layers, by name in the model's order; read only, and rarely, since each may be made
+            on access.
+        links: the number of links after the update, by layer name.
         gradients: the dense gradients of the step, (out, in) by layer name, where the config needs them.
         stored: the weights of removed links, (out, in) by layer name, where they are kept.
         junctions: how layers are coupled, for percolation; none without it.
@@ -56,43 +57,42 @@ class TopologyUpdate:
             group: their names.
             weights: (out, in) by name, 0 off the mask; read only.
         """
-        pieces = {name: self._pieces(name) for name in group}
+        # junctions may include layers that do not train; those keep all their links
+        junctions = [junction for junction in self.junctions if set(junction.layers) & set(group)]
+        met = [name for junction in junctions for name in junction.layers if name in self.masks]
+        masks = {name: self.masks[name] for name in (*group, *met)}
+        pieces = {name: self._pieces(name, masks[name]) for name in group}
         if self._part("regrowth").kind == "selection":
             return {name: joined([self._select(p, weights[name]) for p in pieces[name]]) for name in group}
         stay, kept = {}, {}
         for name in group:
             halves = [self._remove(piece, weights[name]) for piece in pieces[name]]
             stay[name], kept[name] = (_cat(parts) for parts in zip(*halves, strict=True))
-        junctions = [junction for junction in self.junctions if set(junction.layers) & set(group)]
         if junctions:
-            # layers that do not train keep all their links
-            met = [name for junction in junctions for name in junction.layers if name in self.masks]
-            fixed = {name: self.masks[name] for name in met if name not in kept}
+            fixed = {name: masks[name] for name in met if name not in kept}
             kept = percolate(kept | fixed, junctions, fixed)
         return {
             name: joined([self._regrow(piece, weights[name], stay[name], kept[name]) for piece in pieces[name]])
             for name in group
         }
 
-    def _pieces(self, name: str) -> "list[_Piece]":
-        rows, n = self.masks[name].shape[0], self.blocks.get(name, 1)
-        return [
-            _Piece(name, slice(rows * i // n, rows * (i + 1) // n), block_links(self.links[name], i, n), i)
-            for i in range(n)
-        ]
+    def _pieces(self, name: str, mask: Tensor) -> "list[_Piece]":
+        n = self.blocks.get(name, 1)
+        rows = [slice(len(mask) * i // n, len(mask) * (i + 1) // n) for i in range(n)]
+        return [_Piece(name, rows[i], mask[rows[i]], block_links(self.links[name], i, n), i) for i in range(n)]
 
     def _select(self, piece: "_Piece", weight: Tensor) -> LayerEvolution:
-        mask, part = self.masks[piece.layer][piece.rows], self._part("regrowth")
-        given = self._given(piece, mask, weight[piece.rows])
+        part = self._part("regrowth")
+        given = self._given(piece, piece.mask, weight[piece.rows])
         chosen = part(self.plan.config, **given, links=piece.links, generator=self._stream(piece, "pruning"))
-        return selected(mask, part.check(chosen, tuple(mask.shape), piece.links))
+        return selected(piece.mask, part.check(chosen, tuple(piece.mask.shape), piece.links))
 
     def _remove(self, piece: "_Piece", weight: Tensor) -> tuple[Tensor, Tensor]:
         config = self.plan.config
         softness = self.softness.get(piece.layer)
         return remove(
             weight[piece.rows],
-            self.masks[piece.layer][piece.rows],
+            piece.mask,
             links=piece.links,
             drop_fraction=self.plan.drop_fraction(self.step),
             removal=Choice(
@@ -112,7 +112,7 @@ class TopologyUpdate:
             return self._score("regrowth", piece, left, kept)
 
         return regrow(
-            self.masks[piece.layer][piece.rows],
+            piece.mask,
             stay[piece.rows],
             kept[piece.rows],
             links=piece.links,
@@ -129,7 +129,7 @@ class TopologyUpdate:
         return part.check(part(self.plan.config, **self._given(piece, mask, weight)), tuple(mask.shape))
 
     def _given(self, piece: "_Piece", mask: Tensor, weight: Tensor | None) -> dict[str, Tensor | None]:
-        """What a part may ask for: `mask` and `weight` of the piece, gradients and stored weights of its layer."""
+        """The arguments that a part may ask for: mask, weight, gradient and stored weights of the piece."""
         whole = {"grad": self.gradients.get(piece.layer), "stored": self.stored.get(piece.layer)}
         rows = {name: None if tensor is None else tensor[piece.rows] for name, tensor in whole.items()}
         return {"mask": mask, "weight": weight, **rows}
@@ -139,16 +139,16 @@ class TopologyUpdate:
         number = self.plan.number_of_updates(self.step)
         if piece.block:
             purpose = f"{purpose} {piece.block}"
-        device = self.masks[piece.layer].device
-        return random_stream(self.plan.config.topology_seed, number, layer, purpose, device=device)
+        return random_stream(self.plan.config.topology_seed, number, layer, purpose, device=piece.mask.device)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """The rows of a layer that evolve on their own: all of them, or those of one attention head."""
+    """Rows of a layer that evolve independently: all of them, or those of one attention head."""
 
     layer: str
     rows: slice
+    mask: Tensor  # of these rows, before the update
     links: int
     block: int
 
@@ -158,7 +158,7 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
 
 
 def in_threads(evolve: Callable[[list[str]], _T], groups: Sequence[list[str]], device: torch.device) -> Iterator[_T]:
-    """`evolve` of every group, in order; on a CPU several groups at a time.
+    """Call `evolve` on every group, in order; on a CPU, on several groups at the same time.
 
     An update is many small operations, which gain little from several threads each. The results are the same, since
     every layer has its own random streams.
@@ -172,7 +172,7 @@ def in_threads(evolve: Callable[[list[str]], _T], groups: Sequence[list[str]], d
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
             yield from pool.map(evolve, groups)
     finally:
-        torch.set_num_threads(threads)  # MKL's number is not a thread's own
+        torch.set_num_threads(threads)  # MKL's number of threads is global
 
 
 def update_cost(shape: tuple[int, int], config: SparsityConfig) -> float:

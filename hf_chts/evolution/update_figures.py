@@ -1,4 +1,4 @@
-"""What a topology update did, counted by layer and summed up."""
+"""The figures of a topology update, by layer and in total."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class LayerUpdate:
     def of(
         cls, mask: Tensor, explored: Tensor, *, pruned: int, removed: int, regrown: int, returned: int
     ) -> "LayerUpdate":
-        """Count what is left to count.
+        """Complete the counts of an update.
 
         Args:
             mask: bool (out, in), after the update.
@@ -58,7 +58,7 @@ def overall_figures(layers: Mapping[str, LayerUpdate], shapes: Mapping[str, Sequ
 
     Args:
         layers: by name.
-        shapes: (out, in) by name, of these layers at least.
+        shapes: (out, in) by name, at least for these layers.
     """
     possible = sum(shapes[name][0] * shapes[name][1] for name in layers)
     counts = {count: [getattr(layer, count) for layer in layers.values()] for count in LayerUpdate.__dataclass_fields__}

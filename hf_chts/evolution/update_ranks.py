@@ -1,4 +1,4 @@
-"""One topology update of a whole model: each rank evolves its share of the layers, and all take over the new masks."""
+"""A topology update of a whole model: each rank evolves its share of the layers, and all ranks get the new masks."""
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from hf_chts.files.reading import LazyMapping
 from hf_chts.finite import not_finite
 from hf_chts.layers.shares import layer_links, without_return
 from hf_chts.layers.sparse_layers import SparseLayers
+from hf_chts.layers.stored_weights import StoredWeights
 from hf_chts.names import listed
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.sharding.gradients import DenseGradient
@@ -31,7 +32,7 @@ class NotFinite(FloatingPointError):
     """An update would read NaN or infinity.
 
     Attributes:
-        names: of what holds it.
+        names: the names of the tensors that hold it.
     """
 
     def __init__(self, step: int, names: list[str]) -> None:
@@ -47,7 +48,7 @@ class UpdateOverRanks:
 
     Args:
         sparse: the handle of the model.
-        engine: what holds its weights and optimizer moments.
+        engine: the engine that holds its weights and optimizer moments.
         junctions: how layers are coupled, for percolation; none without it.
 
     Attributes:
@@ -74,7 +75,7 @@ class UpdateOverRanks:
         step: int,
         names: Collection[str],
         *,
-        stored: Mapping[str, Tensor],
+        stored: Mapping[str, StoredWeights],
         softness: dict[str, float],
         explored: Mapping[str, Tensor],
         adam: RegrownAdam | None,
@@ -82,13 +83,13 @@ class UpdateOverRanks:
         """Evolve the layers `names` as of `step`. Collective.
 
         Args:
-            stored: this rank's part of the weights of removed links, where they are kept; written.
-            softness: δ by layer name; adapted.
-            explored: bits of the links that were ever active; new ones are added.
-            adam: what corrects the steps of regrown links; None: nothing does.
+            stored: the weights of removed links, if they are kept; updated.
+            softness: δ by layer name; updated.
+            explored: bits of the links that were ever active; updated.
+            adam: corrects the steps of regrown links; None for no correction.
 
         Returns:
-            (the figures of all layers together, what was done to each layer).
+            (the figures of all layers together, the counts of each layer).
 
         Raises:
             NotFinite: something that the update reads is NaN or infinite, on any rank; nothing was changed.
@@ -112,14 +113,14 @@ class UpdateOverRanks:
                 if config.adapts_softness and regrown:
                     chance = chance_overlap(removed, regrown, mask.numel() - links[name])
                     softness[name] = adapted(softness[name], returned / regrown, chance, config.softness_end)
-        masks = self.sparse.masks()
+        masks = self.sparse.topologies()
         done = {
             name: LayerUpdate.of(
                 masks[name], explored[name], pruned=pruned, removed=removed, regrown=regrown, returned=returned
             )
             for name, (pruned, removed, regrown, returned) in counted.items()
         }
-        figures: dict[str, Any] = overall_figures(done, {name: mask.shape for name, mask in masks.items()})
+        figures: dict[str, Any] = overall_figures(done, {name: layer.storage.shape for name, layer in layers.items()})
         if config.percolation:
             figures["active_neurons_percolated"] = anp_rate(masks, self.junctions)
         if config.adapts_softness:
@@ -128,9 +129,9 @@ class UpdateOverRanks:
         return figures, done
 
     def _rounds(self, names: Collection[str]) -> list[list[list[str]]]:
-        """The groups of coupled layers, of those of `names`, that are evolved at a time.
+        """The groups of coupled layers among `names` that are evolved in each round.
 
-        Where weights have to be gathered, each rank takes one group in a round, so that none holds more.
+        If weights have to be gathered, each rank evolves one group in a round, so that it holds no more at a time.
         """
         groups = [[name for name in group if name in names] for group in self.groups]
         groups = [group for group in groups if group]
@@ -148,18 +149,22 @@ class UpdateOverRanks:
         step: int,
         groups: Sequence[list[str]],
         links: Mapping[str, int],
-        stored: Mapping[str, Tensor],
+        stored: Mapping[str, StoredWeights],
         softness: Mapping[str, float],
     ) -> Iterator[tuple[str, tuple[Tensor, list[int]]]]:
         """The new masks, (out, in), and (pruned, removed, regrown, returned) links of the layers of `groups`."""
-        engine, layers, masks, config = self.engine, self.sparse.layers, self.sparse.masks(), self.sparse.config
+        engine, layers, masks, config = self.engine, self.sparse.layers, self.sparse.topologies(), self.sparse.config
         rank, _ = rank_and_world()
         names = [name for group in groups for name in group]
         destinations = [(layers[name], self.owner[name]) for name in names]
         weights = self._matrices(names, engine.gather(destinations))
-        kept, gradients = {}, {}
+        kept: Mapping[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
         if stored:
-            kept = self._matrices(names, engine.gather(destinations, [stored[name] for name in names]))
+            found = {
+                name: stored[name].matrix(engine, rank) for name, (_, rank) in zip(names, destinations, strict=True)
+            }
+            kept = {name: matrix for name, matrix in found.items() if matrix is not None}
         if config.needs_gradient:
             means = {name: self._take_gradient(name) for name in names}
             gradients = {name: layers[name].matrix(mean) for name, mean in means.items() if mean is not None}
@@ -177,22 +182,23 @@ class UpdateOverRanks:
 
         def evolve(group: list[str]) -> dict[str, tuple[Tensor, list[int]]]:
             done = update.evolve(group, {name: weights[name] for name in group})
-            # as bits until they are needed: bools of all layers would be as much again as the masks
+            # as bits until they are needed, since bools of all layers would take as much memory as the masks
             return {
                 name: (pack_bits(one.mask), [one.pruned, one.removed, one.regrown, one.returned])
                 for name, one in done.items()
             }
 
-        device = next(iter(masks.values())).device
+        device = next(iter(layers.values())).storage.device
         mine: dict[str, tuple[Tensor, list[int]]] = {}
         for results in in_threads(evolve, [group for group in groups if self.owner[group[0]] == rank], device):
             mine |= results
-        return exchange(mine, {name: masks[name].shape for name in names}, self.owner, device)
+        return exchange(mine, {name: layers[name].storage.shape for name in names}, self.owner, device)
 
-    def _matrices(self, names: Sequence[str], tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    def _matrices(self, names: Sequence[str], tensors: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
+        """Matrices (out, in) by name, of values in the parameter's shape; made on access."""
         layers = self.sparse.layers
-        pairs = zip(names, tensors, strict=True)
-        return {name: layers[name].storage.matrix(tensor.detach()) for name, tensor in pairs if tensor is not None}
+        here = {name: tensor.detach() for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+        return LazyMapping(lambda name: layers[name].storage.matrix(here[name]), here)
 
     def _take_gradient(self, name: str) -> Tensor | None:
         layer = self.sparse.layers[name]
@@ -205,12 +211,12 @@ class UpdateOverRanks:
         return gradient.mean()
 
     def _links(
-        self, plan: SchedulePlan, step: int, trained: Collection[str], stored: Mapping[str, Tensor]
+        self, plan: SchedulePlan, step: int, trained: Collection[str], stored: Mapping[str, StoredWeights]
     ) -> dict[str, int]:
         """The number of links of each layer after an update at `step`, if all of them evolved.
 
-        So a layer has as many whichever others are frozen, and what those keep is not shared out. But while sparsity
-        rises, or stays until its schedule has caught up, no link comes back to the layers that train.
+        So a layer's number does not depend on which others are frozen, and their links are not shared out. But while
+        sparsity rises, or waits for its schedule to catch up, the layers that train get no links back.
         """
         config, layers = plan.config, self.sparse.layers
         shapes = {name: layer.storage.shape for name, layer in layers.items()}
@@ -219,7 +225,8 @@ class UpdateOverRanks:
             layer = layers[name]
             weight = layer.storage.matrix(self.engine.whole(layer))
             if name in stored and config.selects:
-                kept = layer.storage.matrix(self.engine.whole(layer, stored[name]))
+                kept = stored[name].matrix(self.engine)
+                assert kept is not None
                 weight = torch.where(layer.topology, weight, kept)
             return weight
 

@@ -11,13 +11,13 @@ PAPER_WARMUP = 20
 
 
 def warmup_steps(asked: int | None, update_interval: int) -> int:
-    """How many optimizer steps the warm-up after an update takes.
+    """The number of optimizer steps of the warm-up after an update.
 
     Args:
-        asked: None: the paper's 20, or a fifth of the interval where that is less, as it is in the paper.
+        asked: None takes the paper's 20, or a fifth of the interval if that is less, as it is in the paper.
 
     Raises:
-        ValueError: so many are asked for that the rate would never be the full one for long.
+        ValueError: `asked` is so large that the rate would hardly ever be the full one.
     """
     if asked is None:
         return min(PAPER_WARMUP, update_interval // 5)
@@ -44,7 +44,7 @@ def update_warmup(step: int, plan: SchedulePlan, warmup_steps: int) -> float:
 
 
 def add_update_warmup(scheduler: LambdaLR, plan: SchedulePlan, warmup_steps: int) -> None:
-    """Multiply the warm-up into a scheduler whose rate is a function of the step, in place.
+    """Add the warm-up to a scheduler whose rate is a function of the step, in place.
 
     The factor is a function of the step alone, so a resumed scheduler is right without any state of its own.
     """

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_chts.layers.masked_layer import MaskedLayer
+from hf_chts.layers.sparse_layer import SparseLayer
+from hf_chts.topology.bits import pack_bits, unpack_bits
 from hf_chts.training.any_trainer import AnyTrainer
 from hf_chts.training.callback import TopologyCallback
 
@@ -35,9 +36,13 @@ class _Start:
     """
 
     def __init__(self, trainer: Any, *, weights: bool) -> None:
-        self.tensors, self.masks = {}, {}
+        self.tensors: dict[str, Tensor] = {}
+        self.topologies: dict[str, tuple[Tensor, Tensor | None]] = {}
         if weights:
-            self.masks = {name: mask.to("cpu", copy=True) for name, mask in trainer.sparse.masks().items()}
+            self.topologies = {
+                name: (pack_bits(layer.topology).cpu(), _on_cpu(layer.storage.slot_positions))
+                for name, layer in trainer.sparse.layers.items()
+            }
             self.tensors = {name: tensor.to("cpu", copy=True) for name, tensor in _tensors(trainer.model).items()}
         self.flos = trainer.current_flos
         self.optimizer = trainer.optimizer
@@ -56,8 +61,9 @@ class _Start:
     def restore(self, trainer: Any) -> None:
         for name, tensor in _tensors(trainer.model).items() if self.tensors else ():
             tensor.copy_(self.tensors[name])
-        for name, layer in trainer.sparse.layers.items() if self.masks else ():
-            layer.storage.copy(self.masks[name])
+        for name, (bits, slots) in self.topologies.items():
+            storage = trainer.sparse.layers[name].storage
+            storage.restore(unpack_bits(bits, storage.shape).to(storage.device), slots)
         trainer.current_flos = self.flos
         trainer.optimizer = self.optimizer
         if self.schedule is not None or not trainer._created_lr_scheduler:
@@ -136,11 +142,12 @@ class FreshAttempts(AnyTrainer):
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
-    """Weights and buffers by name, without masks."""
+    """Weights and buffers by name, but for those of topologies, which their owners write."""
     module = cast(nn.Module, model)
-    masks = {id(layer.mask) for layer in module.modules() if isinstance(layer, MaskedLayer)}
+    layers = [layer for layer in module.modules() if isinstance(layer, SparseLayer)]
+    owned = {id(buffer) for layer in layers for buffer in layer.storage.buffers()}
     tensors = (*module.named_parameters(), *module.named_buffers())
-    return {name: tensor.detach() for name, tensor in tensors if id(tensor) not in masks}
+    return {name: tensor.detach() for name, tensor in tensors if id(tensor) not in owned}
 
 
 def _on_cpu(value: Any) -> Any:

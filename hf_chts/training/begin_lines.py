@@ -19,7 +19,8 @@ def layer_lines(sparse: SparseLayers) -> list[str]:
     model, modules = sparse.model, named_originals(sparse.model)
     reasons = why_dense(model, sparse.config, sparse.layers)
     shapes = {name: matrix_shape(modules[name]) for name in (*sparse.layers, *reasons)}
-    in_layers = {id(modules[name].get_parameter("weight")) for name in shapes}
+    in_layers = {id(modules[name].get_parameter("weight")) for name in reasons}
+    in_layers |= {id(layer.parameter) for layer in sparse.layers.values()}
     others = sum(weight_shape(p).numel() for p in model.parameters() if id(p) not in in_layers)
     links = {name: layer.links for name, layer in sparse.layers.items()}
 

@@ -101,7 +101,7 @@ class TopologyCallback(TrainerCallback):
             shapes = {name: layer.storage.shape for name, layer in evolver.sparse.layers.items()}
             run = self.identity.id if self.identity else None
             self.record = RunRecord(self.run_dir or args.output_dir, shapes, evolver.plan, run)
-            self.record.begin(step, evolver.sparse.masks())
+            self.record.begin(step, evolver.sparse.topologies())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,7 +128,7 @@ class TopologyCallback(TrainerCallback):
         if updated and self.record is not None:
             softness = evolver.softness if evolver.config.adapts_softness else {}
             seconds = updated["topology_seconds"]
-            self.record.update(step, evolver.last_update, evolver.sparse.masks(), seconds, softness)
+            self.record.update(step, evolver.last_update, evolver.sparse.topologies(), seconds, softness)
         if self.log is not None:
             if figures:
                 # Trainer.log marks the step as logged, and its loss would be skipped

@@ -13,6 +13,7 @@ from hf_chts.evolution.held_tensors import MASTER, weights_and_moments, weights_
 from hf_chts.finite import not_finite
 from hf_chts.names import listed
 from hf_chts.sharding.ranks import rank_and_world
+from hf_chts.sharding.zero import clear_padding
 from hf_chts.training.any_trainer import AnyTrainer
 from hf_chts.training.unlabelled import UnlabelledEvaluation, excuse_unlabelled, without_labels
 
@@ -100,6 +101,7 @@ class StopsOnDivergence(UnlabelledEvaluation, AnyTrainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self._begun:  # the first call once the checkpoint is loaded and the model prepared
             self._begun = True
+            clear_padding(cast(nn.Module, self.model), self.optimizer)
             if bad := not_finite(weights_of(cast(nn.Module, self.model), frozen=True), device=self.args.device):
                 raise FloatingPointError(
                     f"these weights hold NaN or infinity before step {self.state.global_step + 1}, so nothing is "

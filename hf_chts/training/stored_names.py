@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_chts.layers.sparse_layer import SparseLayer
 from hf_chts.layers.wrappers import original_name, unwrap
 
 
@@ -29,6 +30,11 @@ def names_of_model(model: nn.Module, directory: str | Path) -> Iterator[None]:
     def rename(module: nn.Module, state: dict[str, Tensor], *others: Any) -> None:
         nonlocal read
         own = {original_name(key) for key in module.state_dict(keep_vars=True)}
+        own |= {  # of a run with the other storage
+            original_name(f"{name}.{layer.other_name}")
+            for name, layer in module.named_modules()
+            if isinstance(layer, SparseLayer)
+        }
         if all(original_name(key) in own for key in state) or not isinstance(inner, PreTrainedModel):
             return
         if read is None:

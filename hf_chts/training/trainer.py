@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import can_return_loss, find_labels
 
 from hf_chts.checkpoint import MASKS_NAME, load_topology, save_topology, verify_fits, with_original_names
+from hf_chts.checkpoint.other_storage import converting_state
 from hf_chts.checkpoint.run_folder import last_sealed
 from hf_chts.checkpoint.run_identity import RunIdentity
 from hf_chts.checkpoint.seal import SEAL_NAME, seal, verify_seal
@@ -179,7 +180,7 @@ class SparseTrainerMixin(
         """Check that the model can be trained, and restore a checkpoint's topology, not yet its weights."""
         if self.topology_callback is not None:
             if not self.is_deepspeed_enabled:  # it keeps fp32 master weights
-                trained = {name: x.weight for name, x in self.sparse.layers.items() if x.weight.requires_grad}
+                trained = {name: x.parameter for name, x in self.sparse.layers.items() if x.parameter.requires_grad}
                 refuse_half_precision(trained)
             if self.args.save_strategy != "no":
                 self._refuse_adapters_alone()
@@ -198,7 +199,7 @@ class SparseTrainerMixin(
 
     def _refuse_adapters_alone(self) -> None:
         """Raises ValueError if sparse layers train whose weights would be missing from checkpoints."""
-        trained = [name for name, layer in self.sparse.layers.items() if layer.weight.requires_grad]
+        trained = [name for name, layer in self.sparse.layers.items() if layer.parameter.requires_grad]
         if trained and self._saves_adapters_alone():
             raise ValueError(
                 "the model has PEFT adapters, which are all that its checkpoints would hold, and sparse layers that "
@@ -223,8 +224,15 @@ class SparseTrainerMixin(
             follow_masks(self.sparse, state.masks)
             self.sparse.ignore_masks_in_ddp(cast(nn.Module, self.model))
         verify_fits(state, self.sparse.layers, directory)
+        storage = "links" if state.slots else "masked"
+        if storage != self.sparse.config.storage and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"{directory} is of a run with storage {storage!r}, and this run has {self.sparse.config.storage!r}: "
+                f"under {self.accelerator.distributed_type.value} set storage: {storage}; one process and DDP resume "
+                "from either"
+            )
         check_same_config(saved_config, self.sparse.config, directory)
-        masks = self.sparse.masks() if self._saves_adapters_alone() else {}
+        masks = self.sparse.topologies() if self._saves_adapters_alone() else {}
         for name, mask in masks.items():
             if not mask.equal(state.masks[name].to(mask.device)):
                 raise ValueError(
@@ -272,6 +280,10 @@ class SparseTrainerMixin(
         loaded: Any = self.model if model is None else model
         with names_of_model(loaded, resume_from_checkpoint), original_keys(loaded):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with converting_state(self.optimizer, self.sparse.layers.values()):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

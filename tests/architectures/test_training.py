@@ -159,8 +159,8 @@ def test_resume_bit_for_bit(tmp_path, name, method):
     for layer, mask in whole.sparse.masks().items():
         assert mask.equal(resumed.sparse.masks()[layer]), layer
         assert whole.evolver.explored[layer].equal(resumed.evolver.explored[layer]), layer
-    for layer, stored in whole.evolver.stored.items():
-        assert stored.equal(resumed.evolver.stored[layer]), layer
+    for layer, stored in whole.evolver.state().stored.items():
+        assert stored.equal(resumed.evolver.state().stored[layer]), layer
         assert stored.ne(0).any(), layer
     weights = resumed.model.state_dict()
     assert all(weights[key].equal(value) for key, value in whole.model.state_dict().items())

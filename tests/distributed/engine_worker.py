@@ -139,10 +139,10 @@ def check_stored(run, engine, layers):
         weight, first = layer.weight, layer.mask.clone()
         second = changed(first, 100 + seed)
         before, working = run.whole(weight), run.working(weight)
-        stored = engine.part_of(layer, torch.zeros(layer.mask.shape))
+        stored = layer.storage.stored_weights(engine)
         layer.storage.replace(layer.matrix(second), engine, stored)
         assert run.whole(weight).equal(torch.where(first & second, before, 0))
-        (kept,) = engine.gather([(layer, 0)], [stored])
+        (kept,) = engine.gather([(layer, 0)], [stored.part])
         if kept is not None:
             assert kept.equal(torch.where(first, before.to(kept.dtype), 0))
         layer.storage.replace(layer.matrix(first), engine, stored)

@@ -1,6 +1,6 @@
 """Run by the ranks of `accelerate launch`: methods on the launcher's engine, checked after every step, and resumed.
 
-    accelerate launch --config_file … methods_worker.py DIRECTORY ENGINE CASE[ bf16|, frozen]…
+    accelerate launch --config_file … methods_worker.py DIRECTORY ENGINE CASE[ bf16|, frozen][ in slots]…
 
 Writes, from rank 0, what the first update of each case started from and what came of it, to compare with one process.
 """
@@ -27,6 +27,7 @@ from hf_chts.evolution import update_ranks
 from hf_chts.layers.links import check_zeros
 
 STEPS = 12
+IN_SLOTS = " in slots"  # the suffix of cases with links storage
 # weights whose numbers of elements are divisible by neither 2 nor 3, and some that are
 MODEL = {
     "hidden_size": 35, "intermediate_size": 53, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6,
@@ -56,7 +57,7 @@ class Checks(TrainerCallback):
         self.updates += plan.is_update(state.global_step)
 
 
-def trainer_of(case, directory, seed, bf16, frozen):
+def trainer_of(case, directory, seed, bf16, frozen, storage):
     AcceleratorState._reset_state()  # it remembers the DeepSpeed config of the Trainer before
     args = arguments(
         directory, max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=6,
@@ -65,7 +66,9 @@ def trainer_of(case, directory, seed, bf16, frozen):
     allow_fsdp()
     model = tiny_llama(seed=seed, **MODEL)
     set_seed(100 + args.process_index)  # topologies must not come from the global seed
-    trainer = SparseTrainer(model=model, args=args, sparsity=case_config(case), train_dataset=random_blocks())
+    trainer = SparseTrainer(
+        model=model, args=args, sparsity=case_config(case, storage=storage), train_dataset=random_blocks()
+    )
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
     return trainer
@@ -74,7 +77,7 @@ def trainer_of(case, directory, seed, bf16, frozen):
 def check_that_ranks_agree(topology):
     """One rank alone freezes a layer: no rank evolves it."""
     layers = topology.sparse.layers
-    weight = layers["model.layers.1.mlp.down_proj"].weight
+    weight = layers["model.layers.1.mlp.down_proj"].parameter
     before = topology.engine.trained(layers)
     assert before == [name for name in layers if name not in FROZEN]
     weight.requires_grad_(dist.get_rank() != 1)
@@ -83,9 +86,10 @@ def check_that_ranks_agree(topology):
 
 
 def train(case, directory, engine):
+    case, storage = case.removesuffix(IN_SLOTS), "links" if case.endswith(IN_SLOTS) else "masked"
     name, bf16 = case.removesuffix(" bf16").removesuffix(", frozen"), case.endswith(" bf16")
     frozen = FROZEN if case.endswith(", frozen") else []
-    trainer = trainer_of(name, directory, 0, bf16, frozen)
+    trainer = trainer_of(name, directory, 0, bf16, frozen, storage)
     checks = Checks(trainer, frozen)
     trainer.add_callback(checks)
     first = {}
@@ -96,7 +100,8 @@ def train(case, directory, engine):
             return inner(step)
         topology, layers = trainer.evolver, trainer.sparse.layers
         first["masks"] = {name: mask.clone() for name, mask in trainer.sparse.masks().items()}
-        first["weights"] = {name: topology.engine.whole(layer).float().clone() for name, layer in layers.items()}
+        whole = {name: layer.storage.matrix(topology.engine.whole(layer)) for name, layer in layers.items()}
+        first["weights"] = {name: layers[name].matrix(weight).float().clone() for name, weight in whole.items()}
         first["gradients"] = {}
         figures = inner(step)
         first["after"] = {name: mask.clone() for name, mask in trainer.sparse.masks().items()}
@@ -121,7 +126,7 @@ def train(case, directory, engine):
     dist.all_gather_object(parts, first.pop("gradients"))
     first["gradients"] = {name: gradient for part in parts for name, gradient in part.items()}
 
-    again = trainer_of(name, directory, 9, bf16, frozen)
+    again = trainer_of(name, directory, 9, bf16, frozen, storage)
     again.train(resume_from_checkpoint=f"{directory}/checkpoint-6")
     assert losses(again) == losses(trainer)
     assert digests(again.sparse.masks()) == digests(trainer.sparse.masks())

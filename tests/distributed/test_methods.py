@@ -14,11 +14,12 @@ from hf_chts.evolution.evolver import Evolver
 from hf_chts.sharding.replicated import ReplicatedWeights
 
 from launching import accelerate  # isort: skip - beside this file
-from methods_worker import FROZEN, MODEL, STEPS  # isort: skip
+from methods_worker import FROZEN, IN_SLOTS, MODEL, STEPS  # isort: skip
 
 pytestmark = pytest.mark.distributed
 
 CASES = ["chtss", "rigl", "chtss bf16", "rigl bf16", "rigl, historical weights, frozen"]
+CASES += [f"{case}{IN_SLOTS}" for case in ("chtss", "rigl bf16")]
 MORE = [
     "gmp, global allocation, frozen",
     "mest, layers with their own sparsity",
@@ -26,6 +27,9 @@ MORE = [
     "rigl, historical weights",
     "granet",
     "cht",
+]
+SLOTS = [
+    f"{case}{IN_SLOTS}" for case in ("rigl, historical weights, frozen", "gmp, global allocation", "chts, per head")
 ]
 ENGINES = {
     "cpu_ddp": "ReplicatedWeights",
@@ -61,7 +65,7 @@ def check_export(directory):
     assert sparse.sparsity() > 0.75
     sparse.check()
     # a link that was just regrown is 0, and so is one between neurons that reach nothing
-    assert sum(int(layer.weight.count_nonzero()) for layer in sparse.layers.values()) > 0.5 * sparse.links()
+    assert sum(int(layer.dense_weight().count_nonzero()) for layer in sparse.layers.values()) > 0.5 * sparse.links()
     run = SparseTrainer(
         model=model, args=arguments(directory / "on", max_steps=12, save_strategy="no"), train_dataset=random_blocks()
     )
@@ -73,8 +77,16 @@ def check_export(directory):
     ("config", "ranks", "cases"),
     [
         *((config, 2, CASES) for config in ENGINES),
-        ("cpu_fsdp2", 3, [*MORE, "set, percolation", "chts, adaptive softness", "chtss, per-weight Adam steps"]),
-        ("cpu_zero3", 3, [*MORE, "set, Erdos-Renyi allocation", "chts, per head"]),
+        (
+            "cpu_fsdp2",
+            3,
+            [*MORE, "set, percolation", "chts, adaptive softness", "chtss, per-weight Adam steps", *SLOTS],
+        ),
+        (
+            "cpu_zero3",
+            3,
+            [*MORE, "set, Erdos-Renyi allocation", "chts, per head", "chtss, per-weight Adam steps", *SLOTS],
+        ),
     ],
 )
 def test_methods(tmp_path, config, ranks, cases):
@@ -85,7 +97,7 @@ def test_methods(tmp_path, config, ranks, cases):
     assert found.keys() == set(cases)
     for number, (case, first) in enumerate(found.items()):
         check_export(tmp_path / str(number) / "export")
-        masks = update_in_one_process(case.removesuffix(" bf16"), first)
+        masks = update_in_one_process(case.removesuffix(IN_SLOTS).removesuffix(" bf16"), first)
         assert any(not first["after"][name].equal(mask) for name, mask in first["masks"].items()), case
         for name, mask in masks.items():
             assert mask.equal(first["after"][name]), f"{case}: {name}"

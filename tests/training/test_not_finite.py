@@ -148,7 +148,7 @@ def test_one_value_in_a_thousand_is_found(dtype, value, place):
 
 def spoil_stored(run):
     def do(model, optimizer):
-        run.evolver.stored[POISONED.removesuffix(".weight")].view(-1)[3] = math.nan
+        run.evolver.stored[POISONED.removesuffix(".weight")].part.view(-1)[3] = math.nan
 
     return do
 

@@ -1,0 +1,66 @@
+"""Links in slots and dense weights with zeros: the same runs, bit for bit, for every row of the table of methods."""
+
+import pytest
+from cases import CASES, Invariants, all_of, case_config, differences, losses, trainer, weights
+
+# The order in which a norm is summed up differs, and the fused kernel rounds the last elements of a tensor, which do
+# not fill a register, otherwise than the rest
+EXACT = {"max_grad_norm": 0.0, "optim": "adamw_torch"}
+
+
+def dense_weights(run):
+    return {name: layer.weight.detach().clone() for name, layer in run.sparse.layers.items()}
+
+
+def same(first, second):
+    """That two runs came to the same, whatever their storages."""
+    assert losses(first) == losses(second)
+    for mine, other in ((dense_weights(first), dense_weights(second)), (first.sparse.masks(), second.sparse.masks())):
+        assert all(mine[name].equal(other[name]) for name in mine)
+    theirs = weights(second)
+    others = [name for name in weights(first) if name.rpartition(".")[0] not in first.sparse.layers]
+    assert others
+    assert all(weights(first)[name].equal(theirs[name]) for name in others)
+    explored = first.evolver.explored, second.evolver.explored
+    assert all(bits.equal(explored[1][name]) for name, bits in explored[0].items())
+    assert first.evolver.softness == second.evolver.softness
+
+
+@pytest.mark.parametrize("case", ["static", *CASES])
+def test_both_storages_give_the_same_run(tmp_path, case):
+    runs = {}
+    for storage in ("masked", "links"):
+        runs[storage] = trainer(tmp_path / storage, case, storage=storage, **EXACT)
+        invariants = Invariants.watch(runs[storage])
+        runs[storage].train()
+        assert invariants.updates == 0 if case == "static" else invariants.updates >= 4
+    same(runs["masked"], runs["links"])
+    # a run of links is resumed bit for bit
+    again = trainer(tmp_path / "links", case, storage="links", **EXACT)
+    again.train(resume_from_checkpoint=str(tmp_path / "links" / "checkpoint-10"))
+    assert differences(all_of(runs["links"]), all_of(again)) == []
+    # and either is resumed with the other storage
+    for storage, other in (("masked", "links"), ("links", "masked")):
+        crossed = trainer(tmp_path / f"to {other}", case, storage=other, **EXACT)
+        crossed.train(resume_from_checkpoint=str(tmp_path / storage / "checkpoint-10"))
+        same(crossed, runs[storage])
+
+
+@pytest.mark.parametrize("case", ["chtss", "granet", "chtss, per-weight Adam steps"])
+def test_slots_are_given_back_when_the_sparsity_has_risen(tmp_path, case):
+    whole = trainer(tmp_path / "masked", case, **EXACT)
+    whole.train()
+    compact = {"storage": "links", "compact_after_decay": True}
+    run = trainer(tmp_path / "links", case, config=compact, **EXACT)
+    before = {name: layer.link_values.numel() for name, layer in run.sparse.layers.items()}
+    run.train()
+    same(whole, run)
+    for name, layer in run.sparse.layers.items():
+        assert layer.link_values.numel() == layer.links < 0.3 * before[name]
+        assert not layer.storage.missing().any()
+    for checkpoint in (10, 20):  # before and after they were given back
+        again = trainer(tmp_path / "links", case, config=compact, **EXACT)
+        again.train(resume_from_checkpoint=str(tmp_path / "links" / f"checkpoint-{checkpoint}"))
+        assert differences(all_of(run), all_of(again)) == []
+    with pytest.raises(ValueError, match="compact_after_decay is true, with storage 'masked'"):
+        case_config(case, compact_after_decay=True)
