@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from hf_chts.layers.linked_layer import LinkedLayer
 from hf_chts.layers.wrappers import is_adapted, uncompiled, unwrap, wrappers
 from hf_chts.sparse_model import SparsityHandle
 
@@ -77,10 +78,13 @@ def plain_model(sparse: SparsityHandle, adapters: str) -> PlainModel:
     for name, module, adapted in _plain_modules(sparse.model, merge=adapters != "leave_out"):
         own: dict[str, Tensor] = {}
         module._save_to_state_dict(own, f"{name}." if name else "", False)  # without its children
+        if isinstance(module, LinkedLayer):
+            del own[f"{name}.{module.parameter_name}"]
+            own[f"{name}.weight"] = module.weight.detach()
         state |= own
         changed |= {name} if adapted else set()
     _check_ties(sparse.model, state)
-    masks = {name: mask.clone() for name, mask in sparse.masks().items()}
+    masks = {name: mask.clone() for name, mask in sparse.topologies().items()}
     if adapters == "leave_out":
         return PlainModel(state, masks, "PEFT adapters left out")
     layers = [name for name in sparse.layers if name in changed]
@@ -91,10 +95,11 @@ def plain_model(sparse: SparsityHandle, adapters: str) -> PlainModel:
         if adapters == "merge":
             masks[name] |= layer.matrix(merged).ne(0)
             continue
-        change = (merged - layer.weight.detach()).float()
+        mask = layer.matrix(layer.topology)
+        change = (merged - layer.dense_weight().detach()).float()
         update += float(change.square().sum())
-        dropped += float(change[~layer.mask].square().sum())
-        state[key] = torch.where(layer.mask, merged, 0)
+        dropped += float(change[~mask].square().sum())
+        state[key] = torch.where(mask, merged, 0)
     said = f"PEFT adapters merged into {len(layers)} of {len(sparse.layers)} sparse layers"
     if adapters == "merge":
         possible = sum(mask.numel() for mask in masks.values())
@@ -119,6 +124,9 @@ def _without_adapter(adapted: Any, merge: bool) -> nn.Module:
     if not merge:
         return adapted.original_module if hasattr(adapted, "original_module") else adapted.get_base_layer()
     adapted = copy.deepcopy(adapted)
+    for module in list(adapted.modules()):
+        if isinstance(module, LinkedLayer):
+            module.revert()  # what comes of a merge is dense
     # as PEFT's merge_and_unload does for each of them
     if hasattr(adapted, "unload_and_optionally_merge_module"):
         return adapted.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)

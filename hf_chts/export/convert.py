@@ -26,14 +26,13 @@ from hf_chts.export.weight_files import (
     FLOATS,
     PACKED_STEM,
     PLAIN_STEM,
-    Planned,
     WeightFiles,
     read_json,
-    write_file,
     write_shards,
 )
 from hf_chts.files.atomic import whole_directory
 from hf_chts.files.reading import LazyMapping
+from hf_chts.files.tensor_file import Planned, write_file
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.topology.bits import count_bits, pack_bits
 
@@ -104,7 +103,7 @@ def pack_directory(
     with whole_directory(target) as new:
         write_shards(new, PACKED_STEM, groups, max_shard_size=max_shard_size, metadata=metadata, single=False)
         write_checksums(new, PACKED_STEM)
-        _copy_others(source, new, packed_config(config), packed=True)
+        copy_others(source, new, packed_config(config), packed=True)
     return Path(target)
 
 
@@ -155,7 +154,7 @@ def unpack_directory(source: str | Path, target: str | Path, *, max_shard_size: 
         )
         write_checksums(new, PLAIN_STEM)
         write_file(new / MASKS_NAME, mask_tensors, mask_metadata(masks, shapes))
-        _copy_others(source, new, plain_config(config), packed=False)
+        copy_others(source, new, plain_config(config), packed=False)
     return Path(target)
 
 
@@ -224,7 +223,7 @@ def _transposed_layers(source: Path, config: dict[str, Any]) -> set[str]:
     }
 
 
-def _copy_others(source: Path, target: Path, config: dict[str, Any], *, packed: bool) -> None:
+def copy_others(source: Path, target: Path, config: dict[str, Any], *, packed: bool) -> None:
     """Copy everything but weights; with this config.json, and the model card's section on loading rewritten."""
     for path in sorted(source.iterdir()):
         if path.is_file() and any(map(path.match, _COPIED)) and not any(map(path.match, _NOT_COPIED)):

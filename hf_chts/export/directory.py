@@ -16,15 +16,17 @@ from hf_chts.checkpoint import MASKS_NAME, TopologyState, save_masks
 from hf_chts.config import CONFIG_NAME
 from hf_chts.export.adapters import Adapters, check_adapters, has_adapters, plain_model
 from hf_chts.export.checksums import forget_checksums, write_checksums
-from hf_chts.export.convert import SHARD_SIZE, pack_directory
+from hf_chts.export.convert import SHARD_SIZE, copy_others, pack_directory
 from hf_chts.export.exported_values import check_values, off_mask
 from hf_chts.export.hub import push_directory
 from hf_chts.export.hub_files import CARD
+from hf_chts.export.linked_weights import LinkedWeights
 from hf_chts.export.model_card import model_card
 from hf_chts.export.model_facts import ModelFacts
+from hf_chts.export.packed_format import packed_config
 from hf_chts.export.packed_loading import forget_packing
 from hf_chts.export.pushed_card import FIGURES, with_figures, with_results
-from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, WeightFiles, remove_weights
+from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, WeightFiles, read_json, remove_weights
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published
 from hf_chts.files.atomic import write_whole
 from hf_chts.files.full_disk import explain_failed_write
@@ -132,7 +134,8 @@ def export_sparse(
     for path in pictures:
         if not path.is_file():
             raise FileNotFoundError(f"there is no figure {path}")
-    masks = sparse.masks()
+    masks = sparse.topologies()
+    linked = LinkedWeights(sparse, values) if sparse.config.storage == "links" and not adapted else None
     if adapted:
         plain = plain_model(sparse, adapters)
         state_dict, masks = plain.state, plain.masks
@@ -144,7 +147,7 @@ def export_sparse(
     if zero_shot is not None:
         card = with_results(card, zero_shot)
     card = with_figures(card, [path.name for path in pictures])
-    export = _Export(sparse, masks, tokenizer, card, max_shard_size, state_dict)
+    export = _Export(sparse, masks, tokenizer, card, max_shard_size, state_dict, linked)
     with explain_failed_write(directory, "The model did not change: make room, and export it again"):
         if packed:
             export.write_packed(directory)
@@ -171,31 +174,43 @@ class _Export:
     """What is written; see `export_sparse`. `masks` are bool (out, in) by layer name, `card` is the model card."""
 
     sparse: SparsityHandle
-    masks: dict[str, Tensor]
+    masks: Mapping[str, Tensor]
     tokenizer: PreTrainedTokenizerBase | None
     card: str
     max_shard_size: int | str
     state_dict: dict[str, Tensor] | None
+    linked: LinkedWeights | None  # where layers keep their links in slots
 
-    def write_plain(self, directory: Path, *, as_stored: bool = True) -> None:
+    def write_plain(self, directory: Path, *, as_stored: bool = True, weights: bool = True) -> None:
         """Write a plain directory, without checksums.
 
         Args:
             as_stored: what `save_pretrained` does by default: some architectures store weights under other names, and
                 cut in other pieces, than their layers have. Either form loads.
+            weights: False leaves the weights out.
         """
         model: Any = self.sparse.model
+        linked, state = self.linked, self.state_dict
+        by_layer = linked is not None and (not as_stored or linked.layer_by_layer())
+        if not weights or by_layer:
+            state = {}
+        elif linked is not None:
+            state = linked.dense()
         with original_keys(model), _without_peft(model):
             model.save_pretrained(
                 directory,
                 max_shard_size=self.max_shard_size,
-                state_dict=self.state_dict,
+                state_dict=state,
                 save_original_format=as_stored,
             )
+        if weights and by_layer:
+            assert linked is not None
+            remove_weights(directory, PLAIN_STEM)
+            linked.write(directory, packed=False, max_shard_size=self.max_shard_size)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
-        possible = sum(mask.numel() for mask in self.masks.values())
-        links = sum(int(mask.count_nonzero()) for mask in self.masks.values())
+        counts = [(mask.numel(), int(mask.count_nonzero())) for mask in self.masks.values()]
+        possible, links = (sum(numbers) for numbers in zip(*counts, strict=True)) if counts else (0, 0)
         self.sparse.config.save(directory / CONFIG_NAME, measured=1 - links / possible if possible else None)
         save_masks(directory, TopologyState(self.masks))
         (directory / CARD).write_text(self.card, encoding="utf-8")
@@ -204,13 +219,20 @@ class _Export:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
             plain, new = Path(temporary) / "plain", Path(temporary) / "packed"
-            self.write_plain(plain)
-            stored = WeightFiles(plain, PLAIN_STEM).entries
-            if not all(f"{name}.weight" in stored for name in self.masks):  # packing needs the weights of layers
-                remove_weights(plain, PLAIN_STEM)
-                self.write_plain(plain, as_stored=False)
-            transposed = [name for name, layer in self.sparse.layers.items() if layer.transposed]
-            pack_directory(plain, new, max_shard_size=self.max_shard_size, transposed=transposed)
+            if self.linked is not None:
+                new.mkdir(parents=True)
+                self.write_plain(plain, weights=False)
+                self.linked.write(new, packed=True, max_shard_size=self.max_shard_size)
+                write_checksums(new, PACKED_STEM)
+                copy_others(plain, new, packed_config(read_json(plain / "config.json")), packed=True)
+            else:
+                self.write_plain(plain)
+                stored = WeightFiles(plain, PLAIN_STEM).entries
+                if not all(f"{name}.weight" in stored for name in self.masks):  # packing needs the weights of layers
+                    remove_weights(plain, PLAIN_STEM)
+                    self.write_plain(plain, as_stored=False)
+                transposed = [name for name, layer in self.sparse.layers.items() if layer.transposed]
+                pack_directory(plain, new, max_shard_size=self.max_shard_size, transposed=transposed)
             directory.mkdir(exist_ok=True)
             forget_checksums(directory)
             for stem in (PLAIN_STEM, PACKED_STEM):
@@ -247,10 +269,10 @@ def _write_evidence(directory: Path, zero_shot: Mapping[str, Any] | None, figure
 def _check_whole(sparse: SparsityHandle, state_dict: dict[str, Tensor]) -> None:
     """As `SparsityHandle.check`, for weights that are given as a complete state dict."""
     for name, layer in sparse.layers.items():
-        weight = state_dict.get(f"{name}.weight")
-        shape = layer.storage.weight_shape
+        key, shape = f"{name}.{layer.parameter_name}", layer.storage.parameter_shape
+        weight = state_dict.get(key)
         if weight is None or weight.shape != shape:
             found = "nothing" if weight is None else str(tuple(weight.shape))
-            raise RuntimeError(f"state_dict has {found} for {name}.weight, which is {tuple(shape)}")
-        if off_mask(layer.matrix(weight), layer.topology):
+            raise RuntimeError(f"state_dict has {found} for {key}, which is {tuple(shape)}")
+        if off_mask(weight, ~layer.storage.missing()):
             raise RuntimeError(f"{name} has weights off its mask in state_dict: something ignored the mask")

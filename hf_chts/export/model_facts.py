@@ -78,7 +78,7 @@ class ModelFacts:
     def of_model(cls, sparse: SparsityHandle, masks: Mapping[str, Tensor] | None = None) -> "ModelFacts":
         """Facts of a sparse model; `masks`, bool (out, in) by layer name, stand in for its own."""
         layers = []
-        for name, mask in (sparse.masks() if masks is None else masks).items():
+        for name, mask in (sparse.topologies() if masks is None else masks).items():
             rows, columns = mask.shape
             layers.append(LayerFacts(last_part(name), (rows, columns), int(mask.count_nonzero())))
         config = getattr(sparse.model, "config", None)

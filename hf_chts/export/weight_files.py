@@ -6,28 +6,22 @@ these names, and lead nowhere else. safetensors checks each header against the f
 
 import json
 import re
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import convert_file_size_to_int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_chts.files import reading as files_reading
-from hf_chts.files.atomic import whole_file, write_whole
+from hf_chts.files.atomic import write_whole
+from hf_chts.files.tensor_file import ITEM_BYTES, Planned, write_file
 
 PLAIN_STEM = "model"
 PACKED_STEM = "packed"
 
-# the dtypes that are copied, by safetensors' names, with their bytes per element
-ITEM_BYTES = {
-    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "C64": 8},
-    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1},
-}
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -162,20 +156,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DamagedFile(path, error) from error
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to write. Its size is known ahead; `make` gives its contents when they are written."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-
-    @property
-    def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * ITEM_BYTES[self.dtype]
-
-
 def write_shards(
     directory: Path,
     stem: str,
@@ -210,27 +190,3 @@ def write_shards(
     total = sum(tensor.bytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     write_whole(index_path(directory, stem), json.dumps(index, indent=2) + "\n")
-
-
-def write_file(path: Path, tensors: Sequence[Planned], metadata: dict[str, str]) -> None:
-    """Write one safetensors file, one tensor in memory at a time, which safetensors' own functions cannot.
-
-    Raises:
-        ValueError: a tensor does not have the planned size.
-    """
-    # wide dtypes first, as in safetensors itself, so that each tensor starts at a multiple of its element size
-    tensors = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for tensor in tensors:
-        begin, end = end, end + tensor.bytes
-        header[tensor.key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with whole_file(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            contents = tensor.make().contiguous().reshape(-1).view(torch.uint8)
-            if contents.numel() != tensor.bytes:
-                raise ValueError(f"{tensor.key} has {contents.numel()} bytes, and {tensor.bytes} were planned")
-            file.write(contents.numpy().data)
