@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from hf_chts.config import SparsityConfig
 from hf_chts.config_file import PRESETS_ROOT, find, read_mapping
 from hf_chts.export.packed_loading import forget_packing
+from hf_chts.sparse_model import SparsityHandle, sparsify
 
 
 @dataclass
@@ -65,6 +67,29 @@ def load_config(args: ModelArguments) -> PreTrainedConfig:
     return config
 
 
-def build_model(args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """A causal language model with new random weights in float32, from the global random generator."""
-    return AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation, dtype=torch.float32)
+# a model of more bytes is never made dense where its links are all that is kept
+_LARGE = 4 * 2**30
+
+
+def build_model(
+    args: ModelArguments, config: PreTrainedConfig, sparsity: SparsityConfig
+) -> tuple[PreTrainedModel, SparsityHandle | None]:
+    """A causal language model with new random weights in float32, from the global random generator.
+
+    Returns:
+        (the model, its handle if it was made sparse): a model of over 4 GiB with storage links is made sparse before it
+        gets weights.
+    """
+
+    def build() -> PreTrainedModel:
+        kind = args.attn_implementation
+        return AutoModelForCausalLM.from_config(config, attn_implementation=kind, dtype=torch.float32)
+
+    if sparsity.storage == "links" and not sparsity.is_dense and sparsity.allocation != "global":
+        with torch.device("meta"):
+            outline = build()
+        if 4 * outline.num_parameters() > _LARGE:
+            sparse = sparsify(outline, sparsity)
+            sparse.materialize()
+            return outline, sparse
+    return build(), None

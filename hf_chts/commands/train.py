@@ -113,10 +113,11 @@ def build_trainer(
     preprocess_logits, compute_metrics = language_modeling_metrics(
         token_byte_lengths(data.tokenizer, config.vocab_size)
     )
+    model, sparse = build_model(model_args, config, sparsity)
     trainer = SparseTrainer(
-        model=build_model(model_args, config),
+        model=model,
         args=args,
-        sparsity=sparsity,
+        sparsity=sparse or sparsity,
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=data.tokenizer,
