@@ -1,6 +1,6 @@
 """Memory per rank and bytes per topology update of a model on DDP, FSDP2 and ZeRO-3, worked out from its config.
 
-    python benchmarks/scaling.py [--model configs/models/llama_7b.json] [--gpus 8 64] [--method chtss] [--measure]
+    python benchmarks/scaling.py [--model configs/models/llama_7b.json] [--gpus 1 8 64] [--methods chts] [--measure]
 
 Nothing is trained: shapes come from the model on torch's meta device, the sharing out of layers from the code that does
 it. With --measure, the update of one layer of the model's largest shape is timed here. Prints one JSON line per case.
@@ -20,6 +20,7 @@ from hf_chts import SparsityConfig
 from hf_chts.evolution.update import update_cost
 from hf_chts.layers.targets import find_targets
 from hf_chts.sharding.ranks import share_out
+from hf_chts.topology.allocation import links_at
 
 # Bytes a parameter, under the mixed precision that people use there: weight, gradient, master weight, two moments
 REPLICATED = {"weights": 4, "gradients": 4, "moments": 8}  # DDP, autocast over fp32 weights
@@ -30,26 +31,35 @@ GIB = 2**30
 
 
 def plan(name: str, gpus: int, parameters: int, shapes: Mapping[str, tuple[int, int]], config: SparsityConfig) -> dict:
-    """The figures of one engine on `gpus` ranks, in GiB; activations and the engine's own buffers are not in them."""
+    """The figures of one engine on `gpus` ranks, in GiB.
+
+    Activations, the dense weight of a layer that is made for a product, and the engine's own buffers are not in them.
+    """
     sharded, states = {"DDP": (False, REPLICATED), "FSDP2": (True, FSDP2), "ZeRO-3": (True, ZERO3)}[name]
     sizes = {layer: out * into for layer, (out, into) in shapes.items()}
     sparse, largest = sum(sizes.values()), max(sizes.values())
     owner = share_out({layer: update_cost(shape, config) for layer, shape in shapes.items()}, gpus)
     owned = max(sum(size for layer, size in sizes.items() if owner[layer] == rank) for rank in range(gpus))
     share = gpus if sharded else 1
-    memory = {what: parameters * size / share for what, size in states.items()}
-    memory["masks"] = sparse * 1.0  # bool, whole on every rank
+    linked = config.storage == "links"
+    slots = sum(links_at(size, min(config.initial_sparsity, config.sparsity)) for size in sizes.values())
+    kept = parameters - sparse + slots if linked else parameters
+    density = slots / sparse if linked else 1.0  # of what is held of a layer
+    memory = {what: kept * size / share for what, size in states.items()}
+    # whole on every rank: int32 positions of slots, or bool masks
+    memory["positions of links" if linked else "masks"] = slots * 4.0 if linked else sparse * 1.0
     memory["links ever active (ITOP)"] = sparse / 8
     if config.stores_weights:
         memory["stored weights"] = sparse * 4 / share
     if config.ages_links:
-        memory["births of links"] = sparse * 2 / share
+        memory["births of links"] = sparse * density * 2 / share
     update = {"the layer in hand": largest * 4 * (COPIES + (1 if sharded else 0)), "new masks": sparse / 8}
     if sharded:
         update["new masks"] = gpus * largest / 8
     if config.needs_gradient:
         update["dense gradients"] = (owned if sharded else sparse) * 4
-    traffic = {"weights gathered": owned * 4 * (gpus - 1) / gpus if sharded else 0, "new masks": sparse / 8}
+    gathered = owned * density * 4 * (gpus - 1) / gpus if sharded else 0
+    traffic = {"weights gathered": gathered, "new masks": sparse / 8}
     if config.needs_gradient:
         traffic["dense gradients, each micro-batch" if sharded else "dense gradients"] = sparse * 4
     figures = {"memory": memory, "extra in an update": update, "received or sent by a rank in an update": traffic}
@@ -57,6 +67,7 @@ def plan(name: str, gpus: int, parameters: int, shapes: Mapping[str, tuple[int, 
         "engine": name,
         "gpus": gpus,
         "method": config.method,
+        "storage": config.storage,
         **{what: {k: round(v / GIB, 2) for k, v in parts.items()} for what, parts in figures.items()},
         "memory in all": round(sum(memory.values()) / GIB, 2),
     }
@@ -83,8 +94,10 @@ def measure(shape: tuple[int, int], method: str, repeats: int) -> dict[str, Any]
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", default=str(MODELS / "llama_7b.json"), help="config (default: llama_7b.json)")
-    arguments.add_argument("--gpus", type=int, nargs="+", default=[8, 64], help="numbers of GPUs (default: 8 64)")
-    arguments.add_argument("--methods", nargs="+", default=["chtss", "rigl"], help="methods (default: chtss rigl)")
+    arguments.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64], help="numbers of GPUs (default: 1 8 64)")
+    arguments.add_argument(
+        "--methods", nargs="+", default=["chts", "chtss", "rigl"], help="methods (default: chts chtss rigl)"
+    )
     arguments.add_argument(
         "--measure", action="store_true", help="also time an update of the largest layer (default: no)"
     )
@@ -94,11 +107,14 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     for method in options.methods:
-        config = SparsityConfig(method=method)
-        shapes = {name: tuple(layer.weight.shape) for name, layer in find_targets(model, config).items()}
+        shapes = {
+            name: tuple(layer.weight.shape) for name, layer in find_targets(model, SparsityConfig(method)).items()
+        }
         for gpus in options.gpus:
-            for engine in ("DDP", "FSDP2", "ZeRO-3"):
-                print(json.dumps(plan(engine, gpus, parameters, shapes, config)), flush=True)
+            for engine in ("DDP", "FSDP2", "ZeRO-3") if gpus > 1 else ("DDP",):
+                for storage in ("masked", "links"):
+                    config = SparsityConfig(method=method, storage=storage)
+                    print(json.dumps(plan(engine, gpus, parameters, shapes, config)), flush=True)
         if options.measure:
             largest = max(shapes.values(), key=lambda shape: shape[0] * shape[1])
             print(json.dumps(measure(largest, method, options.repeats)), flush=True)

@@ -1,11 +1,11 @@
-"""How much longer a training step between topology updates takes with masks than in the dense Trainer.
+"""How much longer a training step between topology updates takes than in the dense Trainer, with either storage.
 
-    python benchmarks/step_overhead.py [--repeats 9] [--bf16] [--compile]
+    python benchmarks/step_overhead.py [--repeats 9] [--bf16] [--compile] [--storages masked links]
 
 On a GPU where there is one, else on the CPU (`--cpu` to have it there anyway).
 
 For each batch, sparse and dense steps of one LLaMA alternate in one process (forward, backward, clipping, AdamW, as the
-Trainer does them); prints one JSON line with the ratio of the medians.
+Trainer does them); prints one JSON line with the ratios of the medians to that of the dense Trainer.
 """
 
 import argparse
@@ -56,7 +56,9 @@ def finish() -> None:
 def measure(model: str, batch: int, length: int, steps: int, repeats: int, options: argparse.Namespace) -> dict:
     data = Tokens(length, AutoConfig.from_pretrained(MODELS / f"{model}.json").vocab_size)
     # far from the end of the run, so that no update falls into the measurement
-    sparsity = SparsityConfig(method="chts", update_interval=10_000)
+    config_of = {
+        storage: SparsityConfig(method="chts", update_interval=10_000, storage=storage) for storage in options.storages
+    }
     settings = {
         "output_dir": "/tmp/hf_chts_step_overhead",
         "per_device_train_batch_size": batch,
@@ -66,14 +68,15 @@ def measure(model: str, batch: int, length: int, steps: int, repeats: int, optio
         **UNEVENTFUL,
     }
     gpu = torch.cuda.is_available() and not options.cpu
-    peaks = {True: 0.0, False: 0.0}  # GiB, by whether the model is sparse
+    kinds = ["dense", *options.storages]
+    peaks = dict.fromkeys(kinds, 0.0)  # GiB
 
-    def run(sparse: bool) -> float:
+    def run(kind: str) -> float:
         watch = Stopwatch()
         with torch.device("cuda" if gpu else "cpu"):
             common = {"model": network(model), "train_dataset": data, "callbacks": [watch, StopAfter(steps)]}
-        if sparse:
-            trainer = SparseTrainer(args=SparseTrainingArguments(**settings), sparsity=sparsity, **common)
+        if kind != "dense":
+            trainer = SparseTrainer(args=SparseTrainingArguments(**settings), sparsity=config_of[kind], **common)
         else:
             trainer = Trainer(args=TrainingArguments(**settings), **common)
         trainer.remove_callback(PrinterCallback)  # standard output is for the JSON lines
@@ -81,30 +84,30 @@ def measure(model: str, batch: int, length: int, steps: int, repeats: int, optio
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
         if gpu:
-            peaks[sparse] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            peaks[kind] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         return statistics.median(watch.seconds[2:])
 
-    run(True), run(False)  # to warm up
-    dense, sparse = [], []
+    for kind in kinds:  # to warm up
+        run(kind)
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for repeat in range(repeats):
-        # in turns, and the first of each pair in turns too
-        for is_sparse in (repeat % 2 == 0, repeat % 2 == 1):
-            (sparse if is_sparse else dense).append(run(is_sparse))
-    ratios = [s / d for s, d in zip(sparse, dense, strict=True)]
+        # in turns, and the first of each round in turns too
+        for kind in kinds[repeat % len(kinds) :] + kinds[: repeat % len(kinds)]:
+            seconds[kind].append(run(kind))
+    ratios = {kind: [s / d for s, d in zip(seconds[kind], seconds["dense"], strict=True)] for kind in options.storages}
     return {
         "benchmark": "step_overhead",
         "model": model,
         "batch": f"{batch}x{length}",
-        "dense_seconds": round(statistics.median(dense), 4),
-        "sparse_seconds": round(statistics.median(sparse), 4),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
+        **{f"{kind}_seconds": round(statistics.median(one), 4) for kind, one in seconds.items()},
+        **{f"{kind}_ratio": round(statistics.median(one), 3) for kind, one in ratios.items()},
+        **{f"{kind}_ratios": [round(ratio, 3) for ratio in sorted(one)] for kind, one in ratios.items()},
         "steps": steps,
         "repeats": repeats,
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
         "bf16": options.bf16,
         "compiled": options.compile,
-    } | ({"dense_peak_gib": peaks[False], "sparse_peak_gib": peaks[True]} if gpu else {})
+    } | ({f"{kind}_peak_gib": peak for kind, peak in peaks.items()} if gpu else {})
 
 
 if __name__ == "__main__":
@@ -113,6 +116,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--batches", nargs="+", default=["8x256", "1x128"], help="sequences x tokens (default: 8x256 1x128)"
     )
+    parser.add_argument("--storages", nargs="+", default=["masked", "links"], choices=["masked", "links"])
     parser.add_argument("--bf16", action="store_true", help="autocast to bf16")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--cpu", action="store_true", help="on the CPU even where there is a GPU")
