@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hf_chts.sharding.interface import ShardedEngine, HeldLayer, in_groups, moments
+from hf_chts.sharding.interface import HeldLayer, ShardedEngine, in_groups, moments
 from hf_chts.sharding.partitions import held_part
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_chts.sharding.interface import ShardedEngine, HeldLayer, Stepped, moments
+from hf_chts.sharding.interface import HeldLayer, ShardedEngine, Stepped, moments
 from hf_chts.sharding.partitions import held_part
 
 
