@@ -205,12 +205,14 @@ def test_batch_size_auto(tiny_llama, byte_tokenizer, capsys):
     assert capsys.readouterr().out == ""  # what the harness says of it is not for those who read our output
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_exports_score_as_the_live_sparse_model_to_the_last_digit(tmp_path, tiny_llama, byte_tokenizer, packed):
+@pytest.mark.parametrize(("packed", "storage"), [(False, "masked"), (True, "masked"), (False, "links")])
+def test_exports_score_as_the_live_sparse_model_to_the_last_digit(
+    tmp_path, tiny_llama, byte_tokenizer, packed, storage
+):
     model = tiny_llama(0)
     args = SparseTrainingArguments(str(tmp_path / "run"), max_steps=4, report_to=[], use_cpu=True, disable_tqdm=True)
     blocks = [{"input_ids": list(range(i, i + 8)), "labels": list(range(i, i + 8))} for i in range(32)]
-    sparsity = SparsityConfig(method="chts", sparsity=0.7, update_interval=2)
+    sparsity = SparsityConfig(method="chts", sparsity=0.7, update_interval=2, storage=storage)
     SparseTrainer(model=model, args=args, sparsity=sparsity, train_dataset=blocks).train()
     export_sparse(model, tmp_path / "export", tokenizer=byte_tokenizer, packed=packed)
     live = evaluate_zero_shot(model, "embedded", tokenizer=byte_tokenizer, limit=9)
