@@ -64,3 +64,29 @@ def test_slots_are_given_back_when_the_sparsity_has_risen(tmp_path, case):
         assert differences(all_of(run), all_of(again)) == []
     with pytest.raises(ValueError, match="compact_after_decay is true, with storage 'masked'"):
         case_config(case, compact_after_decay=True)
+
+
+@pytest.mark.parametrize(
+    ("exact", "options"),
+    [
+        (True, {"bf16": True}),
+        (True, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
+        (
+            True,
+            {"bf16": True, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        ),
+        (False, {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+        (False, {"max_grad_norm": 0.5}),
+    ],
+    ids=["bf16", "checkpointed", "reentrant", "compiled", "clipped"],
+)
+def test_options_of_the_trainer(tmp_path, exact, options):
+    runs = {
+        storage: trainer(tmp_path / storage, "rigl", storage=storage, **(EXACT | {"save_strategy": "no"} | options))
+        for storage in ("masked", "links")
+    }
+    for run in runs.values():
+        run.train()
+    if exact:
+        same(runs["masked"], runs["links"])
+    assert losses(runs["links"]) == pytest.approx(losses(runs["masked"]), rel=1e-5)
