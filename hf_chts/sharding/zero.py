@@ -24,6 +24,12 @@ class ZeroStage12Weights(ShardedEngine):
 
     def __init__(self, layers: Iterable[HeldLayer], optimizer: Any) -> None:
         self.optimizer, self.stepping = optimizer, optimizer.optimizer
+        # in the groups of the optimizer that steps there is one at a time during a step
+        names = (
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+        )  # the second: DeepSpeed's BF16_Optimizer
+        self._partitions: list[Tensor] = next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
         self.loss_scale = lambda: float(getattr(optimizer, "loss_scale", 1.0))
         super().__init__(layers)
 
@@ -46,13 +52,13 @@ class ZeroStage12Weights(ShardedEngine):
         if mapping is not None:
             address = mapping.hp_fragment_address
             group, start, size = mapping.param_group_index, address.start, address.numel
-        return _cut(self.stepping, self.optimizer.single_partition_of_fp32_groups[group], start, size)
+        return _cut(self.stepping, self._partitions[group], start, size)
 
     def stepped(self, layer: HeldLayer) -> Stepped | None:
         mapping = getattr(layer.parameter, "_hp_mapping", None)
         if mapping is None:
             return None
-        flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        flat = self._partitions[mapping.param_group_index]
         return _stepped(self.stepping, flat, self.held(layer))
 
     def copies(self, layer: HeldLayer) -> dict[str, Tensor]:
