@@ -482,24 +482,24 @@ class Evolver:
     def _compact(self) -> None:
         """Shrink parameters to the slots that still have a link."""
         assert self.engine is not None
-        slots = {name: layer.storage for name, layer in self.sparse.layers.items()}
-        vacant = {name: int(one.missing().sum()) for name, one in slots.items() if isinstance(one, SlotStorage)}
-        if not any(vacant.values()):
+        storages = {
+            name: layer.storage for name, layer in self.sparse.layers.items() if isinstance(layer.storage, SlotStorage)
+        }
+        vacant = {name: storage for name, storage in storages.items() if storage.vacant}
+        if not vacant:
             return
         if not self.engine.resizes:
-            if self._said.isdisjoint({"compact_after_decay"}) and rank_and_world()[0] == 0:
+            if "compact_after_decay" not in self._said and rank_and_world()[0] == 0:
                 _log.warning("compact_after_decay: slots are given back in one process alone, and stay in this run")
             self._said.add("compact_after_decay")
             return
-        before = sum(one.parameter_shape.numel() for one in slots.values())
-        for name in (name for name, number in vacant.items() if number):
-            storage = slots[name]
-            assert isinstance(storage, SlotStorage)
+        before = sum(storage.room for storage in storages.values())
+        for name, storage in vacant.items():
             kept = storage.compact(self.engine)
             if self.adam:
                 self.adam.keep(name, kept)
-        freed = sum(vacant.values())
-        _log.info("compact_after_decay: %d of %d slots are given back", freed, before)
+        after = sum(storage.room for storage in storages.values())
+        _log.info("compact_after_decay: %d of %d slots are given back", before - after, before)
 
     # What is refused
 

@@ -83,7 +83,7 @@ class TopologyUpdate:
 
     def _select(self, piece: "_Piece", weight: Tensor) -> LayerEvolution:
         part = self._part("regrowth")
-        given = self._given(piece, piece.mask, weight[piece.rows])
+        given = self._given(part, piece, piece.mask, weight[piece.rows])
         chosen = part(self.plan.config, **given, links=piece.links, generator=self._stream(piece, "pruning"))
         return selected(piece.mask, part.check(chosen, tuple(piece.mask.shape), piece.links))
 
@@ -126,12 +126,12 @@ class TopologyUpdate:
 
     def _score(self, field: str, piece: "_Piece", weight: Tensor | None, mask: Tensor) -> Tensor:
         part = self._part(field)
-        return part.check(part(self.plan.config, **self._given(piece, mask, weight)), tuple(mask.shape))
+        return part.check(part(self.plan.config, **self._given(part, piece, mask, weight)), tuple(mask.shape))
 
-    def _given(self, piece: "_Piece", mask: Tensor, weight: Tensor | None) -> dict[str, Tensor | None]:
-        """The arguments that a part may ask for: mask, weight, gradient and stored weights of the piece."""
-        whole = {"grad": self.gradients.get(piece.layer), "stored": self.stored.get(piece.layer)}
-        rows = {name: None if tensor is None else tensor[piece.rows] for name, tensor in whole.items()}
+    def _given(self, part: Part, piece: "_Piece", mask: Tensor, weight: Tensor | None) -> dict[str, Tensor | None]:
+        """The arguments that a part may ask for: mask, weight, and the gradient and stored weights that it needs."""
+        whole = {"grad": self.gradients, "stored": self.stored}
+        rows = {name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs}
         return {"mask": mask, "weight": weight, **rows}
 
     def _stream(self, piece: "_Piece", purpose: str) -> torch.Generator:

@@ -93,6 +93,7 @@ class UpdateOverRanks:
 
         Raises:
             NotFinite: something that the update reads is NaN or infinite, on any rank; nothing was changed.
+            ValueError: a layer would get more links than it has room for; nothing was changed.
         """
         start = time.perf_counter()
         layers, config = self.sparse.layers, self.sparse.config
@@ -101,6 +102,7 @@ class UpdateOverRanks:
             raise NotFinite(step, bad)
         number = plan.number_of_updates(step)
         links = self._links(plan, step, names, stored)
+        self._check_room(step, {name: links[name] for name in names})
         counted = {name: [0] * 4 for name in layers}
         for groups in self._rounds(names):
             for name, (mask, counts) in self._evolve(plan, step, groups, links, stored, softness):
@@ -127,6 +129,17 @@ class UpdateOverRanks:
             figures["softness"] = fmean(softness[name] for name in names)
         figures["topology_seconds"] = round(time.perf_counter() - start, 4)
         return figures, done
+
+    def _check_room(self, step: int, links: Mapping[str, int]) -> None:
+        """Raises ValueError, naming the layer, if a layer has room for fewer links than these, by name."""
+        for name, number in links.items():
+            room = self.sparse.layers[name].storage.room
+            if number > room:
+                raise ValueError(
+                    f"the update after step {step} would give {name} {number} links, and it has {room} slots: as many "
+                    "as the ends of the schedule ask for, or 1.5 times that with allocation 'global'. Nothing was "
+                    "changed: resume from the last checkpoint with storage: masked, which has room for any number"
+                )
 
     def _rounds(self, names: Collection[str]) -> list[list[list[str]]]:
         """The groups of coupled layers among `names` that are evolved in each round.
@@ -161,10 +174,9 @@ class UpdateOverRanks:
         kept: Mapping[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         if stored:
-            found = {
-                name: stored[name].matrix(engine, rank) for name, (_, rank) in zip(names, destinations, strict=True)
-            }
-            kept = {name: matrix for name, matrix in found.items() if matrix is not None}
+            brought = {name: stored[name].bring(engine, self.owner[name]) for name in names}
+            made = {name: make for name, make in brought.items() if make is not None}
+            kept = LazyMapping(lambda name: made[name](), made)
         if config.needs_gradient:
             means = {name: self._take_gradient(name) for name in names}
             gradients = {name: layers[name].matrix(mean) for name, mean in means.items() if mean is not None}
@@ -225,9 +237,7 @@ class UpdateOverRanks:
             layer = layers[name]
             weight = layer.storage.matrix(self.engine.whole(layer))
             if name in stored and config.selects:
-                kept = stored[name].matrix(self.engine)
-                assert kept is not None
-                weight = torch.where(layer.topology, weight, kept)
+                weight = torch.where(layer.topology, weight, stored[name].matrix(self.engine))
             return weight
 
         weights = LazyMapping(whole, layers)

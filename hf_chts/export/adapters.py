@@ -6,7 +6,7 @@ The live model does not change. PEFT is not imported: its layers are recognized 
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def plain_model(sparse: SparsityHandle, adapters: str) -> PlainModel:
             masks[name] |= layer.matrix(merged).ne(0)
             continue
         mask = layer.matrix(layer.topology)
-        change = (merged - layer.dense_weight().detach()).float()
+        change = (merged - cast(Tensor, layer.weight).detach()).float()
         update += float(change.square().sum())
         dropped += float(change[~mask].square().sum())
         state[key] = torch.where(mask, merged, 0)

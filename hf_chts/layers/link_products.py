@@ -288,17 +288,8 @@ def _compiled_gradients(
 
 
 @_compiled.register_fake
-def _(
-    x: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    bias: Tensor | None,
-    order: Tensor | None,
-    rows: int,
-    columns: int,
-    transposed: bool,
-    block: int,
-) -> Tensor:
+def _(x: Tensor, *others: Any) -> Tensor:
+    *_, rows, columns, transposed, _ = others
     return x.new_empty(*x.shape[:-1], columns if transposed else rows)
 
 

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from hf_chts.layers.link_products import fill, product
+from hf_chts.layers.link_products import Slots, fill, product
 from hf_chts.layers.slots import SlotStorage
 from hf_chts.layers.sparse_layer import SparseLayer, rename_parameter
 
@@ -72,7 +72,7 @@ class LinkedLayer(SparseLayer):
     @property
     def weight(self) -> Tensor:
         """The dense weight, as the plain layer has it."""
-        weight = fill(self.link_values, self.storage.slots())
+        weight = fill(self.link_values, self._slots())
         if self.dense_gradient is not None and weight.requires_grad:
             weight.register_hook(self.dense_gradient.add_)
         return weight
@@ -86,7 +86,11 @@ class LinkedLayer(SparseLayer):
         bias: Any = self.bias
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return plain(x, self.weight, bias)
-        return product(x, self.link_values, self.storage.slots(), bias, self.dense_gradient)
+        return product(x, self.link_values, self._slots(), bias, self.dense_gradient)
+
+    def _slots(self) -> Slots:
+        # a replica of nn.DataParallel has its own buffers, and the storage of the layer that it is made from
+        return self.storage.slots(self.link_positions, self.link_values.element_size())
 
 
 class LinkedLinear(LinkedLayer, nn.Linear):  # type: ignore[override] # nobody can set the weight

@@ -57,8 +57,17 @@ class LinkStorage(ABC):
     def count(self) -> int:
         """The number of links; counted once for each version."""
         if self._count[0] != self.version:
-            self._count = (self.version, int(torch.count_nonzero(self.topology)))
+            self._count = (self.version, self._counted())
         return self._count[1]
+
+    @property
+    @abstractmethod
+    def room(self) -> int:
+        """The largest number of links that the layer can hold."""
+
+    @abstractmethod
+    def _counted(self) -> int:
+        """Count the links."""
 
     def positions(self) -> Tensor:
         """The links' positions in the flattened (out, in) matrix, ascending: int64 (links,)."""
@@ -213,6 +222,13 @@ class MaskedStorage(LinkStorage):
         # in place: compiled graphs and CUDA graphs hold on to the buffer
         self.topology.copy_(topology)
         self.version += 1
+
+    @property
+    def room(self) -> int:
+        return self._mask.numel()
+
+    def _counted(self) -> int:
+        return int(torch.count_nonzero(self._mask))
 
     def missing(self) -> Tensor:
         return ~self._mask

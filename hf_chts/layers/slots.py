@@ -78,6 +78,18 @@ class SlotStorage(LinkStorage):
             self._place(slots)
         self.foreign = slots is None
 
+    @property
+    def room(self) -> int:
+        return self._positions.numel()
+
+    @property
+    def vacant(self) -> int:
+        """The number of slots without a link."""
+        return self.room - self.count
+
+    def _counted(self) -> int:
+        return self.room - int(torch.count_nonzero(self.missing()))
+
     def missing(self) -> Tensor:
         return self._positions == self.shape[0] * self.shape[1]
 
@@ -204,17 +216,16 @@ class SlotStorage(LinkStorage):
 
     @torch.no_grad()
     def clear(self, engine: Engine, *, skip: Iterable[str] = ()) -> None:
-        vacant = self.missing()
-        if bool(vacant.any()):
+        if self.vacant:
+            vacant = self.missing()
             for name, tensor, (start, stop) in self._held(engine):
                 if name not in skip:
                     tensor.view(-1).masked_fill_(vacant[start:stop].to(tensor.device), 0)
 
     def strays(self, engine: Engine | None = None, *, finite: bool = False) -> dict[str, int]:
-        vacant = self.missing()
-        if not bool(vacant.any()):
+        if not self.vacant:
             return {}
-        counts: dict[str, int] = {}
+        vacant, counts = self.missing(), dict[str, int]()
         for name, tensor, (start, stop) in self._held(engine):
             if name not in NEVER_ZERO:
                 values = tensor.detach().reshape(-1)
@@ -227,16 +238,22 @@ class SlotStorage(LinkStorage):
         order = self._positions.argsort()
         return order[: self.count]
 
-    def slots(self) -> Slots:
-        """Where the slots lie, for products."""
+    def slots(self, positions: Tensor, itemsize: int) -> Slots:
+        """Where the slots lie, for products.
+
+        Args:
+            positions: `link_positions` of the layer that multiplies, which may be a replica on another device.
+            itemsize: bytes of an element of the weight.
+        """
         rows, columns = self.weight_shape
-        row_bytes = columns * self._layer.link_values.element_size()
+        row_bytes = columns * itemsize
         if rows * row_bytes <= self.dense_bytes:
-            return Slots(self._positions, (rows, columns), self._layer.transposed)
+            return Slots(positions, (rows, columns), self._layer.transposed)
         if self._order[0] != self.version:
             self._order = (self.version, self._positions.argsort().to(self._positions.dtype))
         block = max(1, self.dense_bytes // row_bytes)
-        return Slots(self._positions, (rows, columns), self._layer.transposed, self._order[1], block)
+        order = None if self._order[1] is None else self._order[1].to(positions.device)
+        return Slots(positions, (rows, columns), self._layer.transposed, order, block)
 
     def _everywhere(self, engine: Engine, slots: Tensor) -> Tensor:
         """The optimizer's weights in these slots, ascending, on every rank. Collective where the engine splits them."""
@@ -260,7 +277,7 @@ class SlotStorage(LinkStorage):
     def _check(self, topology: Tensor) -> None:
         check_topology(topology, self.shape)
         links, slots = int(torch.count_nonzero(topology)), self._positions.numel()
-        if links > slots:
+        if links > slots:  # an update finds that out before it begins
             raise ValueError(
                 f"a topology of {links} links does not fit into the {slots} slots of this layer, which are as many as "
                 "it has links at the densest moment of the schedule"

@@ -1,6 +1,6 @@
 """What sparse layers have in common, however their links are stored."""
 
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +59,6 @@ class SparseLayer(nn.Module):
     def parameter(self) -> Tensor:
         """The trained parameter, of the shape `storage.parameter_shape`; an engine may hold a part of it."""
         raise NotImplementedError
-
-    def dense_weight(self) -> Tensor:
-        """The dense weight as the plain layer has it, 0 where there is no link."""
-        return cast(Tensor, self.weight)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # weights of a checkpoint of the other storage, whose topology has been restored

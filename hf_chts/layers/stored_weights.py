@@ -1,12 +1,15 @@
 """The weights of removed links, for methods whose regrown links start with the weight that they had."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_chts.sharding.interface import Engine
+from hf_chts.sharding.ranks import rank_and_world
 
 
 class StoredWeights(ABC):
@@ -17,10 +20,17 @@ class StoredWeights(ABC):
         """What this rank holds, to look for NaN in."""
 
     @abstractmethod
-    def matrix(self, engine: Engine, rank: int | None = None) -> Tensor | None:
-        """(out, in), to read, on one rank, or on all; None on the others. Collective where the engine splits weights.
+    def matrix(self, engine: Engine) -> Tensor:
+        """The weights as a matrix (out, in) on every rank, read only; entries of links are arbitrary.
 
-        At links there is anything.
+        Collective if the engine splits weights.
+        """
+
+    @abstractmethod
+    def bring(self, engine: Engine, rank: int) -> Callable[[], Tensor] | None:
+        """Bring the weights to one rank, which gets a function that makes the matrix; the others get None.
+
+        Collective if the engine splits weights. A matrix is as large as the dense weight: make one at a time.
         """
 
     @abstractmethod
@@ -45,15 +55,16 @@ class StoredParts(StoredWeights):
     def parts(self) -> list[Tensor]:
         return [self.part]
 
-    def matrix(self, engine: Engine, rank: int | None = None) -> Tensor | None:
-        if rank is None:
-            return self.layer.storage.matrix(engine.whole(self.layer, self.part))
+    def matrix(self, engine: Engine) -> Tensor:
+        return self.layer.storage.matrix(engine.whole(self.layer, self.part))
+
+    def bring(self, engine: Engine, rank: int) -> Callable[[], Tensor] | None:
         (whole,) = engine.gather([(self.layer, rank)], [self.part])
-        return None if whole is None else self.layer.storage.matrix(whole)
+        return None if whole is None else partial(self.layer.storage.matrix, whole)
 
     def saved(self, engine: Engine) -> dict[str, Tensor]:
-        whole = self.matrix(engine, rank=0)
-        return {} if whole is None else {"stored": whole}
+        whole = self.bring(engine, rank=0)
+        return {} if whole is None else {"stored": whole()}
 
 
 class StoredLinks(StoredWeights):
@@ -87,7 +98,10 @@ class StoredLinks(StoredWeights):
         self.positions = positions[order]
         self.values = torch.cat([self.values[others], weights.to(self.values)])[order]
 
-    def matrix(self, engine: Engine, rank: int | None = None) -> Tensor | None:
+    def bring(self, engine: Engine, rank: int) -> Callable[[], Tensor] | None:
+        return partial(self.matrix, engine) if rank == rank_and_world()[0] else None
+
+    def matrix(self, engine: Engine) -> Tensor:
         shape = self.layer.storage.weight_shape
         flat = self.values.new_zeros(shape.numel()).index_copy_(0, self.positions, self.values)
         return self.layer.matrix(flat.view(shape))

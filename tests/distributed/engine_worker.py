@@ -5,6 +5,7 @@
 Writes, from rank 0, the weights at the end of each case, to compare among engines and with one process.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from transformers.distributed import DistributedConfig
 from hf_chts import SparsityConfig, sparsify
 from hf_chts.layers.links import check_zeros
 from hf_chts.sharding.detect import engine_of
+from hf_chts.sharding.partitions import held_part
 from hf_chts.sharding.ranks import rank_and_world
+from hf_chts.sharding.zero import clear_padding
 
 # bf16 rounds a weight to 8 bits, and its gradients with it
 TOLERANCE = {False: 1e-5, True: 5e-2}
@@ -174,6 +177,28 @@ def check_dense_gradient(run, engine, layers, step, bf16):
             assert gradient[~layer.mask].count_nonzero()
 
 
+def check_padding(run):
+    """NaN in the padding of stage 3's partitions goes, and their elements stay."""
+    masters = run.optimizer.fp32_partitioned_groups_flat
+    before = [(p, p.ds_tensor.clone(), held_part(p)[0].numel()) for p in run.module.parameters()]
+    padded = 0
+    for parameter, part, size in before:
+        parameter.ds_tensor.data.view(-1)[size:] = math.nan
+        padded += part.numel() - size
+        group, offset, _ = run.optimizer.grad_position[run.optimizer.get_param_id(parameter)]
+        masters[group].data[offset + size : offset + part.numel()] = math.nan
+    masters_before = [master.clone() for master in masters]
+    clear_padding(run.module, run.optimizer)
+    for parameter, part, size in before:
+        assert parameter.ds_tensor.view(-1)[:size].equal(part.view(-1)[:size])
+        assert not parameter.ds_tensor.view(-1)[size:].any()
+    for then, now in zip(masters_before, masters, strict=True):
+        assert now.equal(then.nan_to_num(0))
+    rank, world_size = rank_and_world()
+    if rank == world_size - 1:
+        assert padded > 10  # the last rank has the smaller part of a weight
+
+
 def run_case(case, directory=None):
     bf16 = "bf16" in case
     model = split_model(case, directory) if "split" in case else model_of()
@@ -193,6 +218,8 @@ def run_case(case, directory=None):
     check_stored(run, engine, layers)
     check_dense_gradient(run, engine, layers, 4, bf16)
     check_change(run, engine, layers)
+    if case == "zero3":
+        check_padding(run)
     train(run, 5)
     check_zeros(layers, engine)
     return {name: run.whole(parameter).float() for name, parameter in model.named_parameters()}

@@ -65,7 +65,7 @@ def check_export(directory):
     assert sparse.sparsity() > 0.75
     sparse.check()
     # a link that was just regrown is 0, and so is one between neurons that reach nothing
-    assert sum(int(layer.dense_weight().count_nonzero()) for layer in sparse.layers.values()) > 0.5 * sparse.links()
+    assert sum(int(layer.weight.count_nonzero()) for layer in sparse.layers.values()) > 0.5 * sparse.links()
     run = SparseTrainer(
         model=model, args=arguments(directory / "on", max_steps=12, save_strategy="no"), train_dataset=random_blocks()
     )

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_chts import SparsityConfig, SparsityHandle, sparsify
 from hf_chts.layers.linked_layer import LinkedConv1D, LinkedLinear, linked_class
+from hf_chts.layers.stored_weights import StoredLinks
 from hf_chts.sharding.replicated import ReplicatedWeights
 
 OUT, IN, ALL = 6, 5, 256 * 2**20
@@ -164,8 +165,10 @@ def test_large_weights_are_worked_through_in_blocks():
         model = tiny_llama(hidden_size=512, intermediate_size=1376, num_attention_heads=8)
         sparse = sparsify(model, case_config("rigl", storage=storage, dense_mib=mib))
         models.append((model, sparse))
-    assert models[1][1].layers["model.layers.0.mlp.up_proj"].storage.slots().block == 512
-    assert models[1][1].layers["model.layers.0.self_attn.q_proj"].storage.slots().order is None
+    large, small = (models[1][1].layers[f"model.layers.0.{name}"] for name in ("mlp.up_proj", "self_attn.q_proj"))
+    assert large.storage.slots(large.link_positions, 4).block == 512
+    assert large.storage.slots(large.link_positions, 2).block == 1024  # of bf16 twice as many
+    assert small.storage.slots(small.link_positions, 4).order is None
     ids = torch.tensor(random_blocks(4)["input_ids"])
     logits = [model(input_ids=ids).logits for model, _ in models]
     torch.testing.assert_close(*logits)
@@ -244,3 +247,17 @@ def test_what_is_refused_on_the_meta_device():
         sparsify(model, SparsityConfig("set", storage="links", allocation="global"))
     assert SparsityHandle.of(model) is None
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def test_stored_weights_of_links_come_and_go():
+    layer, _, _ = layer_of()
+    stored = StoredLinks(layer, torch.tensor([7, 2, 11]), torch.tensor([0.7, 0.2, 1.1]))
+    assert stored.take(torch.tensor([2, 3, 7])).equal(torch.tensor([0.2, 0, 0.7]))
+    stored.change(come=torch.tensor([2, 5]), gone=torch.tensor([29, 0, 11]), weights=torch.tensor([2.9, 0.1, 1.2]))
+    assert stored.positions.tolist() == [0, 7, 11, 29]  # 2 has come, and 11 left again with another weight
+    assert stored.values.equal(torch.tensor([0.1, 0.7, 1.2, 2.9]))
+    matrix = torch.zeros(OUT * IN)
+    matrix[[0, 7, 11, 29]] = torch.tensor([0.1, 0.7, 1.2, 2.9])
+    assert stored.matrix(None).equal(matrix.view(OUT, IN))
+    stored.change(come=stored.positions, gone=torch.tensor([], dtype=torch.int64), weights=torch.tensor([]))
+    assert stored.take(torch.tensor([7])).equal(torch.zeros(1))

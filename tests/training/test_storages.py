@@ -1,7 +1,13 @@
 """Links in slots and dense weights with zeros: the same runs, bit for bit, for every row of the table of methods."""
 
+from unittest import mock
+
 import pytest
+import torch
 from cases import CASES, Invariants, all_of, case_config, differences, losses, trainer, weights
+from tiny import tiny_llama
+
+from hf_chts import sparse_model, sparsify
 
 # The order in which a norm is summed up differs, and the fused kernel rounds the last elements of a tensor, which do
 # not fill a register, otherwise than the rest
@@ -64,6 +70,25 @@ def test_slots_are_given_back_when_the_sparsity_has_risen(tmp_path, case):
         assert differences(all_of(run), all_of(again)) == []
     with pytest.raises(ValueError, match="compact_after_decay is true, with storage 'masked'"):
         case_config(case, compact_after_decay=True)
+
+
+def test_an_update_without_room_changes_nothing():
+    def no_spare_slots(shapes, config, links):
+        return dict(links)
+
+    model = tiny_llama()
+    with mock.patch.object(sparse_model, "most_links", no_spare_slots):
+        sparse = sparsify(model, case_config("set", allocation="global", storage="links", sparsity=0.8))
+    evolver = sparse.evolver(torch.optim.AdamW(model.parameters()), max_steps=24)
+    with torch.no_grad():
+        next(iter(sparse.layers.values())).link_values.zero_()  # so that the other layers get its links
+    before = {name: (layer.link_positions.clone(), layer.link_values.clone()) for name, layer in sparse.layers.items()}
+    with pytest.raises(ValueError, match=r"would give model\.layers\.\S+ \d+ links, and it has \d+ slots"):
+        evolver.update(4)
+    for name, layer in sparse.layers.items():
+        assert layer.link_positions.equal(before[name][0])
+        assert layer.link_values.equal(before[name][1])
+    assert evolver.history == []
 
 
 @pytest.mark.parametrize(
