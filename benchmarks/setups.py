@@ -35,6 +35,28 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self.steps
 
 
+class Stopwatch(TrainerCallback):
+    """Seconds from the begin to the end of each step, without its topology update if it is added before that one."""
+
+    def __init__(self) -> None:
+        self.first, self.start, self.seconds = 0.0, 0.0, list[float]()
+
+    def on_step_begin(self, *args, **kwargs) -> None:
+        finish()
+        self.start = time.perf_counter()
+        self.first = self.first or self.start
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        finish()
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def finish() -> None:
+    """Wait for what the GPU was given, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def network(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of configs/models with random weights."""
     torch.manual_seed(0)

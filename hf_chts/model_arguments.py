@@ -72,9 +72,15 @@ _LARGE = 4 * 2**30
 
 
 def build_model(
-    args: ModelArguments, config: PreTrainedConfig, sparsity: SparsityConfig
+    args: ModelArguments,
+    config: PreTrainedConfig,
+    sparsity: SparsityConfig,
+    device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, SparsityHandle | None]:
     """A causal language model with new random weights in float32, from the global random generator.
+
+    Args:
+        device: where a model that never is dense gets its weights; the others get them on the CPU.
 
     Returns:
         (the model, its handle if it was made sparse): a model of over 4 GiB with storage links is made sparse before it
@@ -90,6 +96,6 @@ def build_model(
             outline = build()
         if 4 * outline.num_parameters() > _LARGE:
             sparse = sparsify(outline, sparsity)
-            sparse.materialize()
+            sparse.materialize(device)
             return outline, sparse
     return build(), None

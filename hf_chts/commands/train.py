@@ -113,7 +113,8 @@ def build_trainer(
     preprocess_logits, compute_metrics = language_modeling_metrics(
         token_byte_lengths(data.tokenizer, config.vocab_size)
     )
-    model, sparse = build_model(model_args, config, sparsity)
+    # several ranks split or copy what is on the CPU, as their engines do it
+    model, sparse = build_model(model_args, config, sparsity, args.device if args.world_size == 1 else "cpu")
     trainer = SparseTrainer(
         model=model,
         args=args,

@@ -2,16 +2,9 @@
 
 The dense weight is made just before it is used and dropped right after, once for the forward pass and once for the
 backward pass; so is its dense gradient. All that outlives a product is in proportion to the links.
-
-A weight has the layout of the plain layer: (out, in), or (in, out) for Conv1D, called (rows, columns) here. Its links
-lie in slots, in no order: `positions` has the place of each in the flattened weight, and rows · columns for a slot
-without a link.
 """
 
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,32 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_chts.layers.sparse_layer import Accumulator
-
-_kept = threading.local()
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Where the slots of a layer lie in its weight.
-
-    Attributes:
-        positions: integer (slots,), see above.
-        shape: (rows, columns) of the weight.
-        transposed: whether the weight is (in, out).
-        order: the slots by ascending position, integer (slots,), for a weight that is worked through in blocks of rows;
-            None: it is made whole.
-        block: the number of rows of a block.
-    """
-
-    positions: Tensor
-    shape: tuple[int, int]
-    transposed: bool = False
-    order: Tensor | None = None
-    block: int = 0
-
-    @property
-    def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
+from hf_chts.layers.weight_parts import Slots, parts
 
 
 def fill(values: Tensor, slots: Slots) -> Tensor:
@@ -99,26 +67,30 @@ _eager = torch.compiler.disable(_Product.apply)
 
 
 def _multiply(x: Tensor, values: Tensor, bias: Tensor | None, slots: Slots) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        if slots.order is None:
-            (part,) = _parts(slots)
-            weight = part.fill(values, x.dtype)
-            if not slots.transposed:
-                return functional.linear(x, weight, bias)
-            rows = x.reshape(-1, x.shape[-1])
-            product = torch.addmm(bias, rows, weight) if bias is not None else rows.mm(weight)
-            return product.view(*x.shape[:-1], slots.shape[1])
-        rows = x.reshape(-1, x.shape[-1])
-        result = x.new_zeros(len(rows), slots.shape[slots.transposed])
-        for part in _parts(slots):
-            weight = part.fill(values, x.dtype)
-            if slots.transposed:
-                result.addmm_(rows[:, part.rows], weight)
-            else:
-                torch.mm(rows, weight.t(), out=result[:, part.rows])
-        if bias is not None:
-            result += bias
-        return result.view(*x.shape[:-1], -1)
+    # operands have one dtype, so autocast, which may be on, has nothing to cast
+    *others, _ = x.shape
+    shape = slots.padded(x)
+    width, out = shape[not slots.transposed], slots.shape[slots.transposed]
+    x, bias = _widened(x, width), _widened(bias, shape[slots.transposed])
+    if slots.order is None:
+        (part,) = parts(slots, x)
+        weight = part.fill(values, x.dtype)
+        if not slots.transposed:
+            return _narrowed(functional.linear(x, weight, bias), out)
+        rows = x.reshape(-1, width)
+        product = torch.addmm(bias, rows, weight) if bias is not None else rows.mm(weight)
+        return _narrowed(product.view(*others, -1), out)
+    rows = x.reshape(-1, width)
+    result = x.new_zeros(len(rows), out)
+    for part in parts(slots, x):
+        weight = part.fill(values, x.dtype)
+        if slots.transposed:
+            result.addmm_(rows[:, part.rows], weight)
+        else:
+            torch.mm(rows, weight.t(), out=result[:, part.rows])
+    if bias is not None:
+        result += bias
+    return result.view(*others, out)
 
 
 def _gradients(
@@ -130,35 +102,48 @@ def _gradients(
     dense_gradient: Accumulator | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by x and values, those that are needed, from that of the product."""
-    inputs, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    shape = slots.padded(x)
+    inputs = _widened(x.reshape(-1, x.shape[-1]), shape[not slots.transposed])
+    grads = _widened(grad.reshape(-1, grad.shape[-1]), shape[slots.transposed])
     of_x = of_values = whole = None
     if needs[0]:
         of_x = torch.zeros_like(inputs) if slots.order is not None else torch.empty_like(inputs)
     if needs[1]:
         of_values = torch.zeros_like(values) if slots.order is not None else torch.empty_like(values)
     if dense_gradient is not None:
-        whole = x.new_empty(slots.shape)
-    with torch.autocast(x.device.type, enabled=False):
-        for part in _parts(slots):
-            if of_x is not None:
-                weight = part.fill(values, x.dtype)
-                if slots.transposed:
-                    torch.mm(grads, weight.t(), out=of_x[:, part.rows])
-                elif slots.order is None:
-                    torch.mm(grads, weight, out=of_x)
-                else:
-                    of_x.addmm_(grads[:, part.rows], weight)
-            if of_values is not None or whole is not None:
-                left, right = (inputs, grads) if slots.transposed else (grads, inputs)
-                gradient = part.buffer(x.dtype, x.device)
-                torch.mm(left[:, part.rows].t(), right, out=gradient)
-                if of_values is not None:
-                    part.gather(of_values, gradient)
-                if whole is not None:
-                    whole[part.rows] = gradient
+        whole = x.new_empty(shape)
+    for part in parts(slots, x):
+        if of_x is not None:
+            weight = part.fill(values, x.dtype)
+            if slots.transposed:
+                torch.mm(grads, weight.t(), out=of_x[:, part.rows])
+            elif slots.order is None:
+                torch.mm(grads, weight, out=of_x)
+            else:
+                of_x.addmm_(grads[:, part.rows], weight)
+        if of_values is not None or whole is not None:
+            left, right = (inputs, grads) if slots.transposed else (grads, inputs)
+            gradient = part.buffer(x.dtype, x.device)
+            torch.mm(left[:, part.rows].t(), right, out=gradient)
+            if of_values is not None:
+                part.gather(of_values, gradient)
+            if whole is not None:
+                whole[part.rows] = gradient
     if dense_gradient is not None and whole is not None:
-        dense_gradient.add_(whole)
-    return None if of_x is None else of_x.view(x.shape), of_values
+        dense_gradient.add_(whole[: slots.shape[0], : slots.shape[1]])
+    return None if of_x is None else _narrowed(of_x, x.shape[-1]).view(x.shape), of_values
+
+
+def _widened(tensor: Any, width: int) -> Any:
+    """With zeros added to its last dimension, up to `width` elements."""
+    if tensor is None or tensor.shape[-1] == width:
+        return tensor
+    return functional.pad(tensor, (0, width - tensor.shape[-1]))
+
+
+def _narrowed(tensor: Tensor, width: int) -> Tensor:
+    """The first `width` elements of its last dimension; contiguous, as models expect it of a linear layer."""
+    return tensor if tensor.shape[-1] == width else tensor[..., :width].contiguous()
 
 
 def _differentiable(
@@ -178,76 +163,6 @@ def _differentiable(
         dense_gradient.add_(gradient.detach())
     padded = torch.cat([gradient.reshape(-1), gradient.new_zeros(1)])
     return (grads @ weight).view(x.shape), padded[slots.positions.long()].to(values.dtype)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some rows of a weight, made at a time: all of them, or a block.
-
-    Attributes:
-        rows: which.
-        columns: of the weight.
-        index: int64, the places of the links in the flattened part; rows · columns for a slot without a link.
-        chosen: the slots that `index` is of; None: all.
-    """
-
-    rows: slice
-    columns: int
-    index: Tensor
-    chosen: Tensor | None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows.stop - self.rows.start, self.columns
-
-    def fill(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        dense = _buffer(self.shape[0] * self.columns + 1, dtype, values.device).zero_()
-        values = values.detach() if self.chosen is None else values.detach()[self.chosen]
-        dense.index_copy_(0, self.index, values.to(dtype))
-        return dense[:-1].view(self.shape)
-
-    def buffer(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A matrix of the part's shape to write a gradient into; it takes the place of what `fill` made."""
-        dense = _buffer(self.shape[0] * self.columns + 1, dtype, device)
-        dense[-1] = 0  # what slots without a link get
-        return dense[:-1].view(self.shape)
-
-    def gather(self, into: Tensor, gradient: Tensor) -> None:
-        """Write the values of the links, of a matrix that `buffer` gave, into their slots."""
-        flat = gradient.as_strided((gradient.numel() + 1,), (1,))
-        found = flat.take(self.index).to(into.dtype)
-        if self.chosen is None:
-            into.copy_(found)
-        else:
-            into[self.chosen] = found
-
-
-def _parts(slots: Slots) -> Iterator[_Part]:
-    rows, columns = slots.shape
-    if slots.order is None:
-        yield _Part(slice(0, rows), columns, slots.positions.long(), None)
-        return
-    order = slots.order.long()
-    ordered = slots.positions.long()[order]
-    starts = torch.arange(0, rows + slots.block, slots.block, device=ordered.device).clamp_(max=rows)
-    bounds = torch.searchsorted(ordered, starts * columns).tolist()
-    for (start, stop), (first, last) in zip(pairwise(starts.tolist()), pairwise(bounds), strict=True):
-        yield _Part(slice(start, stop), columns, ordered[first:last] - start * columns, order[first:last])
-
-
-def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for one product, flat; the next product of this thread writes over it.
-
-    A CPU maps fresh memory for every large tensor page by page, which takes longer than to fill it (2048 x 5461 fp32:
-    9 ms against 2), so each thread keeps what its largest layer needs. A GPU's allocator keeps it itself.
-    """
-    if device.type != "cpu":
-        return torch.empty(numel, dtype=dtype, device=device)
-    kept: dict[Any, Tensor] = _kept.__dict__
-    if dtype not in kept or kept[dtype].numel() < numel:
-        kept.pop(dtype, None)
-        kept[dtype] = torch.empty(numel, dtype=dtype)
-    return kept[dtype][:numel]
 
 
 # For compiled and exported models: two operators that a compiler takes as they are. Traced through, it would keep the

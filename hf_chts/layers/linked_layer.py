@@ -9,9 +9,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from hf_chts.layers.link_products import Slots, fill, product
+from hf_chts.layers.link_products import fill, product
 from hf_chts.layers.slots import SlotStorage
 from hf_chts.layers.sparse_layer import SparseLayer, rename_parameter
+from hf_chts.layers.weight_parts import Slots
 
 _Layer = TypeVar("_Layer", bound="LinkedLayer")
 

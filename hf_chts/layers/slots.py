@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_chts.layers.link_products import Slots
 from hf_chts.layers.links import NEVER_ZERO, LinkStorage, check_topology, in_place
 from hf_chts.layers.stored_weights import StoredLinks, StoredWeights
+from hf_chts.layers.weight_parts import Slots
 from hf_chts.sharding.interface import Engine
 from hf_chts.sharding.partitions import held_part
 from hf_chts.topology.bits import link_positions

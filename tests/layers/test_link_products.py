@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hf_chts.layers.link_products import Slots, fill, product
+from hf_chts.layers.link_products import fill, product
+from hf_chts.layers.weight_parts import Slots
 
 OUT, IN = 48, 33
 
@@ -48,7 +49,7 @@ def both(slots, weight, values, x, bias, multiply=product, autocast=False, **opt
                 result = multiply(mine[2], mine[1], slots, mine[3], **options)
             else:
                 result = dense_product(slots, mine[0], mine[2], mine[3])
-        grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result.dtype)
+        grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result)
         result.backward(grad)
         of_values = mine[1].grad if linked else at_slots(slots, mine[0].grad)
         found.append([result, mine[2].grad, of_values, *([] if bias is None else [mine[3].grad])])
