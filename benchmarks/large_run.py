@@ -3,8 +3,8 @@
     python benchmarks/large_run.py [--gpu_gib 23] -- --config configs/llama_7b.yaml --storage links [--option value]…
 
 What follows `--` goes to `train_llama.py`. `--gpu_gib` lets the run have that much of the GPU's memory and no more, as
-a smaller card would. Prints one JSON line: the seconds before the first step, those of a step between updates (the
-median, without the first two), and the peak of memory.
+a smaller card would. Prints a JSON line when the training ends, and another when the run does: the seconds before the
+first step, those of a step between updates (the median, without the first two), and the peak of memory so far.
 """
 
 import argparse
@@ -19,28 +19,12 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 from hf_chts.commands.train import train
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu_gib", type=float, help="how much of the GPU's memory the run may take (default: all)")
-    parser.add_argument("options", nargs="*", help="of train_llama.py")
-    arguments = parser.parse_args()
+
+def say(part: str, watch: Stopwatch, begin: float, gpu_gib: float | None) -> None:
     gpu = torch.cuda.is_available()
-    if arguments.gpu_gib:
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(arguments.gpu_gib * 2**30 / whole)
-    watches: list[Stopwatch] = []
-
-    class Watched(Stopwatch):
-        def __init__(self) -> None:
-            super().__init__()
-            watches.append(self)
-
-    DEFAULT_CALLBACKS.append(Watched)
-    begin = time.perf_counter()
-    train(arguments.options, program="train_llama.py")
-    (watch,) = watches
     found = {
         "benchmark": "large_run",
+        "until_the_end_of": part,
         "seconds_before_first_step": round(watch.first - begin, 1),
         "step_seconds": round(statistics.median(watch.seconds[2:]), 3),
         "steps": len(watch.seconds),
@@ -51,5 +35,26 @@ if __name__ == "__main__":
     if gpu:
         found["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         found["peak_reserved_gpu_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-        found["gpu_gib"] = arguments.gpu_gib
+        found["gpu_gib"] = gpu_gib
     print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu_gib", type=float, help="how much of the GPU's memory the run may take (default: all)")
+    parser.add_argument("options", nargs="*", help="of train_llama.py")
+    arguments = parser.parse_args()
+    if arguments.gpu_gib:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(arguments.gpu_gib * 2**30 / whole)
+    begin = time.perf_counter()
+
+    class Watched(Stopwatch):
+        def on_train_end(self, *args, **kwargs) -> None:
+            say("training", self, begin, arguments.gpu_gib)
+            ended.append(self)
+
+    ended: list[Stopwatch] = []
+    DEFAULT_CALLBACKS.append(Watched)
+    train(arguments.options, program="train_llama.py")
+    say("run", ended[0], begin, arguments.gpu_gib)

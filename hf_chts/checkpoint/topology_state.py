@@ -38,7 +38,8 @@ class TopologyState:
     """The state of a run's topology beyond the weights.
 
     Attributes:
-        masks: bool (out, in) by layer name.
+        masks: bool (out, in) by layer name. These and other tensors may be read, or made, when they are looked up.
+        shapes: (out, in) by layer name; by default those of the masks.
         explored: the links that were ever active, bit-packed uint8 by layer name; empty for static topologies.
         stored: the weights of removed links, (out, in) by layer name, or (n,) with their positions in `left`; empty
             unless the method keeps them.
@@ -55,17 +56,22 @@ class TopologyState:
     """
 
     masks: Mapping[str, Tensor]
-    explored: dict[str, Tensor] = field(default_factory=dict)
-    stored: dict[str, Tensor] = field(default_factory=dict)
+    explored: Mapping[str, Tensor] = field(default_factory=dict)
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
-    born: dict[str, Tensor] = field(default_factory=dict)
+    born: Mapping[str, Tensor] = field(default_factory=dict)
     softness: dict[str, float] = field(default_factory=dict)
     loss_before_update: float | None = None
     sparsity: float | None = None
     run: str | None = None
-    left: dict[str, Tensor] = field(default_factory=dict)
-    slots: dict[str, Tensor] = field(default_factory=dict)
+    left: Mapping[str, Tensor] = field(default_factory=dict)
+    slots: Mapping[str, Tensor] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.shapes:
+            self.shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in self.masks.items()}
 
     def stored_of(self, name: str) -> dict[str, Tensor] | None:
         """The weights of removed links of a layer, by kind; None where they are not kept."""
@@ -75,16 +81,15 @@ class TopologyState:
 
 def save_masks(directory: str | Path, state: TopologyState) -> None:
     """Write masks.safetensors, with all tensors of the state, into `directory`."""
-    shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in state.masks.items()}
     planned = [
         Planned(f"{name}.mask", "U8", ((math.prod(shape) + 7) // 8,), partial(_bits, state.masks, name))
-        for name, shape in shapes.items()
+        for name, shape in state.shapes.items()
     ]
     for kind in _OPTIONAL:
-        values: dict[str, Tensor] = getattr(state, kind)
+        values: Mapping[str, Tensor] = getattr(state, kind)
         planned += [Planned.of(f"{name}.{kind}", tensor) for name, tensor in values.items()]
     made = {one.key: one.make for one in planned}
-    metadata = mask_metadata(LazyMapping(lambda key: made[key](), made), shapes, state.step)
+    metadata = mask_metadata(LazyMapping(lambda key: made[key](), made), state.shapes, state.step)
     write_file(Path(directory) / MASKS_NAME, planned, metadata)
 
 
@@ -148,6 +153,11 @@ class MaskFile:
         with reading(self.path, _REMEDY):
             return unpack_bits(self.tensors[f"{name}.mask"], self.shapes[name])
 
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """The tensor of another kind of a layer."""
+        with reading(self.path, _REMEDY):
+            return self.tensors[f"{name}.{kind}"]
+
     def _read(self) -> None:
         file = safe_open(str(self.path), framework="pt")
         metadata = dict(file.metadata() or {})
@@ -156,7 +166,7 @@ class MaskFile:
             raise ValueError(f"its format is {metadata.get('format')!r}, and this version of hf_chts reads {FORMAT!r}")
         if metadata.pop("digest", None) != _digest(self.tensors, metadata):
             raise ValueError("its contents do not match the digest that was saved with them")
-        self.shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        self.shapes = {name: (rows, columns) for name, (rows, columns) in json.loads(metadata["shapes"]).items()}
         self.step = int(metadata["step"])
         self.kinds = {"mask"} | {key.rsplit(".", 1)[-1] for key in self.tensors}
         expected = {f"{name}.{kind}" for name in self.shapes for kind in self.kinds}
@@ -169,17 +179,18 @@ class MaskFile:
 
 
 def load_masks(directory: str | Path) -> TopologyState:
-    """Read and verify masks.safetensors of an export or a checkpoint, without the history.
+    """Verify masks.safetensors of an export or a checkpoint, and have its tensors read when they are looked up.
+
+    The history is not in it.
 
     Raises:
         FileNotFoundError, ValueError: see `MaskFile`.
     """
     file = MaskFile(directory)
     others: dict[str, Any] = {
-        kind: {name: file.tensors[f"{name}.{kind}"] for name in file.shapes if kind in file.kinds} for kind in _OPTIONAL
+        kind: LazyMapping(partial(file.tensor, kind), file.shapes if kind in file.kinds else ()) for kind in _OPTIONAL
     }
-    masks = {name: file.mask(name) for name in file.shapes}
-    return TopologyState(masks, step=file.step, **others)
+    return TopologyState(LazyMapping(file.mask, file.shapes), shapes=file.shapes, step=file.step, **others)
 
 
 def load_topology(directory: str | Path) -> TopologyState:
@@ -212,17 +223,18 @@ def with_original_names(state: TopologyState, layers: Iterable[str]) -> Topology
     first, saved = next(iter(layers), ""), original_name(next(iter(state.masks), ""))
     prefix = saved.removesuffix(first) if saved.endswith(f".{first}") else ""
 
-    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {original_name(name).removeprefix(prefix): value for name, value in values.items()}
+    def renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        names = {original_name(name).removeprefix(prefix): name for name in values}
+        return LazyMapping(lambda name: values[names[name]], names)
 
-    changes: dict[str, Any] = {kind: renamed(getattr(state, kind)) for kind in ("masks", *_OPTIONAL, "softness")}
-    return replace(state, **changes)
+    changes: dict[str, Any] = {kind: renamed(getattr(state, kind)) for kind in ("masks", "shapes", *_OPTIONAL)}
+    return replace(state, softness=dict(renamed(state.softness)), **changes)
 
 
 def verify_fits(state: TopologyState, layers: Mapping[str, Any], directory: str | Path) -> None:
     """Raises ValueError if the state does not fit these sparse layers."""
     shapes = {name: tuple(layer.storage.shape) for name, layer in layers.items()}
-    saved = {name: tuple(mask.shape) for name, mask in state.masks.items()}
+    saved = {name: tuple(shape) for name, shape in state.shapes.items()}
     if shapes != saved:
         name = sorted(set(shapes.items()) ^ set(saved.items()))[0][0]
         raise ValueError(

@@ -19,6 +19,7 @@ from hf_chts.evolution.regrown_adam import RegrownAdam
 from hf_chts.evolution.update_figures import LayerUpdate
 from hf_chts.evolution.update_ranks import UpdateOverRanks
 from hf_chts.evolution.update_warmup import add_update_warmup, warmup_steps
+from hf_chts.layers.block_weights import make_together
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.links import check_zeros
 from hf_chts.layers.plain_weight import check_places, check_plain
@@ -124,6 +125,9 @@ class Evolver:
             self.forget_missing()
         check_zeros(layers, engine)
         self._attach(optimizer)
+        devices = {layer.storage.device.type for layer in layers.values()}
+        if self.config.storage == "links" and not engine.sharded and "cpu" not in devices:
+            self._hooks += make_together(self.sparse.model)
         self.finished, self._first_step = step, True
         self._ask_gradients()
 
@@ -257,6 +261,7 @@ class Evolver:
         slots = {name: layer.storage.slot_positions for name, layer in self.sparse.layers.items()}
         return TopologyState(
             masks=self.sparse.topologies(),
+            shapes={name: layer.storage.shape for name, layer in self.sparse.layers.items()},
             explored=self.explored,
             stored={name: saved["stored"] for name, saved in stored.items()},
             left={name: saved["left"] for name, saved in stored.items() if "left" in saved},
@@ -389,7 +394,8 @@ class Evolver:
         self.softness = dict.fromkeys(layers, self.config.softness_start) | (state.softness if state else {})
         # as bits: bools would take as much memory as the masks
         self.explored = {
-            name: state.explored[name].to(layer.storage.device) if state else pack_bits(layer.topology)
+            # copied, since a file's tensors may be the file itself
+            name: state.explored[name].to(layer.storage.device, copy=True) if state else pack_bits(layer.topology)
             for name, layer in layers.items()
         }
         self.stored: dict[str, StoredWeights] = {}

@@ -212,7 +212,8 @@ class _Export:
         counts = [(mask.numel(), int(mask.count_nonzero())) for mask in self.masks.values()]
         possible, links = (sum(numbers) for numbers in zip(*counts, strict=True)) if counts else (0, 0)
         self.sparse.config.save(directory / CONFIG_NAME, measured=1 - links / possible if possible else None)
-        save_masks(directory, TopologyState(self.masks))
+        shapes = {name: self.sparse.layers[name].storage.shape for name in self.masks}
+        save_masks(directory, TopologyState(self.masks, shapes=shapes))
         (directory / CARD).write_text(self.card, encoding="utf-8")
 
     def write_packed(self, directory: Path) -> None:

@@ -30,6 +30,7 @@ class LinkedLayer(SparseLayer):
     link_values: nn.Parameter
     link_positions: Tensor
     storage: SlotStorage
+    traced: bool = False  # whether a compiler sees how the weight is made, and may keep it
 
     @classmethod
     def attach(cls: type[_Layer], layer: nn.Module, topology: Tensor, slots: int, dense_bytes: int) -> _Layer:
@@ -85,9 +86,28 @@ class LinkedLayer(SparseLayer):
     def _product(self, x: Tensor, plain: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         # transforms batch and differentiate torch's own functions, in either mode and any number of times
         bias: Any = self.bias
+        made = self._made(x)
+        if made is not None:
+            return plain(x, made, bias)
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return plain(x, self.weight, bias)
         return product(x, self.link_values, self._slots(), bias, self.dense_gradient)
+
+    def _made(self, x: Tensor) -> Tensor | None:
+        """The dense weight of this forward pass in a small model on a GPU; see block_weights.py."""
+        if not torch.compiler.is_compiling():
+            # activation checkpointing computes again in the backward pass
+            return self.__dict__.get("made" if torch._C._current_graph_task_id() == -1 else "kept")
+        if not self.traced or self.dense_gradient is not None:
+            return None
+        values: Tensor = self.link_values
+        if torch.is_autocast_enabled(x.device.type):
+            values = values.to(torch.get_autocast_dtype(x.device.type))
+        return fill(values, self._slots())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # without the weight of a forward pass, whose graph cannot be copied
+        return {name: value for name, value in self.__dict__.items() if name not in ("made", "kept")}
 
     def _slots(self) -> Slots:
         # a replica of nn.DataParallel has its own buffers, and the storage of the layer that it is made from
@@ -113,10 +133,14 @@ class LinkedConv1D(LinkedLayer, Conv1D):
     transposed = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._product(input, lambda x, weight, bias: x @ weight + cast(Tensor, bias))
+        return self._product(input, _conv1d)
 
     def __repr__(self) -> str:
         return f"LinkedConv1D(nf={self.nf}, nx={self.nx}, links={self.links})"
+
+
+def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.addmm(cast(Tensor, bias), x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
 
 def linked_class(layer: nn.Module) -> type[LinkedLayer]:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -162,7 +163,7 @@ class TopologyCallback(TrainerCallback):
                 earlier = plan.config.plan(self._earlier_steps)
         layers = evolver.sparse.layers
         trained = evolver.trained or list(layers)
-        possible = sum(layers[name].storage.topology.numel() for name in trained)
+        possible = sum(prod(layers[name].storage.shape) for name in trained)
         sparsity = 1 - sum(layers[name].links for name in trained) / possible
         reached = evolver.reached
         if reached is None and earlier is not None:

@@ -1,0 +1,149 @@
+"""The dense weights of a block's linked layers, made together before its forward pass.
+
+The layers of a small model compute for less time on a GPU than it takes to launch their kernels from Python. So all
+weights of a block are filled by one kernel, and all of its gradients are gathered by another. In between they are
+ordinary tensors, which are kept until the backward pass: only where the sparse layers of the whole model are no more
+than `dense_mib` when they are dense.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from hf_chts.layers.linked_layer import LinkedLayer
+
+
+class _Removable(Protocol):
+    def remove(self) -> None: ...
+
+
+def make_together(model: nn.Module) -> list[_Removable]:
+    """Have the weights of a small model made block by block. Returns the hooks, to be removed.
+
+    Every rank must hold the values of all links.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LinkedLayer)]
+    handles: list[_Removable] = []
+    weights = sum(prod(layer.storage.shape) for layer in layers)
+    if layers and weights * 2 <= layers[0].storage.dense_bytes:
+        handles.append(_Traced(layers))
+        for block in _blocks(model):
+            made = _BlockWeights(weights)
+            handles += [
+                block.register_forward_pre_hook(made.make),
+                block.register_forward_hook(_put_away, always_call=True),
+            ]
+    return handles
+
+
+class _Traced:
+    """Lets compilers see how weights are made, and keep them until the backward pass; forgets weights in the end."""
+
+    def __init__(self, layers: Sequence[LinkedLayer]) -> None:
+        self.layers = layers
+        for layer in layers:
+            layer.traced = True
+
+    def remove(self) -> None:
+        for layer in self.layers:
+            layer.traced = False
+            layer.__dict__.pop("kept", None)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost entries of module lists that have linked layers."""
+    for child in module.children():
+        if isinstance(module, nn.ModuleList) and any(isinstance(inner, LinkedLayer) for inner in child.modules()):
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+class _BlockWeights:
+    """Makes the weights of a block.
+
+    Args:
+        weights: the number of weights of all sparse layers of the model.
+    """
+
+    def __init__(self, weights: int) -> None:
+        self.weights = weights
+        self._index: tuple[Any, Tensor | None] = (None, None)  # where the slots lie, for links of some versions
+
+    def make(self, block: nn.Module, _: Any) -> None:
+        """Give each layer that can use it its weight, before the block's forward pass."""
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if transformed or torch.compiler.is_compiling():
+            return
+        layers = [layer for layer in block.modules() if isinstance(layer, LinkedLayer) and layer.dense_gradient is None]
+        dtype = _made_dtype(layers)
+        if dtype is None or self.weights * dtype.itemsize > layers[0].storage.dense_bytes:
+            return
+        if dtype.itemsize == 2:  # those of odd widths are padded on their own
+            layers = [layer for layer in layers if not any(side % 8 for side in layer.storage.shape)]
+        if not layers:
+            return
+        shapes, values = [layer.storage.weight_shape for layer in layers], [layer.link_values for layer in layers]
+        for layer, weight in zip(layers, _Fill.apply(self._places(layers), shapes, dtype, *values), strict=True):
+            layer.__dict__["made"] = weight
+
+    def _places(self, layers: Sequence[LinkedLayer]) -> Tensor:
+        """int64 (slots of all layers,): where the links lie in the weights one after the other.
+
+        A slot without a link has the place behind them all.
+        """
+        held = [layer.link_positions for layer in layers]
+        key = [(one.data_ptr(), one.device, layer.storage.version) for one, layer in zip(held, layers, strict=True)]
+        known, index = self._index
+        if index is None or known != key:
+            sizes = [prod(layer.storage.shape) for layer in layers]
+            places, begin = [], 0
+            for positions, size in zip(held, sizes, strict=True):
+                place = positions.long()
+                places.append(torch.where(place < size, place + begin, sum(sizes)))
+                begin += size
+            index = torch.cat(places)
+            self._index = (key, index)
+        return index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"weights": self.weights, "_index": (None, None)}
+
+
+def _made_dtype(layers: Sequence[LinkedLayer]) -> torch.dtype | None:
+    """The dtype of the weights, or None where they are not alike."""
+    alike = {(layer.link_values.device, layer.link_values.dtype) for layer in layers}
+    if len(alike) != 1:
+        return None
+    ((device, dtype),) = alike
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+def _put_away(block: nn.Module, *_: Any) -> None:
+    """After the block's forward pass, keep its weights for the backward pass alone."""
+    for layer in block.modules():
+        if isinstance(layer, LinkedLayer):
+            layer.__dict__["kept"] = layer.__dict__.pop("made", None)
+
+
+class _Fill(torch.autograd.Function):
+    """Dense weights of values: those of several layers, in one piece of memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, index: Tensor, shapes: Sequence[torch.Size], dtype: torch.dtype, *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.index, ctx.slots, ctx.dtype = index, [value.numel() for value in values], values[0].dtype
+        sizes = [shape.numel() for shape in shapes]
+        flat = torch.zeros(sum(sizes) + 1, dtype=dtype, device=index.device)
+        flat.index_copy_(0, index, torch.cat(values).to(dtype))
+        return tuple(part.view(shape) for part, shape in zip(flat[:-1].split(sizes), shapes, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flat = torch.cat([*(grad.reshape(-1) for grad in grads), grads[0].new_zeros(1)])
+        return None, None, None, *flat.index_select(0, ctx.index).to(ctx.dtype).split(ctx.slots)
