@@ -158,10 +158,15 @@ class MaskFile:
         with reading(self.path, _REMEDY):
             return self.tensors[f"{name}.{kind}"]
 
+    def _get(self, key: str) -> Tensor:
+        # opened each time, since an open file is mapped into memory as far as it has been read
+        with safe_open(str(self.path), framework="pt") as file:
+            return file.get_tensor(key)
+
     def _read(self) -> None:
-        file = safe_open(str(self.path), framework="pt")
-        metadata = dict(file.metadata() or {})
-        self.tensors: Mapping[str, Tensor] = LazyMapping(file.get_tensor, file.keys())
+        with safe_open(str(self.path), framework="pt") as file:
+            metadata, keys = dict(file.metadata() or {}), list(file.keys())
+        self.tensors: Mapping[str, Tensor] = LazyMapping(self._get, keys)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}, and this version of hf_chts reads {FORMAT!r}")
         if metadata.pop("digest", None) != _digest(self.tensors, metadata):
