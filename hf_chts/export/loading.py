@@ -1,20 +1,22 @@
 """load_sparse: load an export with its masks, to train on."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_chts.checkpoint import load_masks
 from hf_chts.config import SparsityConfig
 from hf_chts.export.auto_class import model_class
 from hf_chts.export.checksums import verify_checksums
 from hf_chts.export.exported_values import check_zeros
+from hf_chts.export.linked_loading import KNOWN_OPTIONS, LinkedWeightsConfig, packed_masks
 from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed
 from hf_chts.export.sources import architecture, checked_config, local_directory
-from hf_chts.export.weight_files import PLAIN_STEM, DamagedFile, WeightFiles
+from hf_chts.export.weight_files import PLAIN_STEM, WeightFiles
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.sparse_model import sparsify
 
@@ -47,7 +49,7 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     contents = checked_config(directory)
     config = SparsityConfig.load(directory)
     packed = PackedFiles(directory) if is_packed(contents) else None
-    masks = {} if packed else load_masks(directory).masks
+    masks: Mapping[str, Tensor] = {} if packed else load_masks(directory).masks
     options = {"trust_remote_code": False} | kwargs | {"output_loading_info": True}
     if architecture(contents) is None:
         raise ValueError(
@@ -61,21 +63,48 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     if not packed:  # the loader checks packed ones itself
         verify_checksums(directory, PLAIN_STEM)
         WeightFiles(directory, PLAIN_STEM)  # raises for truncated or mixed files, and names them
+    if _into_slots(directory, config, packed, masks, kwargs):
+        options["config"] = AutoConfig.from_pretrained(directory, trust_remote_code=options["trust_remote_code"])
+        options["config"].quantization_config = LinkedWeightsConfig(directory, config, packed, masks)
     model, info = loader.from_pretrained(directory, **options)
     _check_class(directory, model, architecture(contents), info)
+    if "config" in options:
+        return model
     layers: dict[str, nn.Module] = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, PLAIN_LAYERS)
     }
     if packed:
-        masks = _packed_masks(packed, layers)
+        masks = packed_masks(packed, layers)
     else:
         for name in sorted(masks.keys() & layers.keys()):
             layer = layers[name]
             weight = masked_class(layer).matrix(layer.get_parameter("weight"))
-            if weight.shape == masks[name].shape:  # else sparsify refuses it
-                check_zeros(directory, name, weight, masks[name])
+            mask = masks[name]
+            if weight.shape == mask.shape:  # else sparsify refuses it
+                check_zeros(directory, name, weight, mask)
     sparsify(model, config, masks=masks)  # raises for masks that fit no layer
     return model
+
+
+def _into_slots(
+    directory: Path,
+    config: SparsityConfig,
+    packed: PackedFiles | None,
+    masks: Mapping[str, Tensor],
+    kwargs: Mapping[str, Any],
+) -> bool:
+    """Whether the weights can be loaded into slots without being dense before."""
+    if (
+        config.storage != "links"
+        or config.is_dense
+        or config.allocation == "global"
+        or not kwargs.keys() <= KNOWN_OPTIONS
+    ):
+        return False
+    if packed:
+        return True
+    # some architectures store weights in other pieces than their layers have
+    return {f"{name}.weight" for name in masks} <= WeightFiles(directory, PLAIN_STEM).entries.keys()
 
 
 def _check_class(directory: Path, model: PreTrainedModel, name: str | None, info: dict[str, Any]) -> None:
@@ -89,15 +118,3 @@ def _check_class(directory: Path, model: PreTrainedModel, name: str | None, info
                 f"{directory} has {what} {sorted(info[keys])[:3]} of a {kind}: its files are of different models, or "
                 "were not copied completely. Restore config.json and weights from one export"
             )
-
-
-def _packed_masks(packed: PackedFiles, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    masks = {}
-    for key, stored in packed.weights.items():
-        name = key.removesuffix(".weight")
-        if name in layers and masked_class(layers[name]).transposed != stored.transposed:
-            raise DamagedFile(
-                packed.files.entries[f"{key}_bits"].path, f"{key} is transposed here or in the model, not both"
-            )
-        masks[name] = packed.mask(key)
-    return masks

@@ -99,7 +99,7 @@ class PackedLoader(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any) -> list[WeightTransform]:
         parts = [f"weight_{kind}" for kind in KINDS]
-        return [*weight_conversions, _Unpacking(parts, "weight", [_Unpack()])]
+        return [*weight_conversions, Unpacking(parts, "weight", [_Unpack()])]
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Remove all traces of the loading, so that the model trains and is saved as a plain one."""
@@ -107,7 +107,7 @@ class PackedLoader(HfQuantizer):
         forget_packing(model.config)
         # save_pretrained reverts the conversions that are listed here
         used = getattr(model, "_weight_conversions", None) or []
-        object.__setattr__(model, "_weight_conversions", [step for step in used if not isinstance(step, _Unpacking)])
+        object.__setattr__(model, "_weight_conversions", [step for step in used if not isinstance(step, Unpacking)])
 
     def is_serializable(self) -> bool:
         return False
@@ -138,12 +138,12 @@ class _Unpack(ConversionOps):
         return {kwargs["full_layer_name"]: unpack_weight(bits, values, (rows, columns))}
 
 
-class _Unpacking(WeightConverter):
+class Unpacking(WeightConverter):
     """With a cheap copy: transformers copies it for each tensor, and a deep copy costs as much as a small weight."""
 
     __slots__ = ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Unpacking":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Unpacking":
         new = copy.copy(self)
         # the only parts that change
         new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
