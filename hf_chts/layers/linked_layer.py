@@ -62,7 +62,8 @@ class LinkedLayer(SparseLayer):
         weight = nn.Parameter(self.weight.detach(), self.link_values.requires_grad)
         del self._buffers["link_positions"], self.storage
         self._non_persistent_buffers_set.discard("link_positions")
-        self.__dict__.pop("dense_gradient", None)
+        for name in ("dense_gradient", "traced", "made", "kept"):
+            self.__dict__.pop(name, None)
         self.__class__ = self.plain  # type: ignore[assignment]
         rename_parameter(self, "link_values", "weight", weight)
         return self
