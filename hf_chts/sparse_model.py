@@ -113,14 +113,7 @@ def sparsify(
         masks = initial_masks(shapes, weights, config, calibration, blocks)
     else:
         _check_masks(masks, shapes)
-    layers: Mapping[str, SparseLayer]
-    if config.storage == "links":
-        links = {name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}
-        slots = most_links(shapes, config, links) if targets else {}
-        layers = link_layers(targets, masks, slots, config.dense_mib * 2**20)
-    else:
-        layers = convert_layers(targets, masks)
-    sparse = SparsityHandle(model, config, dict(layers), blocks)
+    sparse = SparsityHandle(model, config, _converted(targets, masks, config), blocks)
     # not a submodule: plain attribute, so it is in no state dict
     object.__setattr__(model, HANDLE, sparse)
     sparse.ignore_masks_in_ddp(model)
@@ -139,10 +132,24 @@ def follow_masks(sparse: SparsityHandle, masks: Mapping[str, Tensor]) -> None:
     shapes = {name: matrix_shape(layer) for name, layer in earlier.items()}
     _check_masks(masks, shapes)
     blocks = head_blocks(sparse.model, shapes) if sparse.config.per_head else {}
-    new = convert_layers({name: layer for name, layer in earlier.items() if name not in sparse.layers}, masks)
+    new = _converted(
+        {name: layer for name, layer in earlier.items() if name not in sparse.layers}, masks, sparse.config
+    )
     sparse.layers = {name: new.get(name) or sparse.layers[name] for name in earlier}
     sparse.blocks = blocks
     sparse.ignore_masks_in_ddp(sparse.model)
+
+
+def _converted(
+    targets: Mapping[str, nn.Module], masks: Mapping[str, Tensor], config: SparsityConfig
+) -> dict[str, SparseLayer]:
+    """Plain layers turned into sparse ones with these masks, in the storage of the config."""
+    if config.storage == "masked":
+        return dict(convert_layers(targets, masks))
+    links = {name: int(torch.count_nonzero(masks[name])) for name in targets}
+    shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
+    slots = most_links(shapes, config, links) if targets else {}
+    return dict(link_layers(targets, masks, slots, config.dense_mib * 2**20))
 
 
 def _targets(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tensor] | None) -> dict[str, nn.Module]:

@@ -43,6 +43,6 @@ def converting_state(optimizer: Any, layers: Iterable[SparseLayer]) -> Iterator[
 
 
 def _converted(layer: SparseLayer, value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.numel() <= 1:
+    if not isinstance(value, Tensor) or value.dim() == 0:  # the number of steps, say
         return value
     return layer.storage.converted(value)

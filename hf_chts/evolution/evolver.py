@@ -352,6 +352,32 @@ class Evolver:
             names = {*self.engine.held(layer), *self.engine.copies(layer)}
             layer.storage.clear(self.engine, skip=["working" if "working" in names else "weight"])
 
+    @torch.no_grad()
+    def move_moments(self, before: Mapping[str, Tensor]) -> None:
+        """Move the optimizer's moments to where their links are now, and give other links 0.
+
+        Args:
+            before: the position of the link in each slot to which the moments belong, (slots,) by layer name. Where the
+                engine splits them, all become 0.
+        """
+        assert self.engine is not None
+        for name, old in before.items():
+            layer = self.sparse.layers[name]
+            new = layer.storage.slot_positions
+            assert new is not None
+            if new.equal(old):
+                continue
+            order = old.argsort()
+            places = torch.searchsorted(old[order], new).clamp_(max=len(old) - 1)
+            same = old[order][places] == new
+            for kind, tensor in self.engine.held(layer).items():
+                if kind in ("weight", "working", "gradient"):
+                    continue
+                if self.engine.sharded:
+                    tensor.zero_()
+                else:
+                    tensor.copy_(tensor[order[places]].where(same, 0))
+
     def plan_from(self, step: int, max_steps: int, trained: Collection[str] | None = None) -> SchedulePlan:
         """The plan of a run of `max_steps` optimizer steps that starts, or continues, after `step` of them.
 

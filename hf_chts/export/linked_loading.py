@@ -45,14 +45,21 @@ class LinkedWeightsConfig(PackedWeightsConfig):
         sparsity: its config.
         packed: its weights, if it is packed.
         masks: bool (out, in) by layer name, if it is plain.
+        slots: the position of the link in each slot, by layer name, if it is a checkpoint.
     """
 
     def __init__(
-        self, directory: Path, sparsity: SparsityConfig, packed: PackedFiles | None, masks: Mapping[str, Tensor]
+        self,
+        directory: Path,
+        sparsity: SparsityConfig,
+        packed: PackedFiles | None,
+        masks: Mapping[str, Tensor],
+        slots: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
         self.quant_method = _METHOD  # type: ignore[assignment]
         self.directory, self.sparsity, self.packed, self.masks = directory, sparsity, packed, masks
+        self.slots = slots
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": _METHOD}
@@ -91,7 +98,10 @@ class LinkedLoader(PackedLoader):
             super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
             layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PLAIN_LAYERS)}
             masks = packed_masks(export.packed, layers)
-        sparse = sparsify(model, export.sparsity, masks=masks)  # raises for masks that fit no layer
+        with torch.device("cpu"):  # and not on the meta device, as all that is made here
+            sparse = sparsify(model, export.sparsity, masks=masks)  # raises for masks that fit no layer
+            for name, positions in export.slots.items():
+                sparse.layers[name].storage.restore(masks[name], positions)
         for layer in sparse.layers.values():
             layer._is_hf_initialized = True  # type: ignore[assignment] # nothing that is loaded needs new weights
             # transformers takes buffers that are in no file for ones without contents
@@ -102,6 +112,8 @@ class LinkedLoader(PackedLoader):
             return [*weight_conversions, Unpacking([f"weight_{kind}" for kind in KINDS], "link_values", [self.values])]
         found = SparsityHandle.of(model)
         assert found is not None
+        if self.quantization_config.slots:
+            return weight_conversions
         reducing = _Reducing(["weight"], "link_values", [self.values])
         prefix = f"{model.base_model_prefix}."
         reducing.names = {form for name in found.layers for form in (name, prefix + name, name.removeprefix(prefix))}

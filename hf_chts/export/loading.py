@@ -17,14 +17,18 @@ from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed
 from hf_chts.export.sources import architecture, checked_config, local_directory
 from hf_chts.export.weight_files import PLAIN_STEM, WeightFiles
+from hf_chts.layers.linked_layer import LinkedLayer
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
+from hf_chts.names import listed
 from hf_chts.sparse_model import sparsify
 
 _QUANTIZING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 
 
 def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load an export, plain or packed, with its masks, to train on. For inference `from_pretrained` is enough.
+    """Load an export, plain or packed, or a checkpoint, with its masks, to train on.
+
+    For inference `from_pretrained` of an export is enough.
 
     The model has the class that `architectures` in its config names, head included: one of transformers, or one that
     has been imported. It is already sparse: `SparsityHandle.of(model)` is its handle. No file of the export can make
@@ -49,7 +53,12 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     contents = checked_config(directory)
     config = SparsityConfig.load(directory)
     packed = PackedFiles(directory) if is_packed(contents) else None
-    masks: Mapping[str, Tensor] = {} if packed else load_masks(directory).masks
+    masks: Mapping[str, Tensor] = {}
+    slots: Mapping[str, Tensor] = {}
+    in_slots = False  # whether it is a checkpoint whose weights are the values of links
+    if not packed:
+        topology = load_masks(directory)
+        masks, slots = topology.masks, topology.slots
     options = {"trust_remote_code": False} | kwargs | {"output_loading_info": True}
     if architecture(contents) is None:
         raise ValueError(
@@ -62,10 +71,18 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise ValueError(f"{directory}: {error}") from error
     if not packed:  # the loader checks packed ones itself
         verify_checksums(directory, PLAIN_STEM)
-        WeightFiles(directory, PLAIN_STEM)  # raises for truncated or mixed files, and names them
-    if _into_slots(directory, config, packed, masks, kwargs):
+        files = WeightFiles(directory, PLAIN_STEM)  # raises for truncated or mixed files, and names them
+        in_slots = any(key.endswith(f".{LinkedLayer.parameter_name}") for key in files.entries)
+    if _into_slots(directory, config, packed, masks, kwargs, in_slots):
         options["config"] = AutoConfig.from_pretrained(directory, trust_remote_code=options["trust_remote_code"])
-        options["config"].quantization_config = LinkedWeightsConfig(directory, config, packed, masks)
+        options["config"].quantization_config = LinkedWeightsConfig(
+            directory, config, packed, masks, slots if in_slots else {}
+        )
+    elif in_slots:
+        raise ValueError(
+            f"{directory} is a checkpoint of a run with storage links, which is not loaded with allocation 'global' or "
+            f"other options than {listed(sorted(KNOWN_OPTIONS))}: resume from it, and write it with export_sparse"
+        )
     model, info = loader.from_pretrained(directory, **options)
     _check_class(directory, model, architecture(contents), info)
     if "config" in options:
@@ -92,6 +109,7 @@ def _into_slots(
     packed: PackedFiles | None,
     masks: Mapping[str, Tensor],
     kwargs: Mapping[str, Any],
+    in_slots: bool,
 ) -> bool:
     """Whether the weights can be loaded into slots without being dense before."""
     if (
@@ -101,7 +119,7 @@ def _into_slots(
         or not kwargs.keys() <= KNOWN_OPTIONS
     ):
         return False
-    if packed:
+    if packed or in_slots:
         return True
     # some architectures store weights in other pieces than their layers have
     return {f"{name}.weight" for name in masks} <= WeightFiles(directory, PLAIN_STEM).entries.keys()

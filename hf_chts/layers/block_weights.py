@@ -3,7 +3,8 @@
 The layers of a small model compute for less time on a GPU than it takes to launch their kernels from Python. So all
 weights of a block are filled by one kernel, and all of its gradients are gathered by another. In between they are
 ordinary tensors, which are kept until the backward pass: only where the sparse layers of the whole model are no more
-than `dense_mib` when they are dense.
+than `dense_mib` when they are dense. Layers that are called under another autocast, or under activation checkpointing
+within the block, make their weights themselves.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from hf_chts.layers.linked_layer import LinkedLayer
+from hf_chts.layers.linked_layer import LinkedLayer, surroundings
 
 
 class _Removable(Protocol):
@@ -35,13 +36,13 @@ def make_together(model: nn.Module) -> list[_Removable]:
             made = _BlockWeights(weights)
             handles += [
                 block.register_forward_pre_hook(made.make),
-                block.register_forward_hook(_put_away, always_call=True),
+                block.register_forward_hook(_forget, always_call=True),
             ]
     return handles
 
 
 class _Traced:
-    """Lets compilers see how weights are made, and keep them until the backward pass; forgets weights in the end."""
+    """Lets compilers see how weights are made, and keep them until the backward pass."""
 
     def __init__(self, layers: Sequence[LinkedLayer]) -> None:
         self.layers = layers
@@ -51,7 +52,6 @@ class _Traced:
     def remove(self) -> None:
         for layer in self.layers:
             layer.traced = False
-            layer.__dict__.pop("kept", None)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -77,7 +77,8 @@ class _BlockWeights:
     def make(self, block: nn.Module, _: Any) -> None:
         """Give each layer that can use it its weight, before the block's forward pass."""
         transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if transformed or torch.compiler.is_compiling():
+        recomputed = block.training and getattr(block, "gradient_checkpointing", False)
+        if transformed or recomputed or torch.compiler.is_compiling():
             return
         layers = [layer for layer in block.modules() if isinstance(layer, LinkedLayer) and layer.dense_gradient is None]
         dtype = _made_dtype(layers)
@@ -88,8 +89,9 @@ class _BlockWeights:
         if not layers:
             return
         shapes, values = [layer.storage.weight_shape for layer in layers], [layer.link_values for layer in layers]
+        here = surroundings(values[0].device.type)
         for layer, weight in zip(layers, _Fill.apply(self._places(layers), shapes, dtype, *values), strict=True):
-            layer.__dict__["made"] = weight
+            layer.__dict__["made"] = (weight, here)
 
     def _places(self, layers: Sequence[LinkedLayer]) -> Tensor:
         """int64 (slots of all layers,): where the links lie in the weights one after the other.
@@ -123,11 +125,9 @@ def _made_dtype(layers: Sequence[LinkedLayer]) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
-def _put_away(block: nn.Module, *_: Any) -> None:
-    """After the block's forward pass, keep its weights for the backward pass alone."""
+def _forget(block: nn.Module, *_: Any) -> None:
     for layer in block.modules():
-        if isinstance(layer, LinkedLayer):
-            layer.__dict__["kept"] = layer.__dict__.pop("made", None)
+        layer.__dict__.pop("made", None)
 
 
 class _Fill(torch.autograd.Function):
@@ -137,13 +137,21 @@ class _Fill(torch.autograd.Function):
     def forward(
         ctx: Any, index: Tensor, shapes: Sequence[torch.Size], dtype: torch.dtype, *values: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.index, ctx.slots, ctx.dtype = index, [value.numel() for value in values], values[0].dtype
+        ctx.index, ctx.slots, ctx.dtype, ctx.shapes = index, [value.numel() for value in values], dtype, shapes
+        ctx.set_materialize_grads(False)  # a layer that took no part gets no gradient
+        ctx.save_for_backward(*values)  # so that values that have changed since are noticed
         sizes = [shape.numel() for shape in shapes]
         flat = torch.zeros(sum(sizes) + 1, dtype=dtype, device=index.device)
         flat.index_copy_(0, index, torch.cat(values).to(dtype))
         return tuple(part.view(shape) for part, shape in zip(flat[:-1].split(sizes), shapes, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat = torch.cat([*(grad.reshape(-1) for grad in grads), grads[0].new_zeros(1)])
-        return None, None, None, *flat.index_select(0, ctx.index).to(ctx.dtype).split(ctx.slots)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        values = ctx.saved_tensors
+        parts = [
+            values[0].new_zeros(shape.numel(), dtype=ctx.dtype) if grad is None else grad.reshape(-1)
+            for grad, shape in zip(grads, ctx.shapes, strict=True)
+        ]
+        flat = torch.cat([*parts, parts[0].new_zeros(1)])
+        found = flat.index_select(0, ctx.index).to(values[0].dtype).split(ctx.slots)
+        return None, None, None, *(None if grad is None else one for grad, one in zip(grads, found, strict=True))

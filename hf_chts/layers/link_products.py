@@ -107,7 +107,7 @@ def _gradients(
     grads = _widened(grad.reshape(-1, grad.shape[-1]), shape[slots.transposed])
     of_x = of_values = whole = None
     if needs[0]:
-        of_x = torch.zeros_like(inputs) if slots.order is not None else torch.empty_like(inputs)
+        of_x = inputs.new_zeros(inputs.shape) if slots.order is not None else inputs.new_empty(inputs.shape)
     if needs[1]:
         of_values = torch.zeros_like(values) if slots.order is not None else torch.empty_like(values)
     if dense_gradient is not None:

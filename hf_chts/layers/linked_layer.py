@@ -62,7 +62,7 @@ class LinkedLayer(SparseLayer):
         weight = nn.Parameter(self.weight.detach(), self.link_values.requires_grad)
         del self._buffers["link_positions"], self.storage
         self._non_persistent_buffers_set.discard("link_positions")
-        for name in ("dense_gradient", "traced", "made", "kept"):
+        for name in ("dense_gradient", "traced", "made"):
             self.__dict__.pop(name, None)
         self.__class__ = self.plain  # type: ignore[assignment]
         rename_parameter(self, "link_values", "weight", weight)
@@ -97,8 +97,8 @@ class LinkedLayer(SparseLayer):
     def _made(self, x: Tensor) -> Tensor | None:
         """The dense weight of this forward pass in a small model on a GPU; see block_weights.py."""
         if not torch.compiler.is_compiling():
-            # activation checkpointing computes again in the backward pass
-            return self.__dict__.get("made" if torch._C._current_graph_task_id() == -1 else "kept")
+            weight, there = self.__dict__.get("made", (None, None))
+            return weight if weight is not None and surroundings(x.device.type) == there else None
         if not self.traced or self.dense_gradient is not None:
             return None
         values: Tensor = self.link_values
@@ -108,7 +108,7 @@ class LinkedLayer(SparseLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # without the weight of a forward pass, whose graph cannot be copied
-        return {name: value for name, value in self.__dict__.items() if name not in ("made", "kept")}
+        return {name: value for name, value in self.__dict__.items() if name != "made"}
 
     def _slots(self) -> Slots:
         # a replica of nn.DataParallel has its own buffers, and the storage of the layer that it is made from
@@ -138,6 +138,15 @@ class LinkedConv1D(LinkedLayer, Conv1D):
 
     def __repr__(self) -> str:
         return f"LinkedConv1D(nf={self.nf}, nx={self.nx}, links={self.links})"
+
+
+def surroundings(kind: str) -> tuple[Any, ...]:
+    """What decides how a product on this kind of device is computed, and whether it is computed again.
+
+    Activation checkpointing switches gradients off, or has saved tensors go through hooks of its own.
+    """
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.is_grad_enabled(), dtype, torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

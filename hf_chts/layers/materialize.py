@@ -4,6 +4,7 @@ The new weights of the links have the distribution that transformers would give 
 model is made dense, initialized by the model's own rules, and reduced to its links.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_chts.layers.linked_layer import LinkedLayer
 from hf_chts.layers.sparse_layer import rename_parameter
+from hf_chts.names import listed
 
 
 @torch.no_grad()
@@ -20,7 +22,8 @@ def materialize(model: PreTrainedModel, device: torch.device | str = "cpu") -> N
     """Give a model on the meta device new weights on a real one, from the global random generator.
 
     Raises:
-        ValueError: some of its weights are not on the meta device.
+        ValueError: some of its weights are not on the meta device, or the model's rules of initialization leave some as
+            the constructor made them.
     """
     there = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
     if there:
@@ -30,6 +33,11 @@ def materialize(model: PreTrainedModel, device: torch.device | str = "cpu") -> N
         _fill(block, owner, device, done=set())
     _fill(model, model, device, done={block for block, _ in blocks})
     model.tie_weights()
+    if left := [name for name, parameter in model.named_parameters() if bool(parameter.isnan().any())]:
+        raise ValueError(
+            f"the rules by which a {type(model).__name__} is initialized say nothing of {listed(left)}, which its "
+            "constructor gives values: make the model on a real device"
+        )
 
 
 def _blocks(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
@@ -52,6 +60,8 @@ def _fill(root: nn.Module, owner: PreTrainedModel, device: torch.device, done: s
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 real = torch.empty_like(parameter, device=device)
+                if real.is_floating_point():
+                    real.fill_(math.nan)  # a mark of what gets no value
                 module._parameters[name] = nn.Parameter(real, parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -68,7 +78,7 @@ def _fill(root: nn.Module, owner: PreTrainedModel, device: torch.device, done: s
 def _make_plain(layer: LinkedLayer, device: torch.device) -> None:
     """For a moment, make a layer the plain one that rules of initialization know."""
     values, shape = layer.link_values, layer.storage.weight_shape
-    weight = nn.Parameter(torch.empty(shape, dtype=values.dtype, device=device), values.requires_grad)
+    weight = nn.Parameter(torch.full(shape, math.nan, dtype=values.dtype, device=device), values.requires_grad)
     layer.__class__ = layer.plain  # type: ignore[assignment]
     rename_parameter(layer, "link_values", "weight", weight)
 

@@ -28,9 +28,10 @@ def computes_a_product(layer: nn.Module) -> bool:
     if not weight.dtype.is_floating_point:
         return False
     stream = random_stream(0)
+    device = torch.device("cpu") if weight.is_meta else weight.device
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=stream).to(weight.device, weight.dtype)
+        return torch.randn(shape, generator=stream, device="cpu").to(device, weight.dtype)
 
     rows, columns = weight_shape(weight)
     bias = getattr(layer, "bias", None)

@@ -185,10 +185,11 @@ def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     A CPU maps fresh memory for every large tensor page by page, which takes longer than to fill it (2048 x 5461 fp32:
     9 ms against 2), so each thread keeps what its largest layer needs. A GPU's allocator keeps it itself.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or torch._C._len_torch_dispatch_stack():  # a mode makes tensors of its own
         return torch.empty(numel, dtype=dtype, device=device)
     kept: dict[Any, Tensor] = _kept.__dict__
     if dtype not in kept or kept[dtype].numel() < numel:
         kept.pop(dtype, None)
-        kept[dtype] = torch.empty(numel, dtype=dtype)
+        with torch.inference_mode(False):
+            kept[dtype] = torch.empty(numel, dtype=dtype)
     return kept[dtype][:numel]

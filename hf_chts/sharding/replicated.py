@@ -1,9 +1,10 @@
 """One process, or DDP: every rank holds every weight and every moment whole."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_chts.sharding.gradients import DenseGradient, LocalGradient
 from hf_chts.sharding.interface import Engine, HeldLayer, in_groups, moments
@@ -60,11 +61,16 @@ class ReplicatedWeights(Engine):
         ]
 
     def keep(self, layer: HeldLayer, elements: Tensor) -> None:
-        parameter = layer.parameter
-        state = self.optimizer.state.get(parameter, {})
-        for name in self._moments(layer):
-            state[name] = state[name][elements]
-        parameter.data, parameter.grad = parameter.data[elements], None
+        # another parameter, since graphs of earlier steps, which may still be there, know this one by its shape
+        old, owner = layer.parameter, cast(Any, layer)
+        names = list(self._moments(layer))
+        new = nn.Parameter(old.detach()[elements], old.requires_grad)
+        setattr(owner, owner.parameter_name, new)
+        if old in self.optimizer.state:
+            state = self.optimizer.state.pop(old)
+            self.optimizer.state[new] = state | {name: state[name][elements] for name in names}
+        for group in self.optimizer.param_groups:
+            group["params"] = [new if one is old else one for one in group["params"]]
 
     def dense_gradient(self, layer: HeldLayer, owner: int) -> DenseGradient:
         return LocalGradient(layer.storage.weight_shape, layer.storage.device, owner, self.loss_scale)

@@ -13,9 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from hf_chts.layers.linked_layer import LinkedLayer
 from hf_chts.layers.sparse_layer import SparseLayer
 from hf_chts.layers.wrappers import original_name, unwrap
+
+_VALUES = LinkedLayer.parameter_name
 
 
 @contextmanager
@@ -39,14 +44,25 @@ def names_of_model(model: nn.Module, directory: str | Path) -> Iterator[None]:
             return
         if read is None:
             read = _read(inner, directory)
+        values = _renamed({key: value for key, value in state.items() if key.endswith(f".{_VALUES}")}, inner, own)
         state.clear()
-        state.update(read)
+        state.update(read | values)
 
     handle = model.register_load_state_dict_pre_hook(rename)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _renamed(values: dict[str, Tensor], model: PreTrainedModel, own: set[str]) -> dict[str, Tensor]:
+    """The values of links by their names in the model, which `from_pretrained` would take for left over."""
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    known = dict.fromkeys(own, True)
+    return {
+        key if key in own else rename_source_key(key, renamings, [], model.base_model_prefix, known)[0]: value
+        for key, value in values.items()
+    }
 
 
 def _read(model: PreTrainedModel, directory: str | Path) -> dict[str, Tensor]:

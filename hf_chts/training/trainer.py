@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, unwrap_peft_model
@@ -25,9 +25,10 @@ from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.evolution.evolver import Evolver, check_same_config
 from hf_chts.evolution.half_precision import refuse_half_precision
 from hf_chts.export.checksums import forget_checksums
+from hf_chts.export.linked_weights import LinkedWeights
 from hf_chts.files.full_disk import explain_failed_write
 from hf_chts.files.reading import directory_size
-from hf_chts.layers.wrappers import original_keys, original_name, saves_adapters_alone, uncompiled
+from hf_chts.layers.wrappers import original_keys, original_name, saves_adapters_alone, uncompiled, unwrap
 from hf_chts.names import listed
 from hf_chts.sparse_model import SparsityHandle, follow_masks, sparsify
 from hf_chts.training.any_trainer import AnyTrainer
@@ -74,6 +75,7 @@ class SparseTrainerMixin(
     sparse: SparsityHandle
     topology_callback: TopologyCallback | None
     _saved: Path | None = None  # the last checkpoint of this call of `train`
+    _for_others: bool = False  # whether what is being saved is no checkpoint
 
     def __init__(self, *positional: Any, sparsity: SparsityConfig | SparsityHandle | None = None, **named: Any) -> None:
         self._sparsity = sparsity
@@ -184,6 +186,7 @@ class SparseTrainerMixin(
                 refuse_half_precision(trained)
             if self.args.save_strategy != "no":
                 self._refuse_adapters_alone()
+            self._refuse_other_sizes()
             self.topology_callback.restore(None)
             self.topology_callback.warmup = None
         if checkpoint is not None:
@@ -196,6 +199,15 @@ class SparseTrainerMixin(
         if self.is_deepspeed_enabled and not self.args.save_only_model:
             return False  # its own files have all weights
         return saves_adapters_alone(cast(nn.Module, self.model))
+
+    def _refuse_other_sizes(self) -> None:
+        """Raises ValueError for options that put back earlier weights of parameters that have shrunk since."""
+        for name in ("load_best_model_at_end", "auto_find_batch_size"):
+            if self.sparse.config.compact_after_decay and getattr(self.args, name, False):
+                raise ValueError(
+                    f"{name} puts earlier weights back, and compact_after_decay may have made parameters smaller "
+                    "since: leave one of them out"
+                )
 
     def _refuse_adapters_alone(self) -> None:
         """Raises ValueError if sparse layers train whose weights would be missing from checkpoints."""
@@ -291,10 +303,13 @@ class SparseTrainerMixin(
         with names_of_model(model, self.state.best_model_checkpoint), original_keys(model):
             super()._load_best_model()
         verify_seal(self.state.best_model_checkpoint)
+        held = {name: layer.storage.slot_positions for name, layer in self.sparse.layers.items()}
+        slots = {name: positions.clone() for name, positions in held.items() if positions is not None}
         self._restore_topology(self.state.best_model_checkpoint)
         if self.topology_callback is not None:
             self.topology_callback.evolver.take_parts()
             # the optimizer's state is not loaded: its moments belong to the links of the last step
+            self.topology_callback.evolver.move_moments(slots)
             self.topology_callback.evolver.forget_missing()
             self.log_best_model()
 
@@ -327,12 +342,21 @@ class SparseTrainerMixin(
                 directory.mkdir(parents=True, exist_ok=True)
                 self.sparse.config.save(directory / CONFIG_NAME, measured=self.sparse.sparsity())
                 save_topology(directory, state)
-        super().save_model(output_dir, _internal_call)
+        self._for_others = not _internal_call
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._for_others = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:
             state_dict = {original_name(key): value for key, value in state_dict.items()}
         forget_checksums(Path(output_dir or self.args.output_dir or "."))  # of an earlier export into the same folder
+        model = unwrap(cast(nn.Module, self.model))
+        links = self.topology_callback is not None and self.sparse.config.storage == "links"
+        if links and self._for_others and isinstance(model, PreTrainedModel) and state_dict != {}:
+            # not a checkpoint of this run: what save_model writes is read by from_pretrained
+            state_dict = LinkedWeights(self.sparse, state_dict or model.state_dict()).dense()
         with original_keys(cast(nn.Module, self.model)):
             super()._save(output_dir, state_dict)
 

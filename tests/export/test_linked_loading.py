@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from architecture_trainer import trainer
 from cases import arguments, case_config
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, random_blocks, tiny_llama
@@ -131,3 +132,20 @@ def test_it_trains_on(tmp_path):
         run.train()
         found.append({name: layer.weight.detach() for name, layer in run.sparse.layers.items()})
     assert not [name for name in found[0] if not found[0][name].equal(found[1][name])]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "vit", "t5"])
+def test_a_checkpoint_and_what_save_model_writes(tmp_path, name):
+    run = trainer(name, tmp_path, "set", config={"storage": "links"}, save_strategy="steps", save_steps=12)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    for directory in (tmp_path / "checkpoint-12", tmp_path / "saved"):
+        loaded = load_sparse(directory)
+        for name, layer in SparsityHandle.of(loaded).layers.items():
+            assert layer.weight.equal(run.sparse.layers[name].weight), name
+        SparsityHandle.of(loaded).check()
+    plain = type(run.model).from_pretrained(tmp_path / "saved")
+    for name, layer in run.sparse.layers.items():
+        assert plain.get_submodule(name).weight.equal(layer.weight), name
+    with pytest.raises(ValueError, match="checkpoint of a run with storage links"):
+        load_sparse(tmp_path / "checkpoint-12", use_cache=False)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from hf_chts import SparsityConfig, sparsify
+from hf_chts.layers import weight_parts
 from hf_chts.layers.link_products import fill, product
 from hf_chts.layers.weight_parts import Slots
 
@@ -149,3 +152,28 @@ def test_fill():
     assert dense.equal(weight)
     dense.square().sum().backward()
     assert values.grad.equal(at_slots(slots, 2 * weight.detach()))
+
+
+def test_after_inference_mode_and_fake_tensors():
+    """Memory that products share is not left to a mode that was on when it was made."""
+    slots, _, values, x, bias = case()
+    weight_parts._kept.__dict__.clear()
+    with torch.inference_mode():
+        product(x, values, slots, bias)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        product(x, values, slots, bias)
+    expected = functional.linear(x, fill(values, slots), bias)
+    result = product(x, values, slots, bias)
+    torch.testing.assert_close(result, expected)
+    result.sum().backward()
+
+
+def test_the_gradient_of_a_transposed_input_is_contiguous():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    sparsify(model, SparsityConfig("set", storage="links", sparsity=0.8, target_modules=["0"]))
+    grads = []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        x = torch.arange(32.0).view(8, 4).t().requires_grad_()
+        run(x).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)

@@ -9,6 +9,8 @@ from cases import case_config
 from tiny import random_blocks, tiny_llama
 from torch import nn
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -261,3 +263,15 @@ def test_stored_weights_of_links_come_and_go():
     assert stored.matrix(None).equal(matrix.view(OUT, IN))
     stored.change(come=stored.positions, gone=torch.tensor([], dtype=torch.int64), weights=torch.tensor([]))
     assert stored.take(torch.tensor([7])).equal(torch.zeros(1))
+
+
+def test_weights_that_no_rule_initializes_are_refused():
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=tower | {"vocab_size": 50}, vision_config=tower | {"image_size": 16, "patch_size": 8}
+    )
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    sparse = sparsify(model, case_config("set", storage="links", sparsity=0.8))
+    with pytest.raises(ValueError, match="a CLIPModel is initialized say nothing of logit_scale"):
+        sparse.materialize()

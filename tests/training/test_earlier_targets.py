@@ -94,3 +94,15 @@ def test_masks_of_any_other_layers_are_refused(tmp_path, earlier):
         with pytest.raises(ValueError, match=r"are of another model or config: .*x_proj|dt_proj"):
             run.train(resume_from_checkpoint=str(directory / "checkpoint-8"))
         assert kinds(run.sparse) == ["in_proj", "out_proj"] * 2
+
+
+def test_with_links_in_slots(tmp_path, earlier):
+    whole, directory = earlier
+    run = trainer(tmp_path / "links", seed=5, storage="links")
+    run.train(resume_from_checkpoint=str(directory / "checkpoint-8"))
+    assert {type(layer).__name__ for layer in run.sparse.layers.values()} == {"LinkedLinear"}
+    again = trainer(tmp_path / "again", seed=6, storage="links")
+    again.train(resume_from_checkpoint=str(tmp_path / "links" / "checkpoint-16"))
+    for name, mask in whole.sparse.masks().items():
+        assert run.sparse.layers[name].topology.equal(mask)
+        assert again.sparse.layers[name].topology.equal(mask)

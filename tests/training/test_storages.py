@@ -72,6 +72,54 @@ def test_slots_are_given_back_when_the_sparsity_has_risen(tmp_path, case):
         case_config(case, compact_after_decay=True)
 
 
+def test_slots_are_given_back_in_a_loop_that_keeps_its_graph():
+    ids, found = torch.arange(16).view(2, 8), []
+    for compact in (False, True):
+        model = tiny_llama()
+        sparse = sparsify(model, case_config("chtss", storage="links", compact_after_decay=compact))
+        optimizer = torch.optim.AdamW(model.parameters())
+        evolver = sparse.evolver(optimizer, max_steps=24)
+        for _ in range(24):
+            loss = model(input_ids=ids, labels=ids).loss  # and with it the graph of the step before
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            evolver.step()
+        for layer in sparse.layers.values():
+            assert (layer.storage.vacant == 0) == compact
+            assert optimizer.state[layer.parameter]["exp_avg"].shape == layer.parameter.shape
+        assert len(optimizer.state) == len(list(model.parameters()))
+        found.append({name: layer.weight.detach() for name, layer in sparse.layers.items()})
+    for name, weight in found[0].items():
+        assert weight.equal(found[1][name])
+
+
+@pytest.mark.parametrize("case", ["set", "chtss"])
+def test_trained_on_from_the_best_model(tmp_path, case):
+    """The optimizer is kept, and its moments belong to links that are in other slots than the best model's."""
+    found = []
+    for storage in ("masked", "links"):
+        run = trainer(
+            tmp_path / storage, case, storage=storage, optim="adamw_torch", max_grad_norm=0.0, eval_strategy="steps",
+            eval_steps=4, save_steps=4, load_best_model_at_end=True, metric_for_best_model="loss",
+            greater_is_better=True, best_at_any_sparsity=True,
+        )  # fmt: skip
+        run.train()
+        assert run.state.best_global_step < 24
+        run.train()
+        found.append((losses(run), run.sparse.masks()))
+    assert found[0][0] == found[1][0]
+    assert not differences(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("option", ["load_best_model_at_end", "auto_find_batch_size"])
+def test_earlier_weights_do_not_fit_smaller_parameters(tmp_path, option):
+    options = {option: True, "eval_strategy": "steps", "eval_steps": 10}
+    run = trainer(tmp_path, "chtss", storage="links", config={"compact_after_decay": True}, **options)
+    with pytest.raises(ValueError, match=f"{option} puts earlier weights back"):
+        run.train()
+
+
 def test_an_update_without_room_changes_nothing():
     def no_spare_slots(shapes, config, links):
         return dict(links)

@@ -13,6 +13,22 @@ def same(first, second):
     return first.keys() == second.keys() and all(first[key].equal(value) for key, value in second.items())
 
 
+@pytest.mark.parametrize("storage", ["masked", "links"])
+@pytest.mark.parametrize("to", ["masked", "links"])
+@pytest.mark.parametrize("name", STORED)
+def test_a_run_is_resumed_from_either_storage(tmp_path, name, storage, to):
+    def run(storage, **changes):
+        settings = {"save_strategy": "steps", "save_steps": 6, "optim": "adamw_torch", "max_grad_norm": 0.0}
+        return trainer(name, tmp_path, "set", config={"storage": storage}, **settings, **changes)
+
+    whole = run(storage)
+    whole.train()
+    resumed = run(to)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for name, layer in whole.sparse.layers.items():
+        assert resumed.sparse.layers[name].weight.equal(layer.weight), name
+
+
 @pytest.mark.parametrize("method", ["set", "dense"])
 @pytest.mark.parametrize("name", STORED)
 def test_a_checkpoint_is_loaded_whole(tmp_path, name, method):
@@ -30,6 +46,16 @@ def test_a_checkpoint_is_loaded_whole(tmp_path, name, method):
         assert not same(again.model, run.model)
         again._load_from_checkpoint(str(directory))
         assert same(again.model, run.model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llava"])
+def test_the_best_model_is_loaded_whole_with_links(tmp_path, name):
+    often = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    worst = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    links = {"config": {"storage": "links"}}
+    run = trainer(name, tmp_path, "set", load_best_model_at_end=True, **links, **worst, **often)
+    run.train()
+    assert run.evaluate()["eval_loss"] == run.state.best_metric
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llava"])

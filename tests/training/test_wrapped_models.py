@@ -170,7 +170,7 @@ def test_a_checkpoint_that_has_the_names_of_a_compiled_model(tmp_path, whole):
         {f"_orig_mod.{key}": value for key, value in weights.items()}, old / "model.safetensors", {"format": "pt"}
     )
     state = load_topology(old)
-    for kind in ("masks", "explored", "born"):
+    for kind in ("masks", "shapes", "explored", "born"):
         setattr(state, kind, {f"_orig_mod.{name}": value for name, value in getattr(state, kind).items()})
     save_topology(old, state)
     (old / SEAL_NAME).unlink()
