@@ -55,7 +55,6 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     packed = PackedFiles(directory) if is_packed(contents) else None
     masks: Mapping[str, Tensor] = {}
     slots: Mapping[str, Tensor] = {}
-    in_slots = False  # whether it is a checkpoint whose weights are the values of links
     if not packed:
         topology = load_masks(directory)
         masks, slots = topology.masks, topology.slots
@@ -69,11 +68,16 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
         loader = model_class(contents, trust_remote_code=options["trust_remote_code"])
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
+    by_layers, in_slots = True, False  # weights are stored as layers have them; they are the values of slots
     if not packed:  # the loader checks packed ones itself
         verify_checksums(directory, PLAIN_STEM)
-        files = WeightFiles(directory, PLAIN_STEM)  # raises for truncated or mixed files, and names them
-        in_slots = any(key.endswith(f".{LinkedLayer.parameter_name}") for key in files.entries)
-    if _into_slots(directory, config, packed, masks, kwargs, in_slots):
+        stored = WeightFiles(
+            directory, PLAIN_STEM
+        ).entries.keys()  # raises for truncated or mixed files, and names them
+        in_slots = any(key.endswith(f".{LinkedLayer.parameter_name}") for key in stored)
+        by_layers = in_slots or {f"{name}.weight" for name in masks} <= stored
+    into_slots = by_layers and _can_fill_slots(config, kwargs)
+    if into_slots:
         options["config"] = AutoConfig.from_pretrained(directory, trust_remote_code=options["trust_remote_code"])
         options["config"].quantization_config = LinkedWeightsConfig(
             directory, config, packed, masks, slots if in_slots else {}
@@ -85,7 +89,7 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     model, info = loader.from_pretrained(directory, **options)
     _check_class(directory, model, architecture(contents), info)
-    if "config" in options:
+    if into_slots:
         return model
     layers: dict[str, nn.Module] = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, PLAIN_LAYERS)
@@ -103,26 +107,10 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def _into_slots(
-    directory: Path,
-    config: SparsityConfig,
-    packed: PackedFiles | None,
-    masks: Mapping[str, Tensor],
-    kwargs: Mapping[str, Any],
-    in_slots: bool,
-) -> bool:
-    """Whether the weights can be loaded into slots without being dense before."""
-    if (
-        config.storage != "links"
-        or config.is_dense
-        or config.allocation == "global"
-        or not kwargs.keys() <= KNOWN_OPTIONS
-    ):
-        return False
-    if packed or in_slots:
-        return True
-    # some architectures store weights in other pieces than their layers have
-    return {f"{name}.weight" for name in masks} <= WeightFiles(directory, PLAIN_STEM).entries.keys()
+def _can_fill_slots(config: SparsityConfig, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the layers keep slots, and the model can be made sparse before its weights are loaded."""
+    needs_weights = config.is_dense or config.allocation == "global"
+    return config.storage == "links" and not needs_weights and kwargs.keys() <= KNOWN_OPTIONS
 
 
 def _check_class(directory: Path, model: PreTrainedModel, name: str | None, info: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ than `dense_mib` when they are dense. Layers that are called under another autoc
 within the block, make their weights themselves.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hf_chts.layers.linked_layer import LinkedLayer, surroundings
+from hf_chts.layers.materialize import linked_blocks
 
 
 class _Removable(Protocol):
@@ -25,14 +26,17 @@ class _Removable(Protocol):
 def make_together(model: nn.Module) -> list[_Removable]:
     """Have the weights of a small model made block by block. Returns the hooks, to be removed.
 
-    Every rank must hold the values of all links.
+    Every rank must hold the values of all links. Before version 2.8 torch does not say whether saved tensors go through
+    hooks, so that layers could not tell activation checkpointing; there are no hooks then.
     """
+    if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        return []
     layers = [module for module in model.modules() if isinstance(module, LinkedLayer)]
     handles: list[_Removable] = []
     weights = sum(prod(layer.storage.shape) for layer in layers)
     if layers and weights * 2 <= layers[0].storage.dense_bytes:
         handles.append(_Traced(layers))
-        for block in _blocks(model):
+        for block, _ in linked_blocks(model):
             made = _BlockWeights(weights)
             handles += [
                 block.register_forward_pre_hook(made.make),
@@ -52,15 +56,6 @@ class _Traced:
     def remove(self) -> None:
         for layer in self.layers:
             layer.traced = False
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost entries of module lists that have linked layers."""
-    for child in module.children():
-        if isinstance(module, nn.ModuleList) and any(isinstance(inner, LinkedLayer) for inner in child.modules()):
-            yield child
-        else:
-            yield from _blocks(child)
 
 
 class _BlockWeights:

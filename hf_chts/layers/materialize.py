@@ -28,7 +28,7 @@ def materialize(model: PreTrainedModel, device: torch.device | str = "cpu") -> N
     there = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
     if there:
         raise ValueError(f"{there[0]} has a value already: only a model that is on the meta device can get new weights")
-    device, blocks = torch.device(device), list(_blocks(model, model))
+    device, blocks = torch.device(device), list(linked_blocks(model, model))
     for block, owner in blocks:
         _fill(block, owner, device, done=set())
     _fill(model, model, device, done={block for block, _ in blocks})
@@ -40,14 +40,18 @@ def materialize(model: PreTrainedModel, device: torch.device | str = "cpu") -> N
         )
 
 
-def _blocks(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
-    """The outermost entries of module lists that have linked layers, each with the model whose rules it follows."""
+def linked_blocks(module: nn.Module, owner: Any = None) -> Iterator[tuple[nn.Module, Any]]:
+    """The outermost entries of module lists that have linked layers, each with the model of transformers that it is in.
+
+    Args:
+        owner: the model that `module` is in.
+    """
     owner = module if isinstance(module, PreTrainedModel) else owner
     for child in module.children():
         if isinstance(module, nn.ModuleList) and any(isinstance(inner, LinkedLayer) for inner in child.modules()):
             yield child, owner
         else:
-            yield from _blocks(child, owner)
+            yield from linked_blocks(child, owner)
 
 
 def _fill(root: nn.Module, owner: PreTrainedModel, device: torch.device, done: set[nn.Module]) -> None:

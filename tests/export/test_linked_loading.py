@@ -12,6 +12,7 @@ from tiny_architectures import ARCHITECTURES
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -60,7 +61,7 @@ def test_as_if_it_had_been_dense(tmp_path, monkeypatch, build, packed, dense_lay
     dense_layers.reset_mock()
     loaded = load_sparse(directory)
     assert not dense_layers.called
-    monkeypatch.setattr(loading, "_into_slots", lambda *_: False)
+    monkeypatch.setattr(loading, "_can_fill_slots", lambda *_: False)
     expected = load_sparse(directory)
     assert dense_layers.called
     for one, other in (
@@ -87,6 +88,9 @@ def test_in_another_dtype(tmp_path, packed):
         assert layer.link_values.dtype == torch.bfloat16
         assert layer.link_positions.dtype == torch.int32
     assert load_sparse(directory, use_cache=False).config.use_cache is False  # an option that the config takes
+    given = LlamaConfig.from_pretrained(directory)
+    loaded = load_sparse(directory, config=given)
+    assert SparsityHandle.of(loaded).links() == SparsityHandle.of(load_sparse(directory)).links()
 
 
 @pytest.mark.parametrize("packed", [False, True])
