@@ -71,9 +71,8 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     by_layers, in_slots = True, False  # weights are stored as layers have them; they are the values of slots
     if not packed:  # the loader checks packed ones itself
         verify_checksums(directory, PLAIN_STEM)
-        stored = WeightFiles(
-            directory, PLAIN_STEM
-        ).entries.keys()  # raises for truncated or mixed files, and names them
+        files = WeightFiles(directory, PLAIN_STEM)  # raises for truncated or mixed files, and names them
+        stored = files.entries.keys()
         in_slots = any(key.endswith(f".{LinkedLayer.parameter_name}") for key in stored)
         by_layers = in_slots or {f"{name}.weight" for name in masks} <= stored
     into_slots = by_layers and _can_fill_slots(config, kwargs)
