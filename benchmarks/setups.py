@@ -1,18 +1,30 @@
 """Models, configs and runs that several benchmarks share."""
 
 import argparse
+import importlib.util
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from hf_chts import SparsityConfig, sparsify
 from hf_chts.evolution.evolver import Evolver
+from hf_chts.machine import device_name
 
 MODELS = Path(__file__).parents[1] / "configs/models"
+VOCABULARY = 128  # of a model that is cut to some of its blocks: hardly anything but sparse layers is left
+# sizes that no file of configs/models has: (the model that they differ from, how)
+FURTHER = {
+    "llama_350m": (
+        "llama_130m",
+        {"hidden_size": 1024, "intermediate_size": 2736, "num_hidden_layers": 24, "num_attention_heads": 16}
+        | {"num_key_value_heads": 16, "head_dim": 64},
+    )
+}
 STEPS = 10_000  # of a run that is `steady`
 # a run that ends only by `StopAfter`, far from its topology's first update, and leaves no files
 UNEVENTFUL: dict[str, Any] = {
@@ -57,10 +69,39 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
-def network(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of configs/models with random weights."""
+def model_config(name: str) -> PretrainedConfig:
+    """A model of configs/models or `FURTHER`; "llama_1b/1" is one block of it, with a small vocabulary."""
+    model, _, blocks = name.partition("/")
+    base, changes = FURTHER.get(model, (model, {}))
+    config = AutoConfig.from_pretrained(MODELS / f"{base}.json")
+    config.update(changes | ({"num_hidden_layers": int(blocks), "vocab_size": VOCABULARY} if blocks else {}))
+    return config
+
+
+def network(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A model by `model_config`, with these fields of its config changed, and random weights."""
+    config = model_config(name)
+    config.update(changes)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODELS / f"{name}.json"), dtype=dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Where a benchmark runs, and what torch and numba take the processor for."""
+    limits = {name: os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS") if name in os.environ}
+    target = None
+    if importlib.util.find_spec("numba"):
+        from llvmlite import binding
+        from numba import config
+
+        target = config.CPU_NAME or binding.get_host_cpu_name()
+    return {
+        "machine": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "numba_target": target,
+        "torch": torch.__version__,
+    } | limits
 
 
 def steady(method: str, sparsity: float = 0.9, **changes: Any) -> SparsityConfig:
