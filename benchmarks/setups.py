@@ -3,8 +3,9 @@
 import argparse
 import importlib.util
 import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ FURTHER = {
     )
 }
 STEPS = 10_000  # of a run that is `steady`
+# way of training → what its config has beside method and sparsity
+STORAGES: dict[str, dict[str, str]] = {
+    "masked": {"storage": "masked"},
+    "links": {"storage": "links"},
+    "sparse": {"storage": "links", "compute": "sparse"},
+    "auto": {"storage": "links", "compute": "auto"},
+}
 # a run that ends only by `StopAfter`, far from its topology's first update, and leaves no files
 UNEVENTFUL: dict[str, Any] = {
     "max_steps": 100_000,
@@ -88,7 +96,9 @@ def network(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pr
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Where a benchmark runs, and what torch and numba take the processor for."""
-    limits = {name: os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS") if name in os.environ}
+    limits = {
+        name: os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS") if name in os.environ
+    }
     target = None
     if importlib.util.find_spec("numba"):
         from llvmlite import binding
@@ -102,6 +112,23 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "numba_target": target,
         "torch": torch.__version__,
     } | limits
+
+
+def turns(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What each of them gives, in turns, and the first of each round in turns too."""
+    names, found = list(runs), {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            found[name].append(runs[name]())
+    return found
+
+
+def ratios(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each way's ratios to the dense one of the same round."""
+    return {
+        way: float(f"{statistics.median(s / d for s, d in zip(taken, seconds['dense'], strict=True)):.4g}")
+        for way, taken in seconds.items()
+    }
 
 
 def steady(method: str, sparsity: float = 0.9, **changes: Any) -> SparsityConfig:

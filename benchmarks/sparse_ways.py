@@ -1,11 +1,14 @@
-"""Other ways to multiply with sparse weights, for benchmarks: sparselab's layer, torch's CSR products, and none at all."""
+"""Other ways to multiply with sparse weights, for benchmarks: sparselab's layer, torch's CSR products, and none."""
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 
 class Csr:
@@ -38,10 +41,10 @@ class CsrProduct(torch.autograd.Function):
         return (index.matrix(values) @ x.t()).t()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, values = ctx.saved_tensors
         index: Csr = ctx.index
-        of_input = (index.transpose(values) @ gradient.t()).t()
+        of_input = (index.transpose(values) @ gradient.t()).t() if ctx.needs_input_grad[0] else None
         nothing = index.matrix(torch.zeros_like(values))
         of_values = torch.sparse.sampled_addmm(nothing, gradient.t(), x, beta=0.0).values()
         return of_input, of_values, None

@@ -7,8 +7,8 @@ package, its `SparseLinear`), csr (torch's CSR products). Whole models also have
 and all have "rest", the model without the products of the layers that the others have sparse: no way to multiply with
 links can be faster than that, so 1/rest_share bounds every speed-up, 1/head_share that with any blocks.
 
-All ways begin with the same weights and links, and take turns in one process; a ratio is the median over the turns. One
-JSON line for each model, number of tokens and sparsity. "llama_1b/1" is one block of it with a vocabulary of 128 tokens.
+All ways begin with the same weights and links, and take turns in one process; a ratio is the median over the turns.
+Prints one JSON line for each model, number of tokens and sparsity. "llama_1b/1" is one block with a vocabulary of 128.
 """
 
 import argparse
@@ -16,22 +16,15 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from setups import STEPS, finish, machine, network, parser
+from setups import STEPS, STORAGES, finish, machine, network, parser, ratios, turns
 from sparse_ways import REPLACEMENTS, replace
 from torch import Tensor
 
 from hf_chts import SparsityConfig, sparsify
 
-# way → what its config has beside method and sparsity
-STORAGES: dict[str, dict[str, str]] = {
-    "masked": {"storage": "masked"},
-    "links": {"storage": "links"},
-    "sparse": {"storage": "links", "compute": "sparse"},
-    "auto": {"storage": "links", "compute": "auto"},
-}
 WAYS = ["dense", *STORAGES, "sparselab", "csr", "head", "rest"]
 
 
@@ -43,7 +36,9 @@ def sparsity_config(sparsity: float, **fields: str) -> SparsityConfig:
 class Run:
     """A model that is trained in one way."""
 
-    def __init__(self, way: str, model: str, sparsity: float, masks: Mapping[str, Tensor], o: argparse.Namespace) -> None:
+    def __init__(
+        self, way: str, model: str, sparsity: float, masks: Mapping[str, Tensor], o: argparse.Namespace
+    ) -> None:
         self.device, self.bf16, self.evolver = o.device, o.bf16, None
         network_ = network(model, **({"num_hidden_layers": 0} if way == "head" else {}))
         network_.to(self.device)
@@ -77,23 +72,6 @@ class Run:
             finish()
             found.append(time.perf_counter() - start)
         return statistics.median(found)
-
-
-def turns(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each of them gives, in turns, and the first of each round in turns too."""
-    names, found = list(runs), {name: [] for name in runs}
-    for repeat in range(repeats):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            found[name].append(runs[name]())
-    return found
-
-
-def ratios(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    """The median of each way's ratios to the dense one of the same round."""
-    return {
-        way: round(statistics.median(s / d for s, d in zip(taken, seconds["dense"], strict=True)), 3)
-        for way, taken in seconds.items()
-    }
 
 
 def measure(model: str, batch: tuple[int, int], sparsity: float, o: argparse.Namespace) -> dict:
@@ -153,7 +131,7 @@ def measure(model: str, batch: tuple[int, int], sparsity: float, o: argparse.Nam
 
 
 def sizes(text: str) -> tuple[int, int]:
-    """"8x256" or "2048": sequences and tokens of each, which are 256 at most where only the product is said."""
+    """ "8x256" or "2048": sequences and tokens of each, which are 256 at most where only the product is said."""
     if "x" in text:
         sequences, length = (int(number) for number in text.split("x"))
         return sequences, length
