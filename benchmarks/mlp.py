@@ -13,7 +13,7 @@ import statistics
 import time
 
 import torch
-from setups import STEPS, STORAGES, machine, parser, ratios, turns
+from setups import STEPS, STORAGES, compared, machine, parser, turns
 from sparse_ways import REPLACEMENTS, replace
 from torch import nn
 from torch.nn import functional
@@ -75,7 +75,6 @@ def measure(optimizer: str, threads: int, sparsity: float, o: argparse.Namespace
     runs = {way: stepper(way) for way in ways}
     turns(runs, 1)  # warms up
     seconds = turns(runs, o.repeats)
-    found = ratios(seconds)
     same = [loss for way, loss in losses.items() if way not in ("dense", "rest")]
     return {
         "benchmark": "mlp",
@@ -85,8 +84,7 @@ def measure(optimizer: str, threads: int, sparsity: float, o: argparse.Namespace
         "batch": o.batch,
         "optimizer": optimizer,
         "steps_a_second": {way: round(1 / statistics.median(taken), 1) for way, taken in seconds.items()},
-        "speedup": {way: round(1 / ratio, 2) for way, ratio in found.items() if way != "dense"},
-        "bound": round(1 / found["rest"], 2),
+        **compared(seconds),
         "losses_apart": round(max(same) - min(same), 7) if same else 0.0,
         "steps": o.steps,
         "repeats": o.repeats,

@@ -123,11 +123,26 @@ def turns(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, li
     return found
 
 
-def ratios(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    """The median of each way's ratios to the dense one of the same round."""
+def ratios(seconds: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Each way's ratios to the dense one of the same round, sorted."""
     return {
-        way: float(f"{statistics.median(s / d for s, d in zip(taken, seconds['dense'], strict=True)):.4g}")
-        for way, taken in seconds.items()
+        way: sorted(taken / dense for taken, dense in zip(many, seconds["dense"], strict=True))
+        for way, many in seconds.items()
+    }
+
+
+def compared(seconds: Mapping[str, list[float]], floor: str = "rest") -> dict[str, Any]:
+    """How many times as fast as the dense one each way is: the median over the rounds, and the extremes.
+
+    `bound` is that of the way that leaves out all that is sparse in the others.
+    """
+    found = ratios(seconds)
+    speedup = {way: float(f"{1 / statistics.median(many):.4g}") for way, many in found.items()}
+    ways = [way for way in found if way not in ("dense", floor)]
+    return {
+        "speedup": {way: speedup[way] for way in ways},
+        "speedups": {way: [round(1 / found[way][-1], 2), round(1 / found[way][0], 2)] for way in ways},
+        "bound": speedup[floor],
     }
 
 

@@ -5,10 +5,11 @@
 The ways: dense, masked, links (storage links, dense products), sparse and auto (compute: sparse, auto), sparselab (PyPI
 package, its `SparseLinear`), csr (torch's CSR products). Whole models also have "head", the model without its blocks,
 and all have "rest", the model without the products of the layers that the others have sparse: no way to multiply with
-links can be faster than that, so 1/rest_share bounds every speed-up, 1/head_share that with any blocks.
+links can be faster than that, so 1/rest_share (`bound`) bounds every speed-up, 1/head_share that with any blocks.
 
-All ways begin with the same weights and links, and take turns in one process; a ratio is the median over the turns.
-Prints one JSON line for each model, number of tokens and sparsity. "llama_1b/1" is one block with a vocabulary of 128.
+All ways begin with the same weights and links, and take turns in one process; `speedup` is how many times as fast as
+the dense step each is, the median over the turns, `speedups` the extremes. Prints one JSON line for each model, number
+of tokens and sparsity. "llama_1b/1" is one block of that model with a vocabulary of 128 tokens.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 from collections.abc import Mapping
 
 import torch
-from setups import STEPS, STORAGES, finish, machine, network, parser, ratios, turns
+from setups import STEPS, STORAGES, compared, finish, machine, network, parser, ratios, turns
 from sparse_ways import REPLACEMENTS, replace
 from torch import Tensor
 
@@ -104,9 +105,9 @@ def measure(model: str, batch: tuple[int, int], sparsity: float, o: argparse.Nam
     for way in ways:  # to warm up, and to make the models
         turn(way)
     seconds = turns({way: lambda way=way: turn(way) for way in ways}, o.repeats)
-    found = ratios(seconds)
     same = [loss for way, loss in losses.items() if way not in ("dense", "head", "rest")]
-    shares = {f"{part}_share": found.pop(part) for part in ("head", "rest") if part in found}
+    head = seconds.pop("head", None)
+    found = compared(seconds)
     return {
         "benchmark": "step",
         "model": model,
@@ -118,10 +119,9 @@ def measure(model: str, batch: tuple[int, int], sparsity: float, o: argparse.Nam
         "dtype": "bf16 autocast" if o.bf16 else "fp32",
         "compiled": o.compile,
         "seconds": {way: round(statistics.median(taken), 5) for way, taken in seconds.items()},
-        "ratio": {way: ratio for way, ratio in found.items() if way != "dense"},
-        "speedup": {way: round(1 / ratio, 2) for way, ratio in found.items() if way != "dense"},
-        **shares,
-        "bound": round(1 / shares["rest_share"], 2),
+        **found,
+        "rest_share": round(1 / found["bound"], 4),
+        **({"head_share": round(statistics.median(ratios({**seconds, "head": head})["head"]), 4)} if head else {}),
         "losses_apart": round(max(same) - min(same), 7) if same else 0.0,
         "steps": o.steps,
         "repeats": o.repeats,
