@@ -99,12 +99,16 @@ def run(job: Job) -> int:
     timer = threading.Timer(job.limit, stop)
     timer.start()
     assert process.stdout is not None
-    for line in process.stdout:
-        print(line[:300].rstrip(), flush=True)
-        if line.startswith("{"):
-            add({"group": job.group, "command": job.command, "result": json.loads(line)})
-    status = process.wait()
-    timer.cancel()
+    try:
+        for line in process.stdout:
+            print(line[:300].rstrip(), flush=True)
+            if line.startswith('{"'):  # the Trainer prints Python's dicts
+                add({"group": job.group, "command": job.command, "result": json.loads(line)})
+        status = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            stop()
     status = 124 if late.is_set() else status
     add({"group": job.group, "command": job.command, "exit": status, "seconds": round(time.perf_counter() - start)})
     return status
