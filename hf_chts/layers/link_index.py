@@ -50,8 +50,41 @@ class Direction:
         return -(-self.shape[1] // self.block)
 
     @property
+    def count(self) -> int:
+        """The number of links."""
+        return int(self.starts[-1])
+
+    def column_numbers(self) -> Tensor:
+        """The column of each link: int64 (links,)."""
+        numbers = self.columns[: self.count].long()
+        return numbers & 0xFFFF if self.columns.dtype == torch.int16 else numbers
+
+    def positions(self) -> Tensor:
+        """Row · columns + column of each link: int64 (links,)."""
+        rows, columns = self.shape
+        row = torch.arange(rows).repeat(self.blocks).repeat_interleave(self.starts.diff())
+        return row * columns + self.column_numbers()
+
+    @property
     def tensors(self) -> list[Tensor]:
         return [self.columns, self.slots, self.starts]
+
+    def sort(self, positions: Tensor, turned: bool) -> None:
+        """What hf_chts/kernels/link_order.py does, with torch's operators.
+
+        Args:
+            positions: integer (slots,): row · columns + column for each slot, of the transposed links if `turned`.
+        """
+        rows, columns = self.shape
+        slots = (positions < rows * columns).nonzero()[:, 0]
+        there = positions[slots].long()
+        row, column = (there % rows, there // rows) if turned else (there // columns, there % columns)
+        place = column // self.block * rows + row
+        order = (place * columns + column).argsort()
+        self.slots[: len(slots)] = slots[order].int()
+        self.columns[: len(slots)] = column[order].int().to(self.columns.dtype)
+        counts = torch.bincount(place, minlength=self.blocks * rows)
+        self.starts[0], self.starts[1:] = 0, counts.cumsum(0)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         columns = self.columns.numpy()
@@ -87,14 +120,22 @@ class LinkIndex:
         Args:
             positions: integer (slots,) on the CPU, in the layout of the weight: (in, out) if it is `transposed`.
         """
-        from hf_chts.kernels.link_order import order_links  # late: imports numba
-
         by_row, by_column = (self.backward, self.forward) if transposed else (self.forward, self.backward)
-        blocks = (by_column.block, by_row.block)
-        order_links(positions.numpy(), *by_row.shape, blocks, by_row.arrays(), by_column.arrays())
+        if kernels.available():
+            from hf_chts.kernels.link_order import order_links  # late: imports numba
+
+            blocks = (by_column.block, by_row.block)
+            order_links(positions.numpy(), *by_row.shape, blocks, by_row.arrays(), by_column.arrays())
+        else:
+            by_row.sort(positions, turned=False)
+            by_column.sort(positions, turned=True)
         for tensor in (*self.forward.tensors, *self.backward.tensors):
             torch.autograd.graph.increment_version(tensor)  # so that a backward pass of older links says so
         self.version = version
+
+    @property
+    def slots(self) -> int:
+        return self.forward.slots.numel()
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +144,8 @@ class LinkIndex:
 
 def _block(features: int) -> int:
     """How many features of a tile stay in half of a core's second cache, in blocks of one size."""
+    if not kernels.available():  # torch's sparse products know nothing of blocks
+        return features
     most = max(64, _second_cache() // 2 // _TOKEN_BYTES)
     blocks = -(-features // most)
     return max(1, -(-features // blocks))
@@ -116,8 +159,3 @@ def _second_cache() -> int:
     except (AttributeError, ValueError, OSError):
         size = 0
     return min(max(size, 256 * 1024), 4 * 1024 * 1024) if size > 0 else 1024 * 1024
-
-
-def usable() -> bool:
-    """Whether products with the links alone run here, other than by torch's own sparse ones."""
-    return kernels.available()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_chts import kernels
+from hf_chts.layers.csr_products import csr_product
 from hf_chts.layers.link_index import Direction, LinkIndex
 from hf_chts.layers.tiles import cut_tokens, shared_tiles, tile_width, uncut_tokens
 from hf_chts.layers.weight_parts import kept_buffer
@@ -18,6 +20,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 _PIECES = 2048  # bytes of each thread, for pieces that are no 16 by 16
 _STEP = 1 << 15  # links that a thread gathers at a time
 _FEW = 1 << 16  # multiplications that are not worth a second thread
+
+
+def takes(x: Tensor) -> bool:
+    """Whether x can be multiplied with links alone: float32 or bfloat16 on the CPU, under autocast too."""
+    return x.device.type == "cpu" and _dtype(x) in DTYPES and x.numel() > 0
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def sparse_product(x: Tensor, values: Tensor, bias: Tensor | None, index: LinkIndex) -> Tensor:
@@ -29,16 +40,20 @@ def sparse_product(x: Tensor, values: Tensor, bias: Tensor | None, index: LinkIn
         bias: (out,).
 
     Returns:
-        (…, out), of the dtype of x.
+        (…, out), of the dtype of x, or that of autocast.
     """
+    dtype = _dtype(x)
+    bias = bias if bias is None else bias.to(dtype)
+    if not kernels.available():
+        return csr_product(x.to(dtype), values, bias, index)
     if torch.compiler.is_compiling():
         both = (*index.forward.tensors, *index.backward.tensors)
         blocks = (index.forward.block, index.backward.block)
-        tiles = _cut_op(x.reshape(-1, x.shape[-1]))
+        tiles = _cut_op(x.to(dtype).reshape(-1, x.shape[-1]))
         tokens = x.shape[:-1].numel()
         out = _multiply_op(tiles, values, bias, *both, *index.forward.shape, *blocks, tokens)
         return out.view(*x.shape[:-1], index.forward.shape[0])
-    return _Multiply.apply(shared_tiles(x), values, bias, index, x.shape[:-1])
+    return _Multiply.apply(shared_tiles(x, dtype), values, bias, index, x.shape[:-1])
 
 
 class _Multiply(torch.autograd.Function):
@@ -130,7 +145,7 @@ def sampled(tiles: Tensor, gradients: Tensor, values: Tensor, links: Direction) 
     threads.run(
         link_loops.scatter(of_values.dtype == torch.bfloat16),
         -(-len(values) // _STEP),
-        *(found.data_ptr(), links.slots.data_ptr(), _links(links), of_values.data_ptr(), _STEP),
+        *(found.data_ptr(), links.slots.data_ptr(), links.count, of_values.data_ptr(), _STEP),
         threads=team,
     )
     return of_values.to(values.dtype)
@@ -143,21 +158,13 @@ def _gather(values: Tensor, links: Direction, into: int, team: int) -> None:
     threads.run(
         link_loops.gather(values.dtype == torch.bfloat16),
         -(-len(values) // _STEP),
-        *(values.data_ptr(), links.slots.data_ptr(), _links(links), into, _STEP),
+        *(values.data_ptr(), links.slots.data_ptr(), links.count, into, _STEP),
         threads=team,
     )
 
 
-def _links(links: Direction) -> int:
-    return int(links.starts[-1])
-
-
 def _team(work: int) -> int:
     return 1 if work < _FEW else torch.get_num_threads()
-
-
-def _direction(columns: Tensor, slots: Tensor, starts: Tensor, shape: tuple[int, int], block: int) -> Direction:
-    return Direction(columns, slots, starts, shape, block)
 
 
 @torch.library.custom_op("hf_chts::cut_tokens", mutates_args=())

@@ -70,16 +70,16 @@ class _Cut(torch.autograd.Function):
         return uncut_tokens(grad, ctx.shape[:-1].numel()).view(ctx.shape)
 
 
-def shared_tiles(x: Tensor) -> Tensor:
-    """The tiles of x, (…, features); cut anew only if the last call of this thread was not about the same tensor.
+def shared_tiles(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tiles of x, (…, features), in a dtype; those of this thread's last call, if that was about the same tensor.
 
     They are kept as long as their input, and no longer.
     """
-    there = (x._version, torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True))
+    there = (dtype, x._version, torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True))
     last = getattr(_shared, "last", None)
     if last is not None and last[0]() is x and last[1] == there:
         return last[2]
-    tiles = _Cut.apply(x)
+    tiles = _Cut.apply(x.to(dtype))
 
     def forget(reference: Any) -> None:
         if getattr(_shared, "last", (None,))[0] is reference:
