@@ -149,7 +149,11 @@ def _converted(
     links = {name: int(torch.count_nonzero(masks[name])) for name in targets}
     shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
     slots = most_links(shapes, config, links) if targets else {}
-    return dict(link_layers(targets, masks, slots, config.dense_mib * 2**20))
+    linked = link_layers(targets, masks, slots, config.dense_mib * 2**20)
+    if config.compute == "sparse":  # with auto, an evolver measures first
+        for layer in linked.values():
+            layer.storage.multiply_links(up_to=layer.storage.room)
+    return dict(linked)
 
 
 def _targets(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tensor] | None) -> dict[str, nn.Module]:

@@ -1,8 +1,8 @@
 """Runs numba's loops on torch's own threads.
 
-A pool of numba's beside torch's would fight with it: the threads of each wait for their next work in a busy loop, on the
-cores that the other needs. So a loop is handed to the OpenMP runtime that torch has loaded, and its threads, which are
-awake and warm, take the chunks of work one after the other.
+A pool of numba's beside torch's would fight with it: the threads of each wait for their next work in a busy loop, on
+the cores that the other needs. So a loop is handed to the OpenMP runtime that torch has loaded, and its threads, which
+are awake and warm, take the chunks of work one after the other.
 
 A loop is a C function that numba compiles, `@cfunc("void(voidptr)", cache=True)`, and gets the address of 64-bit words:
 
@@ -13,7 +13,7 @@ A loop is a C function that numba compiles, `@cfunc("void(voidptr)", cache=True)
 
     @cfunc("void(voidptr)", cache=True)
     def _double(data):
-        words = carray(data, 6, np.int64)
+        words = carray(int64_at(words_of(data)), 6)
         values = carray(float32_at(words[3]), words[4])
         chunk = claim(data, 0)
         while chunk < words[1]:
@@ -49,6 +49,16 @@ def claim(typingctx: Any, data: Any, word: Any) -> Any:
         return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(types.voidptr, types.intp), generate
+
+
+@intrinsic
+def words_of(typingctx: Any, data: Any) -> Any:
+    """The address of a loop's words, as a number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ptrtoint(arguments[0], ir.IntType(64))
+
+    return types.int64(types.voidptr), generate
 
 
 def _pointer(dtype: Any) -> Any:
