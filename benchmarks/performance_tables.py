@@ -94,8 +94,29 @@ def updates(results: Sequence[Result]) -> str:
     return table(head, rows)
 
 
+def anything(results: Sequence[Result]) -> str:
+    """Whatever single numbers and words there are, but those that say what the machine is."""
+    of_machine = (
+        "benchmark",
+        "machine",
+        "threads",
+        "torch",
+        "torch_capability",
+        "numba_target",
+        "processor",
+        "repeats",
+    )
+    fields = list(dict.fromkeys(f for r in results for f, value in r.items() if not isinstance(value, list | dict)))
+    fields = [field for field in fields if field not in of_machine]
+    return table(
+        [field.replace("_", " ") for field in fields], [[r.get(field, "") for field in fields] for r in results]
+    )
+
+
 TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "step": steps,
+    "auto": steps,
+    "decode": anything,
     "mlp": mlps,
     "update": updates,
     "exponents": exponents,
