@@ -47,19 +47,29 @@ class SparsityHandle(SparseLayers):
             )
         materialize(self.model, device)
 
-    def evolver(self, optimizer: Any, max_steps: int, *, step: int = 0) -> Evolver:
+    def evolver(
+        self,
+        optimizer: Any,
+        max_steps: int,
+        *,
+        step: int = 0,
+        tokens: int = 1024,
+        dtype: torch.dtype | None = None,
+    ) -> Evolver:
         """Evolve the topology in a training loop of your own; see `Evolver`. Collective.
 
         Args:
             optimizer: torch's, Accelerate's or DeepSpeed's, as prepared for the run.
             max_steps: optimizer steps of the run, for the schedules.
             step: how many of them are finished.
+            tokens: in each forward pass, for the measurement of compute: auto.
+            dtype: of autocast, if the loop uses it; likewise.
 
         Raises:
             ValueError: the optimizer has none of the sparse layers' weights, or see `Evolver.begin`.
         """
         evolver = Evolver(self)
-        evolver.begin(max_steps, optimizer, step)
+        evolver.begin(max_steps, optimizer, step, tokens=tokens, dtype=dtype)
         assert evolver.engine is not None
         trains = [layer for layer in self.layers.values() if layer.parameter.requires_grad]
         if trains and not evolver.engine.trained(self.layers):

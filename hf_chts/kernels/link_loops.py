@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit
 
-from hf_chts.kernels import vectors
+from hf_chts.kernels import link_vectors
+from hf_chts.kernels.link_vectors import accumulate, flush, restore, sample, transpose
 from hf_chts.kernels.threads import claim, float32_at, int32_at, int64_at, uint16_at, uint32_at, words_of
-from hf_chts.kernels.vectors import accumulate, flush, restore, sample, transpose
 
 
 def compiled(function: Callable[[Any], None]) -> int:
@@ -66,7 +66,7 @@ def clear(address, count):
 @functools.cache
 def cut(width: int, half: bool) -> int:
     """Cut tokens, (tokens, features) with rows at a stride, into tiles; tokens that fill up the last tile are 0."""
-    W, HALF, SIZE, MADE_OF = width, half, 2 if half else 4, vectors.VERSION
+    W, HALF, SIZE, MADE_OF = width, half, 2 if half else 4, link_vectors.VERSION
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 16)
@@ -126,7 +126,7 @@ def write_tokens(strip, rows, width, out, out_stride, tokens, bias, temporary, h
 @functools.cache
 def uncut(width: int, half: bool) -> int:
     """The inverse of `cut`, into contiguous tokens."""
-    W, HALF, SIZE, MADE_OF = width, half, 2 if half else 4, vectors.VERSION
+    W, HALF, SIZE, MADE_OF = width, half, 2 if half else 4, link_vectors.VERSION
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 16)
@@ -149,7 +149,7 @@ def uncut(width: int, half: bool) -> int:
 @functools.cache
 def multiply(width: int, half: bool, short: bool) -> int:
     """Links times tiles: into tiles, or into tokens with a bias."""
-    W, HALF, SHORT, SIZE, MADE_OF = width, half, short, 2 if half else 4, vectors.VERSION
+    W, HALF, SHORT, SIZE, MADE_OF = width, half, short, 2 if half else 4, link_vectors.VERSION
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 24)
@@ -202,7 +202,7 @@ def write_halves(source, target, count):
 @functools.cache
 def sample_links(width: int, half: bool, short: bool) -> int:
     """For each link, the sum over tokens of its row in one set of tiles times its column in another."""
-    W, HALF, SHORT, SIZE, MADE_OF = width, half, short, 2 if half else 4, vectors.VERSION
+    W, HALF, SHORT, SIZE, MADE_OF = width, half, short, 2 if half else 4, link_vectors.VERSION
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 16)
