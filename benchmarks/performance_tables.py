@@ -94,29 +94,24 @@ def updates(results: Sequence[Result]) -> str:
     return table(head, rows)
 
 
-def anything(results: Sequence[Result]) -> str:
-    """Whatever single numbers and words there are, but those that say what the machine is."""
-    of_machine = (
-        "benchmark",
-        "machine",
-        "threads",
-        "torch",
-        "torch_capability",
-        "numba_target",
-        "processor",
-        "repeats",
-    )
-    fields = list(dict.fromkeys(f for r in results for f, value in r.items() if not isinstance(value, list | dict)))
-    fields = [field for field in fields if field not in of_machine]
-    return table(
-        [field.replace("_", " ") for field in fields], [[r.get(field, "") for field in fields] for r in results]
-    )
+def decodes(results: Sequence[Result]) -> str:
+    head = ["model", "sparsity", "weights", "tokens/s", "bound", "MB read a token", "packed over it"]
+    rows = [
+        [
+            f"{model_name(r['model'])}, {r['layers']} blocks", percent(r["sparsity"]), way.replace("_", " "),
+            r[way]["tokens_per_second"], r[way]["bound"], round(r[way]["bytes_read"] / 1e6),
+            times(r.get(f"over_{way}")),
+        ]
+        for r in results
+        for way in ("packed", "dense_bf16", "dense_fp32")
+    ]  # fmt: skip
+    return table(head, rows)
 
 
 TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "step": steps,
     "auto": steps,
-    "decode": anything,
+    "decode": decodes,
     "mlp": mlps,
     "update": updates,
     "exponents": exponents,
