@@ -33,10 +33,10 @@ def ways_of(results: Sequence[Result], field: str) -> list[str]:
 
 def steps(results: Sequence[Result]) -> str:
     ways = ways_of(results, "speedup")
-    head = ["model", "tokens", "sparsity", "", "dense, s", *ways, "bound", "head's share"]
+    head = ["model", "tokens", "sparsity", "in", "dense, s", *ways, "bound", "head's share"]
     rows = [
         [
-            model_name(r["model"]), r["batch"], percent(r["sparsity"]), r["dtype"].split()[0], r["seconds"]["dense"],
+            model_name(r["model"]), r["batch"].replace("x", "×"), percent(r["sparsity"]), r["dtype"].split()[0], f"{r['seconds']['dense']:.3g}",
             *(times(r["speedup"].get(way)) for way in ways), times(r["bound"]),
             percent(round(r["head_share"], 2)) if "head_share" in r else "",
         ]
@@ -64,7 +64,11 @@ def exponents(results: Sequence[Result]) -> str:
         names = [name for name in r["exponent"] if name != "rest"]
         head = ["one block of", "weights", *(f"{name}, s" for name in names)]
         rows: list[Sequence[object]] = [
-            [model_name(model).split(",")[0], f"{weights / 1e6:.1f} M", *(r["seconds"][name][i] for name in names)]
+            [
+                model_name(model).split(",")[0],
+                f"{weights / 1e6:.1f} M",
+                *(f"{r['seconds'][name][i]:.3g}" for name in names),
+            ]
             for i, (model, weights) in enumerate(zip(r["models"], r["weights"], strict=True))
         ]
         rows.append(["**exponent**", "", *(f"**{r['exponent'][name]:.2f}**" for name in names)])
