@@ -36,7 +36,8 @@ def steps(results: Sequence[Result]) -> str:
     head = ["model", "tokens", "sparsity", "in", "dense, s", *ways, "bound", "head's share"]
     rows = [
         [
-            model_name(r["model"]), r["batch"].replace("x", "×"), percent(r["sparsity"]), r["dtype"].split()[0], f"{r['seconds']['dense']:.3g}",
+            model_name(r["model"]), r["batch"].replace("x", "×"), percent(r["sparsity"]), r["dtype"].split()[0],
+            f"{r['seconds']['dense']:.3g}",
             *(times(r["speedup"].get(way)) for way in ways), times(r["bound"]),
             percent(round(r["head_share"], 2)) if "head_share" in r else "",
         ]
