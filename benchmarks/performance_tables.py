@@ -31,14 +31,19 @@ def ways_of(results: Sequence[Result], field: str) -> list[str]:
     return [way for way in known if any(way in result[field] for result in results)]
 
 
+def over_sparselab(result: Result) -> str:
+    both = [result["speedup"].get(way) for way in ("sparse", "sparselab")]
+    return times(both[0] / both[1]) if all(both) else ""
+
+
 def steps(results: Sequence[Result]) -> str:
     ways = ways_of(results, "speedup")
-    head = ["model", "tokens", "sparsity", "in", "dense, s", *ways, "bound", "head's share"]
+    head = ["model", "tokens", "sparsity", "in", "dense, s", *ways, "sparse over sparselab", "bound", "head's share"]
     rows = [
         [
             model_name(r["model"]), r["batch"].replace("x", "×"), percent(r["sparsity"]), r["dtype"].split()[0],
             f"{r['seconds']['dense']:.3g}",
-            *(times(r["speedup"].get(way)) for way in ways), times(r["bound"]),
+            *(times(r["speedup"].get(way)) for way in ways), over_sparselab(r), times(r["bound"]),
             percent(round(r["head_share"], 2)) if "head_share" in r else "",
         ]
         for r in results
@@ -48,11 +53,11 @@ def steps(results: Sequence[Result]) -> str:
 
 def mlps(results: Sequence[Result]) -> str:
     ways = ways_of(results, "speedup")
-    head = ["optimizer", "threads", "sparsity", "dense, steps/s", *ways, "bound"]
+    head = ["optimizer", "threads", "sparsity", "dense, steps/s", *ways, "sparse over sparselab", "bound"]
     rows = [
         [
             r["optimizer"], r["threads"], percent(r["sparsity"]), r["steps_a_second"]["dense"],
-            *(times(r["speedup"].get(way)) for way in ways), times(r["bound"]),
+            *(times(r["speedup"].get(way)) for way in ways), over_sparselab(r), times(r["bound"]),
         ]
         for r in results
     ]  # fmt: skip
