@@ -92,16 +92,21 @@ def memories(results: Sequence[Result]) -> str:
 
 
 def updates(results: Sequence[Result]) -> str:
-    timed = [r for r in results if r["benchmark"] == "topology_update"]
-    head = ["method", "sparsity", "layers", "update, s", "forward and backward, s", "update over them"]
+    head = ["model", "method", "sparsity", "update, s", "plain, s", "faster than plain", "of a forward and backward"]
     rows = [
         [
-            r["method"], percent(r["sparsity"]), r["layers"], r["update_seconds"], r["forward_backward_seconds"],
-            times(r["ratio"]),
+            model_name(r["model"]), r["method"], percent(r["sparsity"]), f"{r['update_seconds']:.3g}",
+            f"{r['plain_seconds']:.3g}", times(r["plain_over_update"]), f"{r['ratio']:.2f}",
         ]
-        for r in timed
+        for r in results
+        if r["benchmark"] == "topology_update"
     ]  # fmt: skip
-    return table(head, rows)
+    grown = [
+        f"{r['method']} {r['exponent']:.2f} ({', '.join(model_name(model) for model in r['models'])})"
+        for r in results
+        if r["benchmark"] == "topology_update_growth"
+    ]
+    return table(head, rows) + (f"\n\nExponents over the number of weights: {'; '.join(grown)}." if grown else "")
 
 
 def decodes(results: Sequence[Result]) -> str:

@@ -91,6 +91,13 @@ def test_decoding_is_compared_with_what_is_dense():
     assert "| dense fp32 | 3.5 | 4.25 | 2 | 5.13 × |" in found
 
 
+def test_an_update_is_compared_with_a_plain_one():
+    result = {"benchmark": "topology_update", "model": "llama_60m", "method": "chtss", "sparsity": 0.9, "ratio": 0.256}
+    seconds = {"update_seconds": 0.1234, "plain_seconds": 1.5, "plain_over_update": 12.16}
+    row = "| LLaMA-60M | chtss | 90% | 0.123 | 1.5 | 12.16 × | 0.26 |"
+    assert row in page_of("update", result | seconds)
+
+
 def test_the_growth_with_size_is_the_exponent_of_a_power():
     scaling = importlib.import_module("scaling")
     assert scaling.exponent([1, 10, 100], [3, 3 * 10**1.5, 3 * 10**3]) == pytest.approx(1.5)
