@@ -37,24 +37,29 @@ class Job:
     limit: int  # seconds
 
 
+ALL = " --ways masked links sparse sparselab csr"
 # what matters most is first
 JOBS = [
-    Job("step", STEP + "llama_1b/1 --tokens 4x256 --sparsity 0.9 0.95", 420),
-    Job("mlp", "python benchmarks/mlp.py --ways masked links sparse auto sparselab csr", 150),
-    Job("step", STEP + "llama_130m --tokens 4x256 --sparsity 0.9 --repeats 3", 300),
-    Job("update", "python benchmarks/topology_update.py", 150),
-    Job("step", STEP + "llama_60m --tokens 8x256 --sparsity 0.9 --repeats 3", 300),
-    Job("step", STEP + "llama_1b/1 --tokens 1x128 --sparsity 0.9", 90),
-    Job("step", STEP + "llama_1b/1 --tokens 16x256 --sparsity 0.9 --ways sparse auto sparselab --repeats 2", 300),
-    Job("step", STEP + "llama_1b/1 --tokens 4x256 --sparsity 0.8 0.99 --ways links sparse auto sparselab", 300),
-    Job("step", STEP + "llama_1b/1 --tokens 4x256 --sparsity 0.9 0.95 --ways links sparse auto --bf16", 240),
-    Job("step", STEP + "llama_7b/1 --tokens 2x256 --sparsity 0.9 0.95 --ways sparse auto sparselab --repeats 3", 400),
-    Job("step avx2", AVX2 + STEP + "llama_1b/1 --tokens 4x256 --sparsity 0.9 0.95 --ways sparse auto sparselab", 300),
+    Job("step", STEP + "llama_1b/1 --tokens 4x256 --sparsity 0.9 0.95" + ALL, 400),
+    Job("mlp", "python benchmarks/mlp.py --ways masked links sparse sparselab csr", 150),
+    Job("step", STEP + "llama_130m --tokens 4x256 --sparsity 0.9 --repeats 3" + ALL, 300),
+    Job("auto", STEP + "llama_1b/1 --tokens 4x256 --sparsity 0.5 0.9 --ways sparse auto", 240),
+    Job("auto", STEP + "llama_60m --tokens 1x128 8x256 --sparsity 0.7 0.9 --ways sparse auto --repeats 3", 300),
+    Job("update", "python benchmarks/topology_update.py --repeats 3", 240),
+    Job("decode", "python benchmarks/decode.py --layers 8 --tokens 8", 300),
+    Job("decode", "python benchmarks/decode.py --layers 8 --tokens 8 --sparsity 0.95", 300),
+    Job("step avx2", AVX2 + STEP + "llama_1b/1 --tokens 4x256 --sparsity 0.9 0.95 --ways sparse sparselab", 240),
     Job("mlp avx2", AVX2 + "python benchmarks/mlp.py --ways sparse sparselab --optimizers sgd", 60),
-    Job("update avx2", AVX2 + "python benchmarks/topology_update.py", 150),
+    Job("update avx2", AVX2 + "python benchmarks/topology_update.py --methods chts,chtss --repeats 3", 150),
+    Job("step", STEP + "llama_60m --tokens 8x256 --sparsity 0.9 --repeats 3" + ALL, 300),
     Job("exponents", "python benchmarks/scaling.py --exponents --ways masked links sparse", 200),
-    Job("memory", "python benchmarks/memory.py --models llama_130m llama_1b/1", 200),
-]  # fmt: skip
+    Job("step", STEP + "llama_1b/1 --tokens 1x128 --sparsity 0.9" + ALL, 90),
+    Job("step", STEP + "llama_1b/1 --tokens 4x256 --sparsity 0.8 0.99 --ways sparse sparselab", 240),
+    Job("step", STEP + "llama_1b/1 --tokens 4x256 --sparsity 0.9 0.95 --ways links sparse --bf16", 240),
+    Job("memory", "python benchmarks/memory.py --models llama_130m llama_1b/1", 240),
+    Job("step", STEP + "llama_1b/1 --tokens 16x256 --sparsity 0.9 --ways sparse sparselab --repeats 2", 300),
+    Job("step", STEP + "llama_7b/1 --tokens 2x256 --sparsity 0.9 0.95 --ways sparse sparselab --repeats 3", 400),
+]
 
 
 def read() -> list[dict]:

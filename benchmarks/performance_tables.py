@@ -31,13 +31,19 @@ def ways_of(results: Sequence[Result], field: str) -> list[str]:
     return [way for way in known if any(way in result[field] for result in results)]
 
 
+def over_sparselab(result: Result) -> str:
+    both = [result["speedup"].get(way) for way in ("sparse", "sparselab")]
+    return times(both[0] / both[1]) if all(both) else ""
+
+
 def steps(results: Sequence[Result]) -> str:
     ways = ways_of(results, "speedup")
-    head = ["model", "tokens", "sparsity", "", "dense, s", *ways, "bound", "head's share"]
+    head = ["model", "tokens", "sparsity", "in", "dense, s", *ways, "sparse over sparselab", "bound", "head's share"]
     rows = [
         [
-            model_name(r["model"]), r["batch"], percent(r["sparsity"]), r["dtype"].split()[0], r["seconds"]["dense"],
-            *(times(r["speedup"].get(way)) for way in ways), times(r["bound"]),
+            model_name(r["model"]), r["batch"].replace("x", "×"), percent(r["sparsity"]), r["dtype"].split()[0],
+            f"{r['seconds']['dense']:.3g}",
+            *(times(r["speedup"].get(way)) for way in ways), over_sparselab(r), times(r["bound"]),
             percent(round(r["head_share"], 2)) if "head_share" in r else "",
         ]
         for r in results
@@ -47,11 +53,11 @@ def steps(results: Sequence[Result]) -> str:
 
 def mlps(results: Sequence[Result]) -> str:
     ways = ways_of(results, "speedup")
-    head = ["optimizer", "threads", "sparsity", "dense, steps/s", *ways, "bound"]
+    head = ["optimizer", "threads", "sparsity", "dense, steps/s", *ways, "sparse over sparselab", "bound"]
     rows = [
         [
             r["optimizer"], r["threads"], percent(r["sparsity"]), r["steps_a_second"]["dense"],
-            *(times(r["speedup"].get(way)) for way in ways), times(r["bound"]),
+            *(times(r["speedup"].get(way)) for way in ways), over_sparselab(r), times(r["bound"]),
         ]
         for r in results
     ]  # fmt: skip
@@ -64,7 +70,11 @@ def exponents(results: Sequence[Result]) -> str:
         names = [name for name in r["exponent"] if name != "rest"]
         head = ["one block of", "weights", *(f"{name}, s" for name in names)]
         rows: list[Sequence[object]] = [
-            [model_name(model).split(",")[0], f"{weights / 1e6:.1f} M", *(r["seconds"][name][i] for name in names)]
+            [
+                model_name(model).split(",")[0],
+                f"{weights / 1e6:.1f} M",
+                *(f"{r['seconds'][name][i]:.3g}" for name in names),
+            ]
             for i, (model, weights) in enumerate(zip(r["models"], r["weights"], strict=True))
         ]
         rows.append(["**exponent**", "", *(f"**{r['exponent'][name]:.2f}**" for name in names)])
@@ -82,20 +92,41 @@ def memories(results: Sequence[Result]) -> str:
 
 
 def updates(results: Sequence[Result]) -> str:
-    timed = [r for r in results if r["benchmark"] == "topology_update"]
-    head = ["method", "sparsity", "layers", "update, s", "forward and backward, s", "update over them"]
+    head = ["model", "method", "sparsity", "update, s", "plain, s", "faster than plain", "of a forward and backward"]
     rows = [
         [
-            r["method"], percent(r["sparsity"]), r["layers"], r["update_seconds"], r["forward_backward_seconds"],
-            times(r["ratio"]),
+            model_name(r["model"]), r["method"], percent(r["sparsity"]), f"{r['update_seconds']:.3g}",
+            f"{r['plain_seconds']:.3g}", times(r["plain_over_update"]), f"{r['ratio']:.2f}",
         ]
-        for r in timed
+        for r in results
+        if r["benchmark"] == "topology_update"
+    ]  # fmt: skip
+    grown = [
+        f"{r['method']} {r['exponent']:.2f} ({', '.join(model_name(model) for model in r['models'])})"
+        for r in results
+        if r["benchmark"] == "topology_update_growth"
+    ]
+    return table(head, rows) + (f"\n\nExponents over the number of weights: {'; '.join(grown)}." if grown else "")
+
+
+def decodes(results: Sequence[Result]) -> str:
+    head = ["model", "sparsity", "weights", "tokens/s", "bound", "MB read a token", "packed over it"]
+    rows = [
+        [
+            f"{model_name(r['model'])}, {r['layers']} blocks", percent(r["sparsity"]), way.replace("_", " "),
+            r[way]["tokens_per_second"], r[way]["bound"], round(r[way]["bytes_read"] / 1e6),
+            times(r.get(f"over_{way}")),
+        ]
+        for r in results
+        for way in ("packed", "dense_bf16", "dense_fp32")
     ]  # fmt: skip
     return table(head, rows)
 
 
 TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "step": steps,
+    "auto": steps,
+    "decode": decodes,
     "mlp": mlps,
     "update": updates,
     "exponents": exponents,

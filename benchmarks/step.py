@@ -92,9 +92,7 @@ def measure(model: str, batch: tuple[int, int], sparsity: float, o: argparse.Nam
         if way not in runs:
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
-            first = run.step(ids)  # the first two warm up
-            losses.setdefault(way, float(first))
-            run.step(ids)
+            losses.setdefault(way, float(run.step(ids)))  # warms up, as the first turn does
         if not o.apart:
             runs[way] = run
         taken = run.seconds(ids, o.steps)
@@ -102,7 +100,7 @@ def measure(model: str, batch: tuple[int, int], sparsity: float, o: argparse.Nam
             peaks[f"{way}_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         return taken
 
-    for way in ways:  # to warm up, and to make the models
+    for way in ways:  # makes the models
         turn(way)
     seconds = turns({way: lambda way=way: turn(way) for way in ways}, o.repeats)
     same = [loss for way, loss in losses.items() if way not in ("dense", "head", "rest")]

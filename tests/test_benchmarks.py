@@ -62,6 +62,7 @@ def test_every_way_computes_the_same_and_the_page_reads_what_is_printed(group):
 
 
 def page_of(group: str, result: dict) -> str:
+    result = {"torch": "2", "torch_capability": "AVX2", "numba_target": None, **result}
     record = {"group": group, "command": "python one.py", "result": result}
     return importlib.import_module("performance_tables").page(f"on {{{{machine}}}}\n\n{{{{{group}}}}}\n", [record])
 
@@ -70,6 +71,31 @@ def test_a_speed_up_is_the_median_of_each_rounds():
     compared = importlib.import_module("setups").compared
     found = compared({"dense": [2.0, 8.0, 3.0], "links": [1.0, 2.0, 3.0], "rest": [0.5, 1.0, 0.1]})
     assert found == {"speedup": {"links": 2.0}, "speedups": {"links": [1.0, 4.0]}, "bound": 8.0}
+
+
+def test_numbers_of_tokens_are_sequences_of_at_most_256():
+    sizes = importlib.import_module("step").sizes
+    assert [sizes(text) for text in ("128", "256", "2048", "3x7")] == [(1, 128), (1, 256), (8, 256), (3, 7)]
+
+
+def test_one_block_of_a_size_that_no_file_has():
+    config = importlib.import_module("setups").model_config("llama_350m/1")
+    assert (config.hidden_size, config.head_dim, config.num_hidden_layers, config.vocab_size) == (1024, 64, 1, 128)
+
+
+def test_decoding_is_compared_with_what_is_dense():
+    way = {"tokens_per_second": 3.5, "bound": 4.25, "bytes_read": 2_400_000}
+    result = {"model": "llama_1b", "layers": 8, "sparsity": 0.95, "packed": way, "dense_bf16": way, "dense_fp32": way}
+    found = page_of("decode", result | {"over_dense_bf16": 3.0, "over_dense_fp32": 5.126})
+    assert "| LLaMA-1B, 8 blocks | 95% | packed | 3.5 | 4.25 | 2 |  |" in found
+    assert "| dense fp32 | 3.5 | 4.25 | 2 | 5.13 × |" in found
+
+
+def test_an_update_is_compared_with_a_plain_one():
+    result = {"benchmark": "topology_update", "model": "llama_60m", "method": "chtss", "sparsity": 0.9, "ratio": 0.256}
+    seconds = {"update_seconds": 0.1234, "plain_seconds": 1.5, "plain_over_update": 12.16}
+    row = "| LLaMA-60M | chtss | 90% | 0.123 | 1.5 | 12.16 × | 0.26 |"
+    assert row in page_of("update", result | seconds)
 
 
 def test_the_growth_with_size_is_the_exponent_of_a_power():
