@@ -179,16 +179,11 @@ def _links(mask: Tensor) -> int:
 
 
 def _let_go_of_files(model: nn.Module) -> None:
-    """Copy weights that are parts of mapped files, which stay in memory as long as one of their weights does."""
-    seen: dict[int, Tensor] = {}
+    """Copy what is dense into memory of its own: as part of a mapped file it would keep all the file's pages."""
+    mine = {id(buffer) for layer in packed_layers(model).values() for buffer in layer.buffers(recurse=False)}
     for tensor in [*model.parameters(), *model.buffers()]:
-        storage = tensor.untyped_storage()
-        if tensor.device.type == "cpu" and storage.nbytes() > 2 * tensor.nbytes and id(tensor) not in seen:
-            seen[id(tensor)] = tensor
-    own = {id(buffer) for layer in packed_layers(model).values() for buffer in layer.buffers(recurse=False)}
-    for key, tensor in seen.items():
-        if key not in own:
-            tensor.data = tensor.detach().clone()
+        if tensor.device.type == "cpu" and id(tensor) not in mine:
+            tensor.data = pages.empty(tensor.shape, tensor.dtype).copy_(tensor.detach())
 
 
 if _METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:

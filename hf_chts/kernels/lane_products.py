@@ -11,9 +11,18 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from hf_chts.kernels.lane_steps import BFLOAT16, FLOAT32, LANES, decode, multiply
+from hf_chts.kernels.lane_steps import (
+    BFLOAT16,
+    FLOAT32,
+    LANES,
+    decode,
+    four_rows_b,
+    four_rows_f,
+    multiply,
+    multiply_one,
+)
 from hf_chts.kernels.threads import claim, float32_at, int32_at, int64_at, uint16_at
-from hf_chts.kernels.vectors import INT32, INT64
+from hf_chts.kernels.vectors import FLOAT, INT32, INT64
 
 CHUNK = 32  # steps that are decoded at a time
 _MEMBER = 8  # words that describe one weight
@@ -25,6 +34,14 @@ def _bits(typingctx: Any, value: Any) -> Any:
         return builder.bitcast(arguments[0], INT32)
 
     return types.uint32(types.float32), generate
+
+
+@intrinsic
+def _float(typingctx: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], FLOAT)
+
+    return types.float32(types.uint32), generate
 
 
 @intrinsic
@@ -94,25 +111,15 @@ def products(data):  # type: ignore[no-untyped-def]
             step, stop = starts[group], starts[group + 1]
             while step < stop:
                 count = min(CHUNK, stop - step)
-                decode(
-                    gap_bytes,
-                    value_kind,
-                    about[1] + step * LANES * gap_bytes,
-                    about[0] + step * LANES * value_bytes,
-                    count,
-                    scratch,
-                    decoded,
-                    numbers,
-                )
-                for block in range(blocks):
-                    multiply(
-                        width,
-                        decoded,
-                        numbers,
-                        count,
-                        x + 4 * block * columns * width,
-                        sums_at + 4 * block * LANES * width,
-                    )
+                gaps = about[1] + step * LANES * gap_bytes
+                values = about[0] + step * LANES * value_bytes
+                if width == 1:
+                    multiply_one(gap_bytes, value_kind, gaps, values, count, scratch, decoded, x, sums_at)
+                else:
+                    decode(gap_bytes, value_kind, gaps, values, count, scratch, decoded, numbers)
+                    for block in range(blocks):
+                        tile = x + 4 * block * columns * width
+                        multiply(width, decoded, numbers, count, tile, sums_at + 4 * block * LANES * width)
                 step += count
             for lane in range(LANES):
                 row = rows[group * LANES + lane]
@@ -132,3 +139,53 @@ def products(data):  # type: ignore[no-untyped-def]
 def scratch_words(width: int, blocks: int) -> int:
     """How many 4-byte words of scratch a thread needs."""
     return LANES * (1 + 2 * CHUNK + width * blocks)
+
+
+@cfunc("void(voidptr)", cache=True)
+def dense_product(data):  # type: ignore[no-untyped-def]
+    """A loop of threads.py: the product of one token with a dense weight, whose rows the threads share.
+
+    Its words: weight, (rows, columns); kind of its values; rows; columns; x, float32; bias, float32 or 0; result; its
+    kind; rows of a chunk; scratch of each thread, and its words.
+    """
+    words = carray(int64_at(_address(data)), 14)
+    weight, value_kind, rows, columns, x, bias = words[3], words[4], words[5], words[6], words[7], words[8]
+    result, kind, size = words[9], words[10], words[11]
+    scratch = words[12] + 4 * words[13] * claim(data, 2)
+    sums = carray(float32_at(scratch), 4 * LANES)
+    inputs = carray(float32_at(x), columns)
+    value_bytes = 4 if value_kind == FLOAT32 else 2
+    steps = columns // LANES
+    chunk = claim(data, 0)
+    while chunk < words[1]:
+        for first in range(chunk * size, min(rows, (chunk + 1) * size), 4):
+            count = min(4, rows - first)
+            sums[:] = 0
+            here = weight + first * columns * value_bytes
+            stride = columns * value_bytes if count == 4 else 0
+            for row in range(1 if count == 4 else count):
+                start = here + row * columns * value_bytes
+                if value_kind == BFLOAT16:
+                    four_rows_b(start, stride, steps, x, scratch)
+                else:
+                    four_rows_f(start, stride, steps, x, scratch)
+                for part in range(4 if count == 4 else 1):
+                    total = np.float32(0)
+                    for lane in range(LANES):
+                        total += sums[part * LANES + lane]
+                    number = first + row + part
+                    for column in range(steps * LANES, columns):
+                        place = number * columns + column
+                        if value_kind == BFLOAT16:
+                            bits = np.uint32(carray(uint16_at(weight), rows * columns)[place]) << np.uint32(16)
+                            total += _float(bits) * inputs[column]
+                        else:
+                            total += carray(float32_at(weight), rows * columns)[place] * inputs[column]
+                    if bias != 0:
+                        total += carray(float32_at(bias), rows)[number]
+                    if kind == BFLOAT16:
+                        carray(uint16_at(result), rows)[number] = _rounded(total)
+                    else:
+                        carray(float32_at(result), rows)[number] = total
+                sums[:] = 0
+        chunk = claim(data, 0)

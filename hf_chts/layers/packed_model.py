@@ -3,9 +3,26 @@
 import functools
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
 
 from hf_chts.layers.packed_layer import PackedLayer
+from hf_chts.layers.packed_products import dense_product
+
+
+class DenseLinear(nn.Linear):
+    """A dense layer of a packed model, such as its head, which has one token at a time go through at once."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        gradient = torch.is_grad_enabled() and input.requires_grad
+        special = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if not (torch.compiler.is_compiling() or gradient or special or torch.is_autocast_enabled(input.device.type)):
+            found = dense_product(input, self.weight, self.bias)
+            if found is not None:
+                return found
+        return functional.linear(input, self.weight, self.bias)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
@@ -22,6 +39,9 @@ def check_not_packed(model: nn.Module, what: str) -> None:
 def for_inference(model: nn.Module) -> None:
     """Make a model with packed layers one for inference alone; everything that would change or save it raises."""
     model.eval().requires_grad_(False)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = DenseLinear
     above = {
         prefix
         for name in packed_layers(model)

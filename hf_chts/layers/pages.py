@@ -40,7 +40,8 @@ def release() -> None:
 
 def _slab(size: int) -> memoryview:
     """Fresh memory that begins with a large page. What is never written to takes no room."""
-    whole = mmap.mmap(-1, size + _LARGE)
+    # not shared with other processes, as mmap's default is, and which the system keeps in small pages
+    whole = mmap.mmap(-1, size + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a system without
         whole.madvise(mmap.MADV_HUGEPAGE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(whole))
