@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # benchmark → its call, and what there must be a figure of
 CASES = {
     "checkpoint": (lambda run, place: run["measure"]("llama_demo", 0.9, 1)["links"], "write_seconds"),
+    "decode": (lambda run, place: run["measure"]("llama_demo", 2, 0.9, 2, 1, 1), "over_dense_fp32"),
     "inference": (lambda run, place: run["measure"]("llama_demo", 1, (1, 8), 2), "generate_ratio"),
     "link_prediction": (lambda run, place: run["measure"]((16, 16), 0.2, "BRF", 1, 1), "milliseconds"),
     "packed_size": (lambda run, place: run["measure"]("llama_demo", 0.9, 1, place), "over_formula"),
