@@ -35,7 +35,7 @@ def _two_products(out_features: int, in_features: int) -> float:
     return 100 * numel + 4 * numel * (out_features + in_features)
 
 
-@register.regrowth("ch2_l3n", cost=_two_products)
+@register.regrowth("ch2_l3n", cost=_two_products, stacks=True)
 def ch2_l3n(mask: Tensor) -> Tensor:
     """CH2-L3n scores: (common neighbours + 1) over the links that leave the community.
 
@@ -48,13 +48,13 @@ def ch2_l3n(mask: Tensor) -> Tensor:
     return node_based_scores(mask, ch2_strength)
 
 
-@register.regrowth("ch3_l3n", cost=_two_products)
+@register.regrowth("ch3_l3n", cost=_two_products, stacks=True)
 def ch3_l3n(mask: Tensor) -> Tensor:
     """CH3-L3n scores: as `ch2_l3n` with 1 in the numerator; bool (out, in) → float32 (out, in)."""
     return node_based_scores(mask, ch3_strength)
 
 
-@register.regrowth("ch3_1_l3n", cost=_two_products)
+@register.regrowth("ch3_1_l3n", cost=_two_products, stacks=True)
 def ch3_1_l3n(mask: Tensor) -> Tensor:
     """CH3.1-L3n scores: as `ch2_l3n` with (x + 1)^(1 + x/(1 + x)) in the denominator, where x is the number of links
     that leave the community, less the one to the seed; bool (out, in) → float32 (out, in).
@@ -80,8 +80,25 @@ def ch3_1_strength(common: Tensor, external: Tensor) -> Tensor:
 
 
 def node_based_scores(mask: Tensor, strength: Strength) -> Tensor:
-    """score = U·A + (V·Aᵀ)ᵀ, with U over pairs of outputs and V over pairs of inputs."""
-    check_mask(mask)
+    """score = U·A + (V·Aᵀ)ᵀ, with U over pairs of outputs and V over pairs of inputs.
+
+    Args:
+        mask: bool (out, in), or (layers, out, in).
+        strength: of pairs of nodes.
+
+    Returns:
+        float32 of the mask's shape.
+    """
+    if mask.dim() != 3:
+        check_mask(mask)
+        return _scores(mask, strength)
+    if mask.device.type == "cpu":
+        scores = [_scores(one, strength) for one in mask]
+        return scores[0][None] if len(scores) == 1 else torch.stack(scores)
+    return _scores_of_stack(mask, strength)
+
+
+def _scores(mask: Tensor, strength: Strength) -> Tensor:
     links = mask.to(torch.float32)
     scores = torch.empty_like(links)
     for rows, pairs in bridges(mask, links, strength):
@@ -89,6 +106,23 @@ def node_based_scores(mask: Tensor, strength: Strength) -> Tensor:
     for rows, pairs in bridges(mask.t(), links.t(), strength):
         scores[:, rows].addmm_(links, pairs.t())
     return scores.masked_fill_(mask, 0)
+
+
+def _scores_of_stack(masks: Tensor, strength: Strength) -> Tensor:
+    """`_scores` of layers of one shape with batched products, for devices on which each operation is launched."""
+    links = masks.to(torch.float32)
+    scores = torch.empty_like(links)
+    for matrices, into in ((links, scores), (links.mT, scores.mT)):
+        degree = matrices.sum(2)[:, None]
+        for start in range(0, matrices.shape[1], _BLOCK_ROWS):
+            rows = slice(start, start + _BLOCK_ROWS)
+            common = matrices[:, rows] @ matrices.mT
+            pairs = strength(common, (degree - common).clamp_(min=1)) @ matrices
+            if into is scores:
+                into[:, rows] = pairs
+            else:
+                into[:, rows] += pairs
+    return scores.masked_fill_(masks, 0)
 
 
 def bridges(mask: Tensor, links: Tensor, strength: Strength) -> Iterator[tuple[slice, Tensor]]:

@@ -66,9 +66,13 @@ def test_every_link_of_a_row_is_found_by_its_number(columns):
     for row in mask:
         places = row.nonzero()[:, 0]
         share = (torch.arange(len(places), dtype=torch.float64) + 0.5) / len(places)
-        assert nth_link(pack_rows(row.expand(len(places), -1)), share).equal(places)
+        rows = pack_rows(torch.stack([row, torch.zeros_like(row)]))  # the second lacks all of the first
+        assert nth_link(rows, torch.zeros_like(places), torch.ones_like(places), share).equal(places)
     almost_one = torch.full((len(mask),), 1 - 2**-53, dtype=torch.float64)
-    assert nth_link(pack_rows(mask), almost_one).tolist() == [int(row.nonzero().max()) for row in mask]
+    none = torch.full((len(mask),), len(mask))
+    rows = pack_rows(torch.cat([mask, torch.zeros(1, columns, dtype=torch.bool)]))
+    last = nth_link(rows, torch.arange(len(mask)), none, almost_one)
+    assert last.tolist() == [int(row.nonzero().max()) for row in mask]
 
 
 def test_damaged_bits_are_refused():
