@@ -160,8 +160,8 @@ class UpdateOverRanks:
         edges = torch.arange(len(names) + 1, device=masks.device) * numel
         ends = torch.stack([torch.searchsorted(positions, edges) for positions in both]).tolist()
         parts = [
-            [positions[start:stop] - n * numel for n, (start, stop) in enumerate(pairwise(edge))]
-            for positions, edge in zip(both, ends, strict=True)
+            [within[start:stop] for start, stop in pairwise(edge)]
+            for within, edge in zip((positions % numel for positions in both), ends, strict=True)
         ]
         return list(zip(*parts, strict=True))
 

@@ -102,18 +102,8 @@ def pack_rows(mask: Tensor) -> Tensor:
     return pack_bits(torch.nn.functional.pad(mask, (0, -columns % 64))).view(torch.int64).view(len(mask), -1)
 
 
-def common_links(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """How many links row first[n] and row second[n] share: rows as of `pack_rows`, int64 (n,) twice → int64 (n,)."""
-    step = _rows_at_a_time(rows)
-    counts = [
-        _ones(rows[a].bitwise_and_(rows[b])).sum(1, dtype=torch.int64)
-        for a, b in zip(first.split(step), second.split(step), strict=True)
-    ]
-    return torch.cat(counts) if len(counts) != 1 else counts[0]
-
-
-def nth_link(rows: Tensor, of: Tensor, lacking: Tensor, share: Tensor) -> Tensor:
-    """The column of link number floor(share·links) among those of row of[n] that row lacking[n] lacks.
+def lacked_links(rows: Tensor, of: Tensor, lacking: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The links of row of[n] that row lacking[n] lacks.
 
     Args:
         rows: as of `pack_rows`.
@@ -121,22 +111,26 @@ def nth_link(rows: Tensor, of: Tensor, lacking: Tensor, share: Tensor) -> Tensor
         share: float64 (n,), in [0, 1).
 
     Returns:
-        int64 (n,), arbitrary where there is no such link.
+        (how many there are, the column of number floor(share·how many); arbitrary if there is none), int64 (n,) each.
     """
     step = _rows_at_a_time(rows)
     pieces = zip(of.split(step), lacking.split(step), share.split(step), strict=True)
-    found = [_nth(rows[a].bitwise_and_(~rows[b]), some) for a, b, some in pieces]
-    return torch.cat(found) if len(found) != 1 else found[0]
+    found = [_lacked(rows[a].bitwise_and_(rows[b].bitwise_not_()), some) for a, b, some in pieces]
+    if len(found) == 1:
+        return found[0]
+    counts, columns = zip(*found, strict=True)
+    return torch.cat(counts), torch.cat(columns)
 
 
-def _nth(words: Tensor, share: Tensor) -> Tensor:
+def _lacked(words: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     until = _ones(words).cumsum(1, dtype=torch.int64)
-    number = (share * until[:, -1]).long()[:, None]
+    count = until[:, -1]
+    number = (share * count).long()[:, None]
     word = torch.searchsorted(until, number, right=True).clamp_(max=words.shape[1] - 1)
-    before = until.gather(1, (word - 1).clamp_(min=0)).masked_fill_(word == 0, 0)
+    number -= until.gather(1, (word - 1).clamp_(min=0)).masked_fill_(word == 0, 0)
     places = (words.gather(1, word) >> torch.arange(64, device=words.device)).bitwise_and_(1).cumsum(1)
-    place = torch.searchsorted(places, number - before, right=True).clamp_(max=63)
-    return (word * 64 + place)[:, 0]
+    place = torch.searchsorted(places, number, right=True).clamp_(max=63)
+    return count, word.mul_(64).add_(place)[:, 0]
 
 
 def _rows_at_a_time(rows: Tensor) -> int:

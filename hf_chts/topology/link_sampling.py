@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_chts.topology.bits import common_links, link_positions, nth_link, pack_rows
+from hf_chts.topology.bits import lacked_links, link_positions, pack_rows
 from hf_chts.topology.choosing import choose_each
 from hf_chts.topology.compiled import loops
 from hf_chts.topology.hashed_numbers import fractions, hashed, seeds_on, unsigned
@@ -239,6 +239,7 @@ class _Paths:
         self.first = self.degree.cumsum(0).sub_(self.degree)
         of_layer = torch.cat([degrees[0].view(layers, rows), degrees[1].view(layers, columns)], 1)
         self.mass, self.apart = _mass(of_layer, rows, rule)
+        self.some = self.mass[:, -1:] > 0
         numbers = torch.arange(layers, device=masks.device)[:, None]
         self.first_row, self.first_column = numbers * rows, numbers * columns + layers * rows
         self.start = numbers * (rows * columns)
@@ -259,22 +260,20 @@ class _Paths:
         start, via = (
             self.neighbour[(begin + (u * degree).long()).clamp_(max=last)] if last >= 0 else begin for u in (one, two)
         )
-        bound = None
         if self.rule.at_most:
             apart = torch.where(of_rows, self.apart[:, :1], self.apart[:, 1:])
             nodes = torch.where(of_rows, rows, columns)
             start, via = (torch.where(apart, (u * nodes).long(), found) for u, found in ((one, start), (two, via)))
         offset = torch.where(of_rows, self.first_row, self.first_column)
         mine, theirs = (start + offset).view(-1), (via + offset).view(-1)
-        common = common_links(self.bits, mine, theirs).view(layers, draws)
+        lacked, found = (x.view(layers, draws) for x in lacked_links(self.bits, theirs, mine, rank.reshape(-1)))
+        common = self.degree[theirs].view(layers, draws) - lacked
         shared = common.to(torch.float64)
         bound = shared * self.rule.per_link
         if self.rule.at_most:
             bound = torch.where(apart, self.rule.at_most, bound)
-        kept = (common > 0) & (common < self.degree[theirs].view(layers, draws))
+        kept = (common > 0) & (lacked > 0) & self.some
         kept &= chance.mul_(bound) < shared.mul_(self.rule.times).add_(self.rule.plus)
-        kept &= self.mass[:, -1:] > 0
-        found = nth_link(self.bits, theirs, mine, rank.reshape(-1)).view(layers, draws)
         ends = torch.where(of_rows, start * columns + found, found * columns + start).add_(self.start)
         return torch.where(kept, ends, layers * rows * columns)
 
