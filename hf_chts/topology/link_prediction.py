@@ -17,6 +17,8 @@ from math import inf
 import torch
 from torch import Tensor
 
+from hf_chts.topology.bits import link_positions
+from hf_chts.topology.compiled import loops, neighbours_of
 from hf_chts.topology.parts import register
 from hf_chts.topology.path_based import ch2_l3p, ch3_l3p, check_mask
 
@@ -25,6 +27,8 @@ __all__ = ["ch2_l3n", "ch2_l3p", "ch3_1_l3n", "ch3_l3n", "ch3_l3p"]
 # Rows of the node-by-node matrices to hold at a time. Whole, (out, out) or (in, in), they would be n/m copies of an
 # m x n layer.
 _BLOCK_ROWS = 128
+# Multiplications of a dense product, in fp32 or with 8 bits, in the time of one increment of a count
+_PER_INCREMENT, _PER_INCREMENT_OF_8_BIT = 40, 160
 
 # strength(common neighbours, links that leave the community) of pairs of nodes; may overwrite its first argument
 Strength = Callable[[Tensor, Tensor], Tensor]
@@ -131,6 +135,10 @@ def bridges(mask: Tensor, links: Tensor, strength: Strength) -> Iterator[tuple[s
     `links` is `mask` in float32, (nodes, others).
     """
     degree = links.sum(1)
+    if (counted := _common_by_links(mask)) is not None:
+        for rows, common in counted:
+            yield rows, strength(common, (degree - common).clamp_(min=1))
+        return
     # Both products count exactly. 8-bit ones need the nodes as the fast dimension of both operands, and restrict shapes
     # on CUDA.
     integer = links.device.type == "cpu" and _integer_products_are_faster()
@@ -142,6 +150,29 @@ def bridges(mask: Tensor, links: Tensor, strength: Strength) -> Iterator[tuple[s
         common = torch._int_mm(block, by_neighbour).float() if integer else block @ by_neighbour  # (block, nodes)
         external = (degree - common).clamp_(min=1)
         yield rows, strength(common, external)
+
+
+def _common_by_links(mask: Tensor) -> Iterator[tuple[slice, Tensor]] | None:
+    """(rows, the common neighbours of each of them and all others, float32), counted link by link.
+
+    None if a product counts faster: a node of the other side with e links adds one to e² pairs, and a product takes
+    nodes² · others multiplications and additions, many at a time.
+    """
+    if (compiled := loops(mask.device)) is None:
+        return None
+    nodes, others = mask.shape
+    increments = float(mask.view(torch.uint8).sum(0, dtype=torch.int64).to(torch.float64).square_().sum())
+    if increments * (_PER_INCREMENT_OF_8_BIT if _integer_products_are_faster() else _PER_INCREMENT) > nodes**2 * others:
+        return None
+    lists, _ = neighbours_of(compiled, link_positions(mask), nodes, others)
+
+    def blocks() -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, nodes, _BLOCK_ROWS):
+            common = torch.zeros(min(_BLOCK_ROWS, nodes - start), nodes)
+            compiled.common_neighbours(*lists, start, nodes, common.numpy())
+            yield slice(start, start + _BLOCK_ROWS), common
+
+    return blocks()
 
 
 @cache

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_chts.topology.bits import lacked_links, link_positions, pack_rows
 from hf_chts.topology.choosing import choose_each
-from hf_chts.topology.compiled import loops
+from hf_chts.topology.compiled import loops, neighbours_of
 from hf_chts.topology.hashed_numbers import fractions, hashed, seeds_on, unsigned
 from hf_chts.topology.link_prediction import Strength, ch2_strength, ch3_strength, node_based_scores
 from hf_chts.topology.parts import register
@@ -174,15 +174,8 @@ def _draw_paths(
     """Mark up to k drawn links in `taken`, at first the masks and one more; return how many are still missing."""
     layers, rows, columns = masks.shape
     if layers == 1 and (compiled := loops(taken.device)) is not None:
-        degree = torch.zeros(rows + columns, dtype=torch.int64)
-        first = torch.empty_like(degree)
-        neighbour = torch.empty(2 * len(positions), dtype=torch.int32)
-        by_row = torch.zeros(rows, -(-columns // 64), dtype=torch.int64)
-        by_column = torch.zeros(columns, -(-rows // 64), dtype=torch.int64)
-        words = (by_row.numpy().view("uint64"), by_column.numpy().view("uint64"))
-        nodes = [tensor.numpy() for tensor in (first, neighbour, degree)]
-        compiled.neighbours(positions.numpy(), rows, columns, *nodes, *words)
-        mass, apart = _mass(degree[None], rows, rule)
+        nodes, words = neighbours_of(compiled, positions, rows, columns)
+        mass, apart = _mass(torch.from_numpy(nodes[-1])[None], rows, rule)
         numbers = torch.tensor(
             [rule.plus, rule.times, rule.per_link, rule.at_most, float(apart[0, 0]) + 2 * float(apart[0, 1])],
             dtype=torch.float64,

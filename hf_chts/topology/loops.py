@@ -133,6 +133,24 @@ def neighbours(positions, rows, columns, first, neighbour, degree, by_row, by_co
 
 
 @_compiled
+def common_neighbours(first, neighbour, degree, start, other, common):  # type: ignore[no-untyped-def]
+    """How many neighbours nodes `start`, `start` + 1, … share with each node of their side, link by link.
+
+    Args:
+        first, neighbour, degree: as of `neighbours`.
+        other: the first node of the other side.
+        common: float32 (block, nodes), 0.
+    """
+    for n in range(common.shape[0]):
+        node = start + n
+        counts = common[n]
+        for link in range(first[node], first[node] + degree[node]):
+            through = other + neighbour[link]
+            for back in range(first[through], first[through] + degree[through]):
+                counts[neighbour[back]] += np.float32(1)
+
+
+@_compiled
 def _node(mass, point):  # type: ignore[no-untyped-def]
     # the first with mass[node] > point
     low, high = 0, mass.size
