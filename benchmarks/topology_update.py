@@ -1,29 +1,37 @@
-"""How long a topology update of all LLaMA-60M layers takes beside that model's forward and backward, and its memory.
+"""How long a topology update takes beside a plain one and beside the model's forward and backward, and its memory.
 
-    python benchmarks/topology_update.py [--method chtss] [--sparsity 0.9] [--repeats 5]
+    python benchmarks/topology_update.py [--methods chts,chtss,set,rigl] [--sizes 60m] [--sparsity 0.9] [--repeats 5]
 
-Prints one JSON line for the time and one for the memory of each kind of layer. Update and forward-backward alternate
-in one process; the ratio is that of the medians. ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 before the command
-make a processor with AVX-512 play one without. With `--ranks 2`, instead: the update shared out over that many
-processes beside the whole of it in one of them, with as many threads for each process, in turns.
+Prints one JSON line for each method and size: seconds (medians) of the update, of the plain implementation of the same
+formulas in `plain_update.py`, and of forward and backward of the LLaMA model of that size on 1,024 tokens, all three in
+turns in one process. Then one line for each method with the
+exponent of its growth with the number of weights, if there are several sizes, and one for the memory of each kind of
+layer. ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 NUMBA_CPU_NAME=haswell before the command make a processor with
+AVX-512 play one without. With `--ranks 2`, instead: the update shared out over that many processes beside the whole of
+it in one of them, with as many threads for each process, in turns.
 """
 
 import json
+import math
 import os
 import socket
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from setups import STEPS, lone_layer, network, parser, steady
+from plain_update import plain_update
+from setups import STEPS, finish, lone_layer, network, parser, steady
 
 from hf_chts import sparsify
 from hf_chts.evolution.evolver import Evolver
 from hf_chts.machine import device_name
 from hf_chts.sharding.replicated import ReplicatedWeights
+from hf_chts.topology.compiled import loops
 
 # within it a rank is as if it were the only one
 one_world = partial(mock.patch.object, dist, "is_initialized", return_value=False)
@@ -71,41 +79,63 @@ def over_ranks(rank: int, ranks: int, threads: int, port: int, method: str, spar
     dist.destroy_process_group()
 
 
-def times(method: str, sparsity: float, tokens: int, repeats: int) -> dict:
+def times(model_name: str, method: str, sparsity: float, tokens: int, repeats: int) -> dict:
+    """The update of all sparse layers of a model of configs/models, the plain one, and a pass."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = network("llama_60m").to(device)
+    model = network(model_name).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
     evolver = sparsify(model, steady(method, sparsity)).evolver(optimizer, STEPS)
-    ids = torch.randint(0, model.config.vocab_size, (tokens // 256, 256), device=device)
+    length = min(256, tokens)
+    ids = torch.randint(0, model.config.vocab_size, (tokens // length, length), device=device)
 
-    def now() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def seconds(work: Callable[[], object]) -> float:
+        finish()
+        start = time.perf_counter()
+        work()
+        finish()
+        return time.perf_counter() - start
 
-    updates, passes = [], []
-    for _ in range(repeats + 1):
-        start = now()
-        model(input_ids=ids, labels=ids).loss.backward()
-        passes.append(now() - start)
+    taken: dict[str, list[float]] = {"update": [], "plain": [], "pass": []}
+    for repeat in range(repeats + 1):
+        taken["pass"].append(seconds(lambda: model(input_ids=ids, labels=ids).loss.backward()))
+        gradients = {name: layer.parameter.grad for name, layer in evolver.sparse.layers.items()}
+        if repeat % 2 or repeat == repeats:  # a plain one takes long
+            taken["plain"].append(seconds(partial(plain_update, evolver, method, gradients)))
         optimizer.step()
         optimizer.zero_grad()
-        start = now()
-        evolver.step()
-        updates.append(now() - start)
-    update, one_pass = statistics.median(updates[1:]), statistics.median(passes[1:])  # the first of each warms up
+        taken["update"].append(seconds(evolver.step))
+    update, plain, one_pass = (
+        statistics.median(taken[kind][1:] or taken[kind]) for kind in ("update", "plain", "pass")
+    )
     return {
         "benchmark": "topology_update",
+        "model": model_name,
         "method": method,
         "sparsity": sparsity,
         "layers": len(evolver.sparse.layers),
+        "weights": sum(prod(layer.storage.shape) for layer in evolver.sparse.layers.values()),
         "update_seconds": round(update, 4),
+        "plain_seconds": round(plain, 4),
+        "plain_over_update": round(plain / update, 2),
         "forward_backward_seconds": round(one_pass, 4),
         "tokens": tokens,
         "ratio": round(update / one_pass, 3),
         "repeats": repeats,
         "threads": torch.get_num_threads(),
+        "compiled_loops": loops(torch.device(device)) is not None,
         "processor": device_name("cuda") if device == "cuda" else processor(),
+    }
+
+
+def growth(cases: Sequence[dict]) -> dict:
+    """The exponent of the seconds over the number of weights: a least-squares line through the logarithms."""
+    x, y = ([math.log(case[key]) for case in cases] for key in ("weights", "update_seconds"))
+    slope, _ = statistics.linear_regression(x, y)
+    return {
+        "benchmark": "topology_update_growth",
+        "method": cases[0]["method"],
+        "models": [case["model"] for case in cases],
+        "exponent": round(slope, 3),
     }
 
 
@@ -141,20 +171,29 @@ def peak_copies(out_features: int, in_features: int, method: str, sparsity: floa
 
 if __name__ == "__main__":
     options = parser(__doc__)
-    options.add_argument("--method", default="chtss", help="method of the config (default: chtss)")
+    options.add_argument("--methods", default="chts,chtss,set,rigl", help="methods (default: chts,chtss,set,rigl)")
+    options.add_argument("--sizes", default="60m", help="of configs/models, as in 60m,130m,1b (default: 60m)")
     options.add_argument("--sparsity", type=float, default=0.9, help="sparsity of the layers (default: 0.9)")
     options.add_argument("--tokens", type=int, default=1024, help="tokens of the forward and backward (default: 1024)")
     options.add_argument("--repeats", type=int, default=5, help="timed repeats after one to warm up (default: 5)")
     options.add_argument("--ranks", type=int, default=1, help="compare this many processes with one (default: 1)")
     options.add_argument("--threads", type=int, default=1, help="threads of each of the ranks (default: 1)")
     arguments = options.parse_args()
+    methods, sparsity, repeats = arguments.methods.split(","), arguments.sparsity, arguments.repeats
     if arguments.ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        settings = (arguments.ranks, arguments.threads, port, arguments.method, arguments.sparsity, arguments.repeats)
-        torch.multiprocessing.spawn(over_ranks, settings, nprocs=arguments.ranks)
+        for method in methods:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            settings = (arguments.ranks, arguments.threads, port, method, sparsity, repeats)
+            torch.multiprocessing.spawn(over_ranks, settings, nprocs=arguments.ranks)
         raise SystemExit
-    print(json.dumps(times(arguments.method, arguments.sparsity, arguments.tokens, arguments.repeats)))
-    for shape in ((512, 512), (1376, 512), (512, 1376), (4096, 4096), (11008, 4096)):
-        print(json.dumps(peak_copies(*shape, arguments.method, arguments.sparsity)), flush=True)
+    for method in methods:
+        cases = []
+        for size in arguments.sizes.split(","):
+            cases.append(times(f"llama_{size}", method, sparsity, arguments.tokens, repeats))
+            print(json.dumps(cases[-1]), flush=True)
+        if len(cases) > 1:
+            print(json.dumps(growth(cases)), flush=True)
+        for shape in ((512, 512), (1376, 512), (512, 1376), (4096, 4096)):
+            print(json.dumps(peak_copies(*shape, method, sparsity)), flush=True)

@@ -26,32 +26,42 @@ def not_finite(
         device: one that ranks communicate over. If it is given, the answer is that of all ranks together: collective,
             and the names and their order must be the same on all ranks.
     """
-    found: dict[str, list[Tensor]] = {}
-    for name, several in tensors.items():
-        parts = [several] if isinstance(several, Tensor) else several
-        found[name] = [bad for part in parts if (bad := _holds_not_finite(part, masking=name in masking)) is not None]
-    where = device or next((bad.device for several in found.values() for bad in several), None)
-    if where is None or not found:
+    extremes: dict[tuple[torch.device, torch.dtype, bool], list[tuple[int, Tensor, Tensor]]] = {}
+    for number, (name, several) in enumerate(tensors.items()):
+        for part in [several] if isinstance(several, Tensor) else several:
+            if (ends := _extremes(part)) is not None:
+                key = (ends[0].device, ends[0].dtype, name in masking)
+                extremes.setdefault(key, []).append((number, *ends))
+    where = device or next((of_device for of_device, *_ in extremes), None)
+    if where is None or not tensors:
         return []
-    none = torch.zeros((), dtype=torch.bool, device=where)
-    bad = torch.stack([torch.stack([none, *(one.to(where) for one in several)]).any() for several in found.values()])
+    # all tensors of a device together, since a model has many and each operation is launched
+    bad = torch.zeros(len(tensors), dtype=torch.int32, device=where)
+    for (_, _, infinity), found in extremes.items():
+        numbers, lows, highs = zip(*found, strict=True)
+        least, largest = torch.stack(lows), torch.stack(highs)
+        fine = (least < torch.inf) & (largest != torch.inf) if infinity else least.isfinite() & largest.isfinite()
+        bad.index_add_(0, torch.tensor(numbers).to(where), (~fine).to(where, torch.int32))
     if device is not None and rank_and_world()[1] > 1:
-        bad = bad.to(torch.int32)
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return [name for name, is_bad in zip(found, bad.tolist(), strict=True) if is_bad]
+    return [name for name, is_bad in zip(tensors, bad.tolist(), strict=True) if is_bad]
 
 
-def _holds_not_finite(tensor: Tensor, *, masking: bool) -> Tensor | None:
-    """Whether it holds NaN or infinity: bool (), on the tensor's device, without a wait; None if it cannot.
+def _extremes(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The smallest and the largest value, both NaN if one is, on the tensor's device, without a wait; None if none is.
 
     The tensor is read once, and no tensor of its size is made.
     """
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
     if local.is_complex():
         local = torch.view_as_real(local)
-    if not local.is_floating_point() or not local.numel() or local.is_meta:
+    if not local.is_floating_point() or not local.numel() or _has_no_values(local):
         return None
     if local.element_size() == 1:  # float8 has no arithmetic of its own
         local = local.float()
-    least, largest = torch.aminmax(local)  # both are NaN if a value is
-    return ~(least < torch.inf) | (largest == torch.inf) if masking else ~(least.isfinite() & largest.isfinite())
+    least, largest = torch.aminmax(local)
+    return least, largest
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    return tensor.is_meta

@@ -16,6 +16,7 @@ from hf_chts.layers.heads import head_blocks
 from hf_chts.layers.initial_masks import check_links, initial_masks
 from hf_chts.layers.masked_linear import masked_class
 from hf_chts.layers.materialize import materialize
+from hf_chts.layers.packed_model import check_not_packed
 from hf_chts.layers.shares import most_links, overrides
 from hf_chts.layers.sparse_layer import SparseLayer
 from hf_chts.layers.sparse_layers import HANDLE, SparseLayers
@@ -109,6 +110,7 @@ def sparsify(
     model = unwrap(model)
     if SparsityHandle.of(model) is not None:
         raise ValueError("the model is sparse already: call unsparsify() on its handle, SparsityHandle.of(model)")
+    check_not_packed(model, "made sparse")
     targets = {} if config.is_dense else _targets(model, config, masks)
     _refuse_meta(targets, config)
     if config.percolation and targets:

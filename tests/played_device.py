@@ -15,6 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("meta")
+# how often the host has waited for the device, by operator
+WAITS = Counter()
+# what gives the host a number, or a tensor whose size it must know
+_WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "repeat_interleave"}
+# what only reserves memory or looks at it
+_SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
 
@@ -43,6 +49,7 @@ class Played(torch.Tensor):
         return f"Played({self.numbers})"
 
     def tolist(self):
+        WAITS["tolist"] += 1
         return self.numbers.tolist()
 
     @classmethod
@@ -66,11 +73,13 @@ class PlayedDevice(TorchDispatchMode):
 
     Attributes:
         operators: how many times each operator ran on it.
+        launches: the same for those that launch a kernel.
     """
 
     def __init__(self):
         super().__init__()
         self.operators = Counter()
+        self.launches = Counter()
         self._literals = _Literals()
 
     def __enter__(self):
@@ -85,7 +94,10 @@ class PlayedDevice(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
         if any(isinstance(x, Played) for x in tensors) or kwargs.get("device") == DEVICE:
-            self.operators[func.overloadpacket.__name__] += 1
+            name = func.overloadpacket.__name__
+            self.operators[name] += 1
+            if not func.is_view and name not in _SILENT:
+                self.launches[name] += 1
             return _run(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -99,11 +111,24 @@ def _run(func, args, kwargs):
     device = kwargs.get("device")
     if device is not None:
         real_kwargs["device"] = torch.device("cpu")
+    name = func.overloadpacket.__name__
+    by_mask = name in ("index", "index_put", "index_put_") and any(
+        x is not None and x.dtype == torch.bool for x in args[1]
+    )
+    to_cpu = func in _COPIES and any(isinstance(x, Played) for x in tensors) and _leaves(func, tensors, device)
+    if name in _WAITING or by_mask or to_cpu:
+        WAITS[name] += 1
     result = func(*real_args, **real_kwargs)
     if (device is not None and torch.device(device) != DEVICE) or (device is None and not _first_is_played(tensors)):
         return result
     wrapped = tree_map(lambda x: Played(x) if isinstance(x, torch.Tensor) else x, result)
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+def _leaves(func, tensors, device):
+    if func is torch.ops.aten.copy_.default:
+        return isinstance(tensors[1], Played) and not isinstance(tensors[0], Played)
+    return device is not None and torch.device(device) != DEVICE
 
 
 def _first_is_played(tensors):

@@ -1,9 +1,10 @@
 """A topology update of the layers that one rank evolves, made of the config's parts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -12,15 +13,18 @@ from torch import Tensor
 from hf_chts.config import SparsityConfig
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.topology.allocation import block_links
-from hf_chts.topology.evolution import Choice, LayerEvolution, joined, regrow, remove, selected
+from hf_chts.topology.evolution import Choice, LayerEvolution, Removal, counts_of, joined, regrow, remove, selected
 from hf_chts.topology.parts import REGROWTH, REMOVAL, Part
 from hf_chts.topology.percolation import Junction, percolate
-from hf_chts.topology.random_streams import random_stream
+from hf_chts.topology.random_streams import generator_of, random_seed
 from hf_chts.topology.softness import temperature
 
 # Layers that are evolved at the same time in one process; each takes several copies of itself in memory
 _WORKERS = 4
+# Weights that are evolved together where operations are launched: about as many as one layer of a 7B model has
+_TOGETHER = 1 << 25
 _T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -50,31 +54,47 @@ class TopologyUpdate:
     blocks: Mapping[str, int] = field(default_factory=dict)
     softness: Mapping[str, float] = field(default_factory=dict)
 
-    def evolve(self, group: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, LayerEvolution]:
-        """Evolve layers that are coupled, or a single one.
+    def evolve(self, names: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, LayerEvolution]:
+        """Evolve layers, all those of one shape together.
 
         Args:
-            group: their names.
+            names: with each layer, those that are coupled to it.
             weights: (out, in) by name, 0 off the mask; read only.
         """
         # junctions may include layers that do not train; those keep all their links
-        junctions = [junction for junction in self.junctions if set(junction.layers) & set(group)]
+        junctions = [junction for junction in self.junctions if set(junction.layers) & set(names)]
         met = [name for junction in junctions for name in junction.layers if name in self.masks]
-        masks = {name: self.masks[name] for name in (*group, *met)}
-        pieces = {name: self._pieces(name, masks[name]) for name in group}
+        masks = {name: self.masks[name] for name in (*names, *met)}
+        pieces = {name: self._pieces(name, masks[name]) for name in names}
         if self._part("regrowth").kind == "selection":
-            return {name: joined([self._select(p, weights[name]) for p in pieces[name]]) for name in group}
-        stay, kept = {}, {}
-        for name in group:
-            halves = [self._remove(piece, weights[name]) for piece in pieces[name]]
-            stay[name], kept[name] = (_cat(parts) for parts in zip(*halves, strict=True))
-        if junctions:
+            return {name: joined([self._select(p, weights[name]) for p in pieces[name]]) for name in names}
+        stacks = [_Stack(same) for same in _by_shape([piece for name in names for piece in pieces[name]])]
+        done: list[tuple[_Stack, Removal, Tensor, Tensor]] = []
+        if not junctions:
+            for stack in stacks:
+                matrices = stack.of(weights)
+                halves = self._remove(stack, matrices)
+                done.append((stack, halves, *self._regrow(stack, matrices, halves)))
+        else:
+            first = [(stack, self._remove(stack, stack.of(weights))) for stack in stacks]
+            kept = _layers([(stack, halves.kept) for stack, halves in first])
             fixed = {name: masks[name] for name in met if name not in kept}
             kept = percolate(kept | fixed, junctions, fixed)
-        return {
-            name: joined([self._regrow(piece, weights[name], stay[name], kept[name]) for piece in pieces[name]])
-            for name in group
-        }
+            for stack, halves in first:
+                after = stack.of(kept)
+                halves = replace(halves, kept=after, left=counts_of(after).tolist())
+                done.append((stack, halves, *self._regrow(stack, stack.of(weights), halves)))
+        # what the host is to know comes once
+        returned = torch.cat([back for *_, back in done]).tolist()
+        parts: dict[str, list[LayerEvolution]] = {name: [] for name in names}
+        for stack, halves, new, _ in done:
+            for n, piece in enumerate(stack.pieces):
+                before, stayed, left = halves.before[n], halves.stayed[n], halves.left[n]
+                back = returned.pop(0)
+                parts[piece.layer].append(
+                    LayerEvolution(new[n], before - stayed, stayed - left, piece.links - left, back)
+                )
+        return {name: joined(of_layer) for name, of_layer in parts.items()}
 
     def _pieces(self, name: str, mask: Tensor) -> "list[_Piece]":
         n = self.blocks.get(name, 1)
@@ -83,63 +103,95 @@ class TopologyUpdate:
 
     def _select(self, piece: "_Piece", weight: Tensor) -> LayerEvolution:
         part = self._part("regrowth")
-        given = self._given(part, piece, piece.mask, weight[piece.rows])
-        chosen = part(self.plan.config, **given, links=piece.links, generator=self._stream(piece, "pruning"))
+        whole = {"grad": self.gradients, "stored": self.stored}
+        given = {name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs}
+        given |= {"mask": piece.mask, "weight": weight[piece.rows]}
+        generator = generator_of(self._seed("pruning", piece), piece.mask.device)
+        chosen = part(self.plan.config, **given, links=piece.links, generator=generator)
         return selected(piece.mask, part.check(chosen, tuple(piece.mask.shape), piece.links))
 
-    def _remove(self, piece: "_Piece", weight: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.plan.config
-        softness = self.softness.get(piece.layer)
+    def _remove(self, stack: "_Stack", weights: Tensor) -> Removal:
+        config, plan = self.plan.config, self.plan
+        of_layer = [self.softness.get(piece.layer) for piece in stack.pieces]
+        temperatures = [plan.temperature(self.step) if one is None else temperature(one) for one in of_layer]
         return remove(
-            weight[piece.rows],
-            piece.mask,
-            links=piece.links,
-            drop_fraction=self.plan.drop_fraction(self.step),
+            weights,
+            stack.masks,
+            links=[piece.links for piece in stack.pieces],
+            drop_fraction=plan.drop_fraction(self.step),
             removal=Choice(
-                partial(self._score, "removal", piece),
+                partial(self._score, "removal", stack),
                 config.removal_choice == "soft",
-                self.plan.temperature(self.step) if softness is None else temperature(softness),
+                temperatures,
+                by_link=self._part("removal").by_link,
             ),
-            pruning=Choice(partial(self._score, "pruning", piece)),
-            streams=partial(self._stream, piece),
+            pruning=Choice(partial(self._score, "pruning", stack), by_link=self._part("pruning").by_link),
+            seeds=partial(self._seeds, stack),
         )
 
-    def _regrow(self, piece: "_Piece", weight: Tensor, stay: Tensor, kept: Tensor) -> LayerEvolution:
+    def _regrow(self, stack: "_Stack", weights: Tensor, halves: Removal) -> tuple[Tensor, Tensor]:
         part = self._part("regrowth")
 
         def score(kept: Tensor) -> Tensor:
-            left = weight[piece.rows].where(kept, 0) if "weight" in part.needs else None
-            return self._score("regrowth", piece, left, kept)
+            return self._score("regrowth", stack, weights.where(kept, 0) if "weight" in part.needs else None, kept)
 
+        def sample(masks: Tensor, k: Sequence[int], seeds: Sequence[int]) -> Tensor:
+            assert part.sampler is not None
+            drawn = [
+                part.sampler(mask, n, generator=generator_of(seed, mask.device))
+                for mask, n, seed in zip(masks, k, seeds, strict=True)
+            ]
+            return torch.stack(drawn)
+
+        sampler = part.stack_sampler or (sample if part.sampler is not None else None)
         return regrow(
-            piece.mask,
-            stay[piece.rows],
-            kept[piece.rows],
-            links=piece.links,
-            regrowth=Choice(score, self.plan.config.regrowth_choice == "soft", sampler=part.sampler),
-            streams=partial(self._stream, piece),
+            halves,
+            links=[piece.links for piece in stack.pieces],
+            regrowth=Choice(score, self.plan.config.regrowth_choice == "soft", sampler=sampler),
+            seeds=partial(self._seeds, stack),
         )
 
     def _part(self, field: str) -> Part:
         parts = REGROWTH if field == "regrowth" else REMOVAL
         return parts[getattr(self.plan.config, field)]
 
-    def _score(self, field: str, piece: "_Piece", weight: Tensor | None, mask: Tensor) -> Tensor:
-        part = self._part(field)
-        return part.check(part(self.plan.config, **self._given(part, piece, mask, weight)), tuple(mask.shape))
-
-    def _given(self, part: Part, piece: "_Piece", mask: Tensor, weight: Tensor | None) -> dict[str, Tensor | None]:
-        """The arguments that a part may ask for: mask, weight, and the gradient and stored weights that it needs."""
+    def _score(
+        self, field: str, stack: "_Stack", weights: Tensor | None, masks: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
+        """The scores of a stack, (layers, out, in), or of the links at `positions` in it, (links,)."""
+        part, config = self._part(field), self.plan.config
         whole = {"grad": self.gradients, "stored": self.stored}
-        rows = {name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs}
-        return {"mask": mask, "weight": weight, **rows}
+        given = {"mask": masks, "weight": weights}
+        given |= {name: stack.of(tensors) for name, tensors in whole.items() if name in part.needs}
+        if positions is not None:
+            values = {
+                name: tensor.reshape(-1)[positions]
+                for name, tensor in given.items()
+                if tensor is not None and name in part.needs and name != "mask"
+            }
+            values["mask"] = torch.ones_like(positions, dtype=torch.bool)
+            return part.check(part(config, **values), tuple(positions.shape))
+        if part.stacks:
+            return part.check(part(config, **given), tuple(masks.shape))
+        scores = []
+        for n in range(len(masks)):
+            one = {name: None if tensor is None else tensor[n] for name, tensor in given.items()}
+            scores.append(part.check(part(config, **one), tuple(masks.shape[1:])))
+        return scores[0][None] if len(scores) == 1 else torch.stack(scores)
 
-    def _stream(self, piece: "_Piece", purpose: str) -> torch.Generator:
-        layer = list(self.masks).index(piece.layer)
+    def _seeds(self, stack: "_Stack", purpose: str) -> list[int]:
+        return [self._seed(purpose, piece) for piece in stack.pieces]
+
+    def _seed(self, purpose: str, piece: "_Piece") -> int:
+        layer = self._numbers[piece.layer]
         number = self.plan.number_of_updates(self.step)
         if piece.block:
             purpose = f"{purpose} {piece.block}"
-        return random_stream(self.plan.config.topology_seed, number, layer, purpose, device=piece.mask.device)
+        return random_seed(self.plan.config.topology_seed, number, layer, purpose)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.masks)}
 
 
 @dataclass(frozen=True)
@@ -153,26 +205,80 @@ class _Piece:
     block: int
 
 
+class _Stack:
+    """Pieces of one shape."""
+
+    def __init__(self, pieces: Sequence[_Piece]) -> None:
+        self.pieces = pieces
+        self.masks = stacked([piece.mask for piece in pieces])
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(pieces, rows, in) of matrices (out, in) by layer name; a view of a single one."""
+        return stacked([tensors[piece.layer][piece.rows] for piece in self.pieces])
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one; a view of a single one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _by_shape(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+    same: dict[torch.Size, list[_Piece]] = {}
+    for piece in pieces:
+        same.setdefault(piece.mask.shape, []).append(piece)
+    return list(same.values())
+
+
+def _layers(stacks: Sequence[tuple[_Stack, Tensor]]) -> dict[str, Tensor]:
+    """Matrices (out, in) by layer name, of stacks of pieces."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for stack, tensors in stacks:
+        for piece, tensor in zip(stack.pieces, tensors, strict=True):
+            parts.setdefault(piece.layer, {})[piece.block] = tensor
+    return {name: _cat([blocks[n] for n in sorted(blocks)]) for name, blocks in parts.items()}
+
+
 def _cat(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def in_threads(evolve: Callable[[list[str]], _T], groups: Sequence[list[str]], device: torch.device) -> Iterator[_T]:
-    """Call `evolve` on every group, in order; on a CPU, on several groups at the same time.
+def in_threads(evolve: Callable[[_T], _R], batches: Sequence[_T], device: torch.device) -> Iterator[_R]:
+    """Call `evolve` on every batch, in order; on a CPU, on several at the same time.
 
     An update is many small operations, which gain little from several threads each. The results are the same, since
-    every layer has its own random streams.
+    every layer has its own random numbers.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, _WORKERS, len(groups))
+    workers = min(threads, _WORKERS, len(batches))
     if workers <= 1 or device.type != "cpu":
-        yield from map(evolve, groups)
+        yield from map(evolve, batches)
         return
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-            yield from pool.map(evolve, groups)
+            yield from pool.map(evolve, batches)
     finally:
         torch.set_num_threads(threads)  # MKL's number of threads is global
+
+
+def in_batches(
+    groups: Iterable[Sequence[str]], shapes: Mapping[str, tuple[int, ...]], device: torch.device
+) -> list[list[str]]:
+    """The layers of `groups` in batches that one call evolves: on a CPU a group each; elsewhere groups of like shapes
+    together, as long as they have no more weights than the largest group, or `_TOGETHER`."""
+    if device.type == "cpu":
+        return [list(group) for group in groups]
+    ordered = sorted(groups, key=lambda group: [shapes[name] for name in group])
+    sizes = [sum(prod(shapes[name]) for name in group) for group in ordered]
+    room = max([_TOGETHER, *sizes])
+    batches: list[list[str]] = []
+    filled = room
+    for group, size in zip(ordered, sizes, strict=True):
+        if filled + size > room:
+            batches.append([])
+            filled = 0
+        batches[-1] += group
+        filled += size
+    return batches
 
 
 def update_cost(shape: tuple[int, int], config: SparsityConfig) -> float:

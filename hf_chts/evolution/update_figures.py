@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hf_chts.topology.bits import count_bits
-from hf_chts.topology.percolation import active_neurons
+from hf_chts.topology.bits import count_bits_of_each
+from hf_chts.topology.evolution import counts_of
+from hf_chts.topology.percolation import active_neurons_of_each
 
 
 @dataclass(frozen=True)
@@ -32,25 +34,15 @@ class LayerUpdate:
     active: int | None = None
     explored: int | None = None
 
-    @classmethod
-    def of(
-        cls, mask: Tensor, explored: Tensor, *, pruned: int, removed: int, regrown: int, returned: int
-    ) -> "LayerUpdate":
-        """Complete the counts of an update.
 
-        Args:
-            mask: bool (out, in), after the update.
-            explored: the links that were ever active, bit-packed uint8.
-            pruned, removed, regrown, returned: as the update counted them; `removed` does not include `pruned`.
-        """
-        return cls(
-            links=int(mask.count_nonzero()),
-            removed=pruned + removed,
-            regrown=regrown,
-            returned=returned,
-            active=active_neurons(mask),
-            explored=count_bits(explored),
-        )
+def counts_after(masks: Tensor, explored: Tensor) -> Tensor:
+    """What `LayerUpdate` counts of topologies: int64 (layers, 3), links, active and explored.
+
+    Args:
+        masks: bool (layers, out, in), after the update.
+        explored: the links that were ever active, bit-packed uint8 (layers, bytes).
+    """
+    return torch.stack([counts_of(masks), active_neurons_of_each(masks), count_bits_of_each(explored)], 1)
 
 
 def overall_figures(layers: Mapping[str, LayerUpdate], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:

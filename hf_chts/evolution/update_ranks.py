@@ -1,8 +1,8 @@
 """A topology update of a whole model: each rank evolves its share of the layers, and all ranks get the new masks."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise, zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hf_chts.evolution.held_tensors import read_by_update
 from hf_chts.evolution.regrown_adam import RegrownAdam
-from hf_chts.evolution.update import TopologyUpdate, in_threads, update_cost
-from hf_chts.evolution.update_figures import LayerUpdate, overall_figures
+from hf_chts.evolution.update import TopologyUpdate, in_batches, in_threads, stacked, update_cost
+from hf_chts.evolution.update_figures import LayerUpdate, counts_after, overall_figures
 from hf_chts.files.reading import LazyMapping
 from hf_chts.finite import not_finite
 from hf_chts.layers.shares import layer_links, without_return
@@ -23,7 +23,7 @@ from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.sharding.gradients import DenseGradient
 from hf_chts.sharding.interface import Engine
 from hf_chts.sharding.ranks import exchange, rank_and_world, share_out
-from hf_chts.topology.bits import pack_bits
+from hf_chts.topology.bits import link_positions, pack_stack, unpack_stack
 from hf_chts.topology.percolation import Junction, anp_rate, coupled_groups
 from hf_chts.topology.softness import adapted, chance_overlap
 
@@ -104,31 +104,70 @@ class UpdateOverRanks:
         links = self._links(plan, step, names, stored)
         self._check_room(step, {name: links[name] for name in names})
         counted = {name: [0] * 4 for name in layers}
+        after: dict[str, Tensor] = {}
         for groups in self._rounds(names):
-            for name, (mask, counts) in self._evolve(plan, step, groups, links, stored, softness):
-                stamp = (adam.born[name], number) if adam else None
-                layers[name].storage.replace(mask, self.engine, stored.get(name), stamp)
-                if adam:
-                    adam.changed(name)
-                explored[name].bitwise_or_(pack_bits(mask))
-                _, removed, regrown, returned = counted[name] = counts
-                if config.adapts_softness and regrown:
-                    chance = chance_overlap(removed, regrown, mask.numel() - links[name])
-                    softness[name] = adapted(softness[name], returned / regrown, chance, config.softness_end)
-        masks = self.sparse.topologies()
-        done = {
-            name: LayerUpdate.of(
-                masks[name], explored[name], pruned=pruned, removed=removed, regrown=regrown, returned=returned
+            for done in self._evolve(plan, step, groups, links, stored, softness):
+                for batch in self._alike(done):
+                    bits = stacked([done[name][0] for name in batch])
+                    masks = unpack_stack(bits, layers[batch[0]].storage.shape)
+                    for name, mask, change in zip(batch, masks, self._changes(batch, masks), strict=True):
+                        stamp = (adam.born[name], number) if adam else None
+                        layers[name].storage.replace(mask, self.engine, stored.get(name), stamp, change)
+                        if adam:
+                            adam.changed(name)
+                        explored[name].bitwise_or_(done[name][0])
+                        _, removed, regrown, returned = counted[name] = done[name][1]
+                        if config.adapts_softness and regrown:
+                            chance = chance_overlap(removed, regrown, mask.numel() - links[name])
+                            softness[name] = adapted(softness[name], returned / regrown, chance, config.softness_end)
+                    after |= self._after(batch, masks, explored)
+        masks_now = self.sparse.topologies()
+        for batch in self._alike([name for name in layers if name not in after]):
+            after |= self._after(batch, stacked([masks_now[name] for name in batch]), explored)
+        counts = torch.stack([after[name] for name in layers]).tolist()  # the host waits once
+        result = {
+            name: LayerUpdate(
+                links=now, removed=pruned + removed, regrown=regrown, returned=returned, active=active, explored=ever
             )
-            for name, (pruned, removed, regrown, returned) in counted.items()
+            for (name, (pruned, removed, regrown, returned)), (now, active, ever) in zip(
+                counted.items(), counts, strict=True
+            )
         }
-        figures: dict[str, Any] = overall_figures(done, {name: layer.storage.shape for name, layer in layers.items()})
+        figures: dict[str, Any] = overall_figures(result, {name: layer.storage.shape for name, layer in layers.items()})
         if config.percolation:
-            figures["active_neurons_percolated"] = anp_rate(masks, self.junctions)
+            figures["active_neurons_percolated"] = anp_rate(masks_now, self.junctions)
         if config.adapts_softness:
             figures["softness"] = fmean(softness[name] for name in names)
         figures["topology_seconds"] = round(time.perf_counter() - start, 4)
-        return figures, done
+        return figures, result
+
+    def _alike(self, names: Iterable[str]) -> list[list[str]]:
+        """Batches of layers of one shape."""
+        shapes = {name: layer.storage.shape for name, layer in self.sparse.layers.items()}
+        same: dict[tuple[int, int], list[str]] = {}
+        for name in names:
+            same.setdefault(shapes[name], []).append(name)
+        device = next(iter(self.sparse.layers.values())).storage.device
+        return [batch for of_shape in same.values() for batch in in_batches([[n] for n in of_shape], shapes, device)]
+
+    def _changes(self, names: Sequence[str], masks: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The links that go and those that come, by layer: positions in (out, in), int64 (links,), ascending."""
+        old = stacked([self.sparse.layers[name].topology for name in names])
+        numel = masks[0].numel()
+        both = [link_positions(old & ~masks), link_positions(masks & ~old)]
+        if len(names) == 1:
+            return [(both[0], both[1])]
+        edges = torch.arange(len(names) + 1, device=masks.device) * numel
+        ends = torch.stack([torch.searchsorted(positions, edges) for positions in both]).tolist()
+        parts = [
+            [within[start:stop] for start, stop in pairwise(edge)]
+            for within, edge in zip((positions % numel for positions in both), ends, strict=True)
+        ]
+        return list(zip(*parts, strict=True))
+
+    def _after(self, names: Sequence[str], masks: Tensor, explored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        counts = counts_after(masks, stacked([explored[name] for name in names]))
+        return dict(zip(names, counts, strict=True))
 
     def _check_room(self, step: int, links: Mapping[str, int]) -> None:
         """Raises ValueError, naming the layer, if a layer has room for fewer links than these, by name."""
@@ -164,8 +203,8 @@ class UpdateOverRanks:
         links: Mapping[str, int],
         stored: Mapping[str, StoredWeights],
         softness: Mapping[str, float],
-    ) -> Iterator[tuple[str, tuple[Tensor, list[int]]]]:
-        """The new masks, (out, in), and (pruned, removed, regrown, returned) links of the layers of `groups`."""
+    ) -> Iterator[dict[str, tuple[Tensor, list[int]]]]:
+        """The new masks as bits, and (pruned, removed, regrown, returned) links, of the layers of `groups`."""
         engine, layers, masks, config = self.engine, self.sparse.layers, self.sparse.topologies(), self.sparse.config
         rank, _ = rank_and_world()
         names = [name for group in groups for name in group]
@@ -192,19 +231,25 @@ class UpdateOverRanks:
             softness=softness if config.adapts_softness else {},
         )
 
-        def evolve(group: list[str]) -> dict[str, tuple[Tensor, list[int]]]:
-            done = update.evolve(group, {name: weights[name] for name in group})
+        def evolve(batch: list[str]) -> dict[str, tuple[Tensor, list[int]]]:
+            done = update.evolve(batch, {name: weights[name] for name in batch})
             # as bits until they are needed, since bools of all layers would take as much memory as the masks
+            bits = {
+                name: row
+                for same in self._alike(batch)
+                for name, row in zip(same, pack_stack(stacked([done[name].mask for name in same])), strict=True)
+            }
             return {
-                name: (pack_bits(one.mask), [one.pruned, one.removed, one.regrown, one.returned])
-                for name, one in done.items()
+                name: (bits[name], [one.pruned, one.removed, one.regrown, one.returned]) for name, one in done.items()
             }
 
         device = next(iter(layers.values())).storage.device
+        shapes = {name: layers[name].storage.shape for name in names}
+        batches = in_batches([group for group in groups if self.owner[group[0]] == rank], shapes, device)
         mine: dict[str, tuple[Tensor, list[int]]] = {}
-        for results in in_threads(evolve, [group for group in groups if self.owner[group[0]] == rank], device):
+        for results in in_threads(evolve, batches, device):
             mine |= results
-        return exchange(mine, {name: layers[name].storage.shape for name in names}, self.owner, device)
+        return exchange(mine, shapes, self.owner, device)
 
     def _matrices(self, names: Sequence[str], tensors: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
         """Matrices (out, in) by name, of values in the parameter's shape; made on access."""

@@ -103,16 +103,19 @@ class LinkIndex:
         forward: rows are outputs, columns inputs.
         backward: rows are inputs, columns outputs.
         version: of the storage that it was made for.
+        by_torch: whether torch's own sparse products take it, for want of numba.
     """
 
     forward: Direction
     backward: Direction
     version: int = -1
+    by_torch: bool = False
 
     @classmethod
     def empty(cls, slots: int, shape: tuple[int, int]) -> "LinkIndex":
         """An index of no links, of a layer of `shape`, (out, in)."""
-        return cls(Direction.empty(slots, shape), Direction.empty(slots, (shape[1], shape[0])))
+        directions = (Direction.empty(slots, shape), Direction.empty(slots, (shape[1], shape[0])))
+        return cls(*directions, by_torch=not kernels.available())
 
     def refresh(self, positions: Tensor, transposed: bool, version: int) -> None:
         """Take over the links.
@@ -121,7 +124,7 @@ class LinkIndex:
             positions: integer (slots,) on the CPU, in the layout of the weight: (in, out) if it is `transposed`.
         """
         by_row, by_column = (self.backward, self.forward) if transposed else (self.forward, self.backward)
-        if kernels.available():
+        if not self.by_torch:
             from hf_chts.kernels.link_order import order_links  # late: imports numba
 
             blocks = (by_column.block, by_row.block)

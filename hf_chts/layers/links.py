@@ -137,6 +137,7 @@ class LinkStorage(ABC):
         engine: Engine | None = None,
         stored: StoredWeights | None = None,
         stamp: tuple[Tensor, int] | None = None,
+        change: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Change the links. Collective where `engine` splits weights.
 
@@ -149,6 +150,8 @@ class LinkStorage(ABC):
             stored: the weights of removed links.
             stamp: a tensor of this rank's part, as `Engine.zeros` makes it, and a number that it gets for new links;
                 removed links get 0.
+            change: the links that go and those that come, if the caller has counted them: their positions in the
+                flattened (out, in) matrix, int64 (links,), ascending.
 
         Raises:
             ValueError: the topology is not bool (out, in).
@@ -267,6 +270,7 @@ class MaskedStorage(LinkStorage):
         engine: Engine | None = None,
         stored: StoredWeights | None = None,
         stamp: tuple[Tensor, int] | None = None,
+        change: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         check_topology(topology, self.shape)
         if engine is None:
@@ -276,17 +280,21 @@ class MaskedStorage(LinkStorage):
         layer, old = self._layer, self._mask
         new = self.values(topology).to(old.device)
         held, copies = engine.held(layer), engine.copies(layer)
-        gone = link_positions(old & ~new)
-        come = link_positions(new & ~old) if stored is not None or stamp is not None else None
+        come: Tensor | None
+        if change is not None and layer.matrix(old) is old:  # the weight lies as the matrix
+            gone, come = change
+        else:
+            gone = link_positions(old & ~new)
+            come = link_positions(new & ~old) if stored is not None or stamp is not None else None
         start, stop = extent = engine.extent(layer)
-        gone_here = _within(gone, extent)
+        gone_here = _within(gone, extent, old.numel())
         for tensor in copies.values():
             _fill(tensor, gone)
         if stored is not None:
             assert isinstance(stored, StoredParts)
             assert come is not None
             part = stored.part
-            revived = part.take(_within(come, extent).to(part.device))
+            revived = part.take(_within(come, extent, old.numel()).to(part.device))
             links = old.reshape(-1)[start:stop].to(part.device)
             torch.where(links.view_as(part), held["weight"].view_as(part), part, out=part)
         for tensor in held.values():
@@ -295,7 +303,7 @@ class MaskedStorage(LinkStorage):
             assert come is not None
             for name in ("weight", "working"):
                 if name in held:
-                    _put(held[name], _within(come, extent), revived)
+                    _put(held[name], _within(come, extent, old.numel()), revived)
             if "working" in copies:
                 for positions, values in engine.spread(layer, come, revived):
                     _put(copies["working"], positions, values)
@@ -303,7 +311,7 @@ class MaskedStorage(LinkStorage):
             assert come is not None
             piece, number = stamp
             _fill(piece, gone_here)
-            _fill(piece, _within(come, extent), number)
+            _fill(piece, _within(come, extent, old.numel()), number)
         self.copy(topology)
 
     @torch.no_grad()
@@ -379,8 +387,10 @@ def check_zeros(layers: Mapping[str, Any], engine: Engine | None = None) -> None
             )
 
 
-def _within(positions: Tensor, extent: tuple[int, int]) -> Tensor:
-    """The ascending positions that are in [start, stop), counted from start."""
+def _within(positions: Tensor, extent: tuple[int, int], numel: int) -> Tensor:
+    """The ascending positions, of `numel`, that are in [start, stop), counted from start."""
+    if extent == (0, numel):
+        return positions
     first, last = torch.searchsorted(positions, torch.tensor(extent, device=positions.device)).tolist()
     return positions[first:last] - extent[0]
 

@@ -208,6 +208,7 @@ class SlotStorage(LinkStorage):
         engine: Engine | None = None,
         stored: StoredWeights | None = None,
         stamp: tuple[Tensor, int] | None = None,
+        change: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._check(topology)
         positions, numel = self._positions, self.shape[0] * self.shape[1]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_chts import kernels
 from hf_chts.layers.csr_products import csr_product
 from hf_chts.layers.link_index import Direction, LinkIndex
 from hf_chts.layers.tiles import cut_tokens, shared_tiles, tile_width, uncut_tokens
@@ -44,7 +43,7 @@ def sparse_product(x: Tensor, values: Tensor, bias: Tensor | None, index: LinkIn
     """
     dtype = _dtype(x)
     bias = bias if bias is None else bias.to(dtype)
-    if not kernels.available():
+    if index.by_torch:
         return csr_product(x.to(dtype), values, bias, index)
     if torch.compiler.is_compiling():
         both = (*index.forward.tensors, *index.backward.tensors)

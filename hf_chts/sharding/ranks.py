@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_chts.topology.bits import unpack_bits
-
 
 def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
@@ -46,7 +44,7 @@ def exchange(
     owner: Mapping[str, int],
     device: torch.device,
     n_counts: int = 4,
-) -> Iterator[tuple[str, tuple[Tensor, list[int]]]]:
+) -> Iterator[dict[str, tuple[Tensor, list[int]]]]:
     """Send each rank's new masks and their counts to all ranks. Collective.
 
     Args:
@@ -57,8 +55,8 @@ def exchange(
         n_counts: how many counts each layer has.
 
     Returns:
-        (name, (mask, counts)), rank by rank and in the order of `shapes`; each mask is unpacked as it is yielded.
-        Masks are sent as bits, in one broadcast from each rank.
+        (mask as bits, counts) by name, in the order of `shapes`, of one rank after the other. Masks are sent in one
+        broadcast from each rank.
     """
     rank, world_size = rank_and_world()
     for source in range(world_size):
@@ -79,8 +77,7 @@ def exchange(
             dist.broadcast(packed, src=source)
             dist.broadcast(numbers, src=source)
             bits, counts = packed.split(sizes), numbers.tolist()
-        for name, some, row in zip(names, bits, counts, strict=True):
-            yield name, (unpack_bits(some, tuple(shapes[name])), row)
+        yield {name: (some, row) for name, some, row in zip(names, bits, counts, strict=True)}
 
 
 def together(facts: Mapping[str, str] | None, problem: Exception | None = None, word: Any = None) -> Any:

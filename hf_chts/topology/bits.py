@@ -6,6 +6,8 @@ from torch import Tensor
 
 # Words of rows to compare at a time, few enough for the caches
 _WORDS_AT_A_TIME = 1 << 17
+# and on a device, where every operation is launched
+_WORDS_AT_A_TIME_ON_DEVICE = 1 << 24
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -44,14 +46,45 @@ def unpack_bits(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return bits[:n].view(shape)
 
 
+def pack_stack(masks: Tensor) -> Tensor:
+    """Each mask of a stack as bits: bool (layers, out, in) → uint8 (layers, ceil(out·in / 8))."""
+    if len(masks) == 1:
+        return pack_bits(masks)[None]
+    flat = masks.flatten(1)
+    if flat.shape[1] % 8:
+        flat = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8))
+    return pack_bits(flat).view(len(masks), -1)
+
+
+def unpack_stack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack_stack`: uint8 (layers, bytes) → bool (layers, *shape), whatever follows the last link."""
+    if packed.device.type == "cpu":
+        bits = torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, bitorder="little")).view(torch.bool)
+    else:
+        shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+        bits = (packed[:, :, None] >> shifts).bitwise_and_(1).flatten(1).view(torch.bool)
+    return bits[:, : torch.Size(shape).numel()].reshape(len(packed), *shape)
+
+
+def count_bits_of_each(packed: Tensor) -> Tensor:
+    """How many bits are set in each row: uint8 (layers, bytes) → int64 (layers,)."""
+    if packed.device.type == "cpu":
+        return torch.tensor([count_bits(row) for row in packed])
+    return _bits_of_bytes(packed).sum(1, dtype=torch.int64)
+
+
 def count_bits(packed: Tensor) -> int:
     """How many bits are set; uint8, any shape."""
     if packed.device.type == "cpu":
         return int.from_bytes(packed.numpy().tobytes(), "little").bit_count()
+    return int(_bits_of_bytes(packed).sum(dtype=torch.int64))
+
+
+def _bits_of_bytes(packed: Tensor) -> Tensor:
     # neighbouring bits are added in pairs, then the pairs, then the halves of each byte
     pairs = packed - ((packed >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return int(((fours + (fours >> 4)) & 0x0F).sum(dtype=torch.int64))
+    return (fours + (fours >> 4)) & 0x0F
 
 
 def link_positions(mask: Tensor) -> Tensor:
@@ -69,34 +102,40 @@ def pack_rows(mask: Tensor) -> Tensor:
     return pack_bits(torch.nn.functional.pad(mask, (0, -columns % 64))).view(torch.int64).view(len(mask), -1)
 
 
-def common_links(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """How many links row first[n] and row second[n] share: rows as of `pack_rows`, int64 (n,) twice → int64 (n,)."""
-    step = max(1, _WORDS_AT_A_TIME // rows.shape[1])
-    counts = [
-        _ones(rows[a].bitwise_and_(rows[b])).sum(1, dtype=torch.int64)
-        for a, b in zip(first.split(step), second.split(step), strict=True)
-    ]
-    return torch.cat(counts) if len(counts) != 1 else counts[0]
-
-
-def nth_link(rows: Tensor, share: Tensor) -> Tensor:
-    """The column of link number floor(share·links) of each row.
+def lacked_links(rows: Tensor, of: Tensor, lacking: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The links of row of[n] that row lacking[n] lacks.
 
     Args:
-        rows: as of `pack_rows`, int64 (n, words), each with a link.
+        rows: as of `pack_rows`.
+        of, lacking: int64 (n,).
         share: float64 (n,), in [0, 1).
 
     Returns:
-        int64 (n,).
+        (how many there are, the column of number floor(share·how many); arbitrary if there is none), int64 (n,) each.
     """
-    until = _ones(rows).to(torch.int64).cumsum(1)
-    total = until[:, -1]
-    # with a share close to 1, the product may be rounded up to the total
-    number = (share * total).long().minimum(total - 1)[:, None]
-    word = torch.searchsorted(until, number, right=True)
-    before = until.gather(1, (word - 1).clamp_(min=0)).masked_fill_(word == 0, 0)
-    places = (rows.gather(1, word) >> torch.arange(64, device=rows.device)).bitwise_and_(1).cumsum(1)
-    return (word * 64 + torch.searchsorted(places, number - before, right=True))[:, 0]
+    step = _rows_at_a_time(rows)
+    pieces = zip(of.split(step), lacking.split(step), share.split(step), strict=True)
+    found = [_lacked(rows[a].bitwise_and_(rows[b].bitwise_not_()), some) for a, b, some in pieces]
+    if len(found) == 1:
+        return found[0]
+    counts, columns = zip(*found, strict=True)
+    return torch.cat(counts), torch.cat(columns)
+
+
+def _lacked(words: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    until = _ones(words).cumsum(1, dtype=torch.int64)
+    count = until[:, -1]
+    number = (share * count).long()[:, None]
+    word = torch.searchsorted(until, number, right=True).clamp_(max=words.shape[1] - 1)
+    number -= until.gather(1, (word - 1).clamp_(min=0)).masked_fill_(word == 0, 0)
+    places = (words.gather(1, word) >> torch.arange(64, device=words.device)).bitwise_and_(1).cumsum(1)
+    place = torch.searchsorted(places, number, right=True).clamp_(max=63)
+    return count, word.mul_(64).add_(place)[:, 0]
+
+
+def _rows_at_a_time(rows: Tensor) -> int:
+    words = _WORDS_AT_A_TIME if rows.device.type == "cpu" else _WORDS_AT_A_TIME_ON_DEVICE
+    return max(1, words // rows.shape[1])
 
 
 def _ones(words: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from math import inf
 import torch
 from torch import Tensor
 
+from hf_chts.topology.bits import link_positions
+from hf_chts.topology.compiled import loops, neighbours_of
 from hf_chts.topology.parts import register
 from hf_chts.topology.path_based import ch2_l3p, ch3_l3p, check_mask
 
@@ -25,6 +27,8 @@ __all__ = ["ch2_l3n", "ch2_l3p", "ch3_1_l3n", "ch3_l3n", "ch3_l3p"]
 # Rows of the node-by-node matrices to hold at a time. Whole, (out, out) or (in, in), they would be n/m copies of an
 # m x n layer.
 _BLOCK_ROWS = 128
+# Multiplications of a dense product, in fp32 or with 8 bits, in the time of one increment of a count
+_PER_INCREMENT, _PER_INCREMENT_OF_8_BIT = 40, 160
 
 # strength(common neighbours, links that leave the community) of pairs of nodes; may overwrite its first argument
 Strength = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +39,7 @@ def _two_products(out_features: int, in_features: int) -> float:
     return 100 * numel + 4 * numel * (out_features + in_features)
 
 
-@register.regrowth("ch2_l3n", cost=_two_products)
+@register.regrowth("ch2_l3n", cost=_two_products, stacks=True)
 def ch2_l3n(mask: Tensor) -> Tensor:
     """CH2-L3n scores: (common neighbours + 1) over the links that leave the community.
 
@@ -48,13 +52,13 @@ def ch2_l3n(mask: Tensor) -> Tensor:
     return node_based_scores(mask, ch2_strength)
 
 
-@register.regrowth("ch3_l3n", cost=_two_products)
+@register.regrowth("ch3_l3n", cost=_two_products, stacks=True)
 def ch3_l3n(mask: Tensor) -> Tensor:
     """CH3-L3n scores: as `ch2_l3n` with 1 in the numerator; bool (out, in) → float32 (out, in)."""
     return node_based_scores(mask, ch3_strength)
 
 
-@register.regrowth("ch3_1_l3n", cost=_two_products)
+@register.regrowth("ch3_1_l3n", cost=_two_products, stacks=True)
 def ch3_1_l3n(mask: Tensor) -> Tensor:
     """CH3.1-L3n scores: as `ch2_l3n` with (x + 1)^(1 + x/(1 + x)) in the denominator, where x is the number of links
     that leave the community, less the one to the seed; bool (out, in) → float32 (out, in).
@@ -80,8 +84,25 @@ def ch3_1_strength(common: Tensor, external: Tensor) -> Tensor:
 
 
 def node_based_scores(mask: Tensor, strength: Strength) -> Tensor:
-    """score = U·A + (V·Aᵀ)ᵀ, with U over pairs of outputs and V over pairs of inputs."""
-    check_mask(mask)
+    """score = U·A + (V·Aᵀ)ᵀ, with U over pairs of outputs and V over pairs of inputs.
+
+    Args:
+        mask: bool (out, in), or (layers, out, in).
+        strength: of pairs of nodes.
+
+    Returns:
+        float32 of the mask's shape.
+    """
+    if mask.dim() != 3:
+        check_mask(mask)
+        return _scores(mask, strength)
+    if mask.device.type == "cpu":
+        scores = [_scores(one, strength) for one in mask]
+        return scores[0][None] if len(scores) == 1 else torch.stack(scores)
+    return _scores_of_stack(mask, strength)
+
+
+def _scores(mask: Tensor, strength: Strength) -> Tensor:
     links = mask.to(torch.float32)
     scores = torch.empty_like(links)
     for rows, pairs in bridges(mask, links, strength):
@@ -91,12 +112,33 @@ def node_based_scores(mask: Tensor, strength: Strength) -> Tensor:
     return scores.masked_fill_(mask, 0)
 
 
+def _scores_of_stack(masks: Tensor, strength: Strength) -> Tensor:
+    """`_scores` of layers of one shape with batched products, for devices on which each operation is launched."""
+    links = masks.to(torch.float32)
+    scores = torch.empty_like(links)
+    for matrices, into in ((links, scores), (links.mT, scores.mT)):
+        degree = matrices.sum(2)[:, None]
+        for start in range(0, matrices.shape[1], _BLOCK_ROWS):
+            rows = slice(start, start + _BLOCK_ROWS)
+            common = matrices[:, rows] @ matrices.mT
+            pairs = strength(common, (degree - common).clamp_(min=1)) @ matrices
+            if into is scores:
+                into[:, rows] = pairs
+            else:
+                into[:, rows] += pairs
+    return scores.masked_fill_(masks, 0)
+
+
 def bridges(mask: Tensor, links: Tensor, strength: Strength) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows, strengths of the pairs (i, j) of nodes for i in rows and all j) over the nodes of the rows.
 
     `links` is `mask` in float32, (nodes, others).
     """
     degree = links.sum(1)
+    if (counted := _common_by_links(mask)) is not None:
+        for rows, common in counted:
+            yield rows, strength(common, (degree - common).clamp_(min=1))
+        return
     # Both products count exactly. 8-bit ones need the nodes as the fast dimension of both operands, and restrict shapes
     # on CUDA.
     integer = links.device.type == "cpu" and _integer_products_are_faster()
@@ -108,6 +150,29 @@ def bridges(mask: Tensor, links: Tensor, strength: Strength) -> Iterator[tuple[s
         common = torch._int_mm(block, by_neighbour).float() if integer else block @ by_neighbour  # (block, nodes)
         external = (degree - common).clamp_(min=1)
         yield rows, strength(common, external)
+
+
+def _common_by_links(mask: Tensor) -> Iterator[tuple[slice, Tensor]] | None:
+    """(rows, the common neighbours of each of them and all others, float32), counted link by link.
+
+    None if a product counts faster: a node of the other side with e links adds one to e² pairs, and a product takes
+    nodes² · others multiplications and additions, many at a time.
+    """
+    if (compiled := loops(mask.device)) is None:
+        return None
+    nodes, others = mask.shape
+    increments = float(mask.view(torch.uint8).sum(0, dtype=torch.int64).to(torch.float64).square_().sum())
+    if increments * (_PER_INCREMENT_OF_8_BIT if _integer_products_are_faster() else _PER_INCREMENT) > nodes**2 * others:
+        return None
+    lists, _ = neighbours_of(compiled, link_positions(mask), nodes, others)
+
+    def blocks() -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, nodes, _BLOCK_ROWS):
+            common = torch.zeros(min(_BLOCK_ROWS, nodes - start), nodes)
+            compiled.common_neighbours(*lists, start, nodes, common.numpy())
+            yield slice(start, start + _BLOCK_ROWS), common
+
+    return blocks()
 
 
 @cache

@@ -9,25 +9,33 @@ Let a have d inputs and share P of them with i. CH2 gives each of the d − P in
 rejection: a walk i - k - a through a random link reaches the pair with probability ∝ P, and is kept with probability
 (P + 1)/(2P), or 1/P. P is counted from the nodes' links as bits, only for pairs that a walk reaches. So the cost grows
 with the number of links drawn, and neither the node-by-node counts nor the scores are computed.
+
+Every draw is a function of the layer's seed and the number of the draw, and the first new links are taken in the order
+of the draws. So it does not matter how many draws are made at a time, for how many layers, or by what: compiled loops
+make them one by one, torch's operations in batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_chts.topology.bits import common_links, link_positions, nth_link, pack_rows
+from hf_chts.topology.bits import lacked_links, link_positions, pack_rows
+from hf_chts.topology.choosing import choose_each
+from hf_chts.topology.compiled import loops, neighbours_of
+from hf_chts.topology.hashed_numbers import fractions, hashed, seeds_on, unsigned
 from hf_chts.topology.link_prediction import Strength, ch2_strength, ch3_strength, node_based_scores
 from hf_chts.topology.parts import register
-from hf_chts.topology.sampling import choose
+from hf_chts.topology.random_streams import number_from
+from hf_chts.topology.scores import random
 
-# Rounds of draws before the scores themselves decide the rest
-_ROUNDS = 20
-# Tries to draw a missing input before searching all inputs
-_TRIES = 2
-# Words of rows to search at a time
-_WORDS_AT_A_TIME = 1 << 20
+# Draws for each link before the scores themselves decide the rest, and some more
+_DRAWS, _MORE = 16, 1024
+# The draws of a batch are at most this share of the links that a layer could have
+_SHARE = 32
+# Random numbers of a draw: middle node, first and second neighbour, chance, rank of the missing link
+_NUMBERS, _COUNTERS = 5, 8
 
 
 @dataclass(frozen=True)
@@ -36,19 +44,23 @@ class _Rule:
 
     Attributes:
         strength: of each missing link, for the scores.
-        weight: (links that the nodes share) → weight.
+        plus, times: the weight is plus + times · (links that the nodes share).
         per_link: upper bound of weight / shared links.
-        at_most: upper bound of the weight; None if there is none.
+        at_most: upper bound of the weight; 0 if there is none.
     """
 
     strength: Strength
-    weight: Callable[[Tensor], Tensor]
+    plus: float
+    times: float
     per_link: float
-    at_most: float | None = None
+    at_most: float = 0.0
 
 
-_CH2 = _Rule(ch2_strength, lambda common: common + 1, per_link=2.0)
-_CH3 = _Rule(ch3_strength, torch.ones_like, per_link=1.0, at_most=1.0)
+_CH2 = _Rule(ch2_strength, plus=1.0, times=1.0, per_link=2.0)
+_CH3 = _Rule(ch3_strength, plus=1.0, times=0.0, per_link=1.0, at_most=1.0)
+
+# propose(number of the first draw, how many) → int64 (layers, draws): positions in the stack, its size for none
+_Propose = Callable[[int, int], Tensor]
 
 
 def _pairs_of_links(out_features: int, in_features: int) -> float:
@@ -57,7 +69,23 @@ def _pairs_of_links(out_features: int, in_features: int) -> float:
     return 100 * numel + numel * (out_features + in_features) / 64
 
 
-@register.sampler("ch2_l3n", cost=_pairs_of_links)
+def _few_draws(out_features: int, in_features: int) -> float:
+    return 50.0 * out_features * in_features
+
+
+def _ch2_stack(masks: Tensor, k: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    return _sample(masks, k, seeds, _CH2)
+
+
+def _ch3_stack(masks: Tensor, k: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    return _sample(masks, k, seeds, _CH3)
+
+
+def _random_stack(masks: Tensor, k: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    return _sample(masks, k, seeds, None)
+
+
+@register.sampler("ch2_l3n", cost=_pairs_of_links, stack=_ch2_stack)
 def sample_ch2_l3n(mask: Tensor, k: int, *, generator: torch.Generator) -> Tensor:
     """Draw k missing links one after another, each with probability ∝ its CH2-L3n score.
 
@@ -74,157 +102,200 @@ def sample_ch2_l3n(mask: Tensor, k: int, *, generator: torch.Generator) -> Tenso
     Raises:
         ValueError: there are fewer than k missing links.
     """
-    return _sample(mask, k, _CH2, generator)
+    return _ch2_stack(mask[None], [k], [number_from(generator)])[0]
 
 
-@register.sampler("ch3_l3n", cost=_pairs_of_links)
+@register.sampler("ch3_l3n", cost=_pairs_of_links, stack=_ch3_stack)
 def sample_ch3_l3n(mask: Tensor, k: int, *, generator: torch.Generator) -> Tensor:
     """Like `sample_ch2_l3n`, with CH3-L3n scores."""
-    return _sample(mask, k, _CH3, generator)
+    return _ch3_stack(mask[None], [k], [number_from(generator)])[0]
 
 
-def _sample(mask: Tensor, k: int, rule: _Rule, generator: torch.Generator) -> Tensor:
-    missing = mask.numel() - int(torch.count_nonzero(mask))
-    taken = mask.clone()
-    remaining = k
-    # If many of the missing links are wanted, most draws would be repetitions
-    if 0 < 4 * k <= missing:
-        remaining = _draw_paths(taken, mask, k, rule, generator)
-    if remaining:
-        scores = node_based_scores(mask, rule.strength)
-        return (taken | choose(scores, remaining, ~taken, soft=True, generator=generator)) & ~mask
-    return taken & ~mask
+@register.sampler("random", cost=_few_draws, stack=_random_stack)
+def sample_random(mask: Tensor, k: int, *, generator: torch.Generator) -> Tensor:
+    """Like `sample_ch2_l3n`, each missing link as likely as the others."""
+    return _random_stack(mask[None], [k], [number_from(generator)])[0]
 
 
-def _draw_paths(taken: Tensor, mask: Tensor, k: int, rule: _Rule, generator: torch.Generator) -> int:
-    """Mark up to k drawn links in `taken`, at first a copy of `mask`; return how many are still missing."""
-    of_outputs, of_inputs = _Neighbours.of(mask), _Neighbours.of(mask.t())
-    outputs = _Pairs(of_outputs, of_inputs, rule, generator)
-    inputs = _Pairs(of_inputs, of_outputs, rule, generator)
-    total = outputs.mass + inputs.mass
-    width = mask.shape[1]
-    flat = taken.view(-1)
-    remaining, draws = k, 2 * k
-    for _ in range(_ROUNDS):
-        if not remaining or not total:
-            break
-        side = torch.rand(draws + 64, dtype=torch.float64, device=mask.device, generator=generator).mul_(total)
-        # the first new links are taken, in the order of the draws, whichever side they come from
-        order = torch.cat([(side < outputs.mass).nonzero()[:, 0], (side >= outputs.mass).nonzero()[:, 0]])
-        by_outputs = int((side < outputs.mass).sum())
-        kept, out, inn = outputs.draw(by_outputs)
-        also_kept, other_inn, other_out = inputs.draw(len(side) - by_outputs)
-        ends = torch.cat([out * width + inn, other_out * width + other_inn])
-        ends = ends[order[torch.cat([kept, also_kept + by_outputs])].argsort()]
-        fresh = _first_distinct(ends[~flat[ends]], remaining)
-        flat[fresh] = True
-        remaining -= len(fresh)
-        # as many draws per link as this round took, and half as many again
-        draws = min(3 * draws * remaining // (2 * max(len(fresh), 1)), mask.numel())
-    return remaining
-
-
-def _first_distinct(values: Tensor, k: int) -> Tensor:
-    """The first k distinct values, or all if there are fewer, of an int64 tensor (n,)."""
-    ordered, position = values.sort(stable=True)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    return values[position[first].sort().values[:k]]
-
-
-@dataclass(frozen=True)
-class _Neighbours:
-    """The links of the nodes on one side of a layer.
-
-    Attributes:
-        bits: int64 (nodes, words), each node's links as bits.
-        first: int64 (nodes + 1,), where the neighbours of each node begin in `neighbour`.
-        neighbour: int64 (links,), node after node, ascending.
-        degree: int64 (nodes,).
-    """
-
-    bits: Tensor
-    first: Tensor
-    neighbour: Tensor
-    degree: Tensor
-
-    @classmethod
-    def of(cls, mask: Tensor) -> "_Neighbours":
-        """Of the rows of bool (nodes, others)."""
-        mask = mask.contiguous()
-        nodes, others = mask.shape
-        positions = link_positions(mask)
-        first = torch.searchsorted(positions, torch.arange(nodes + 1, device=mask.device) * others)
-        return cls(pack_rows(mask), first, positions % others, first.diff())
-
-    def one_of(self, nodes: Tensor, generator: torch.Generator) -> Tensor:
-        """A random neighbour of each of `nodes`, int64 (n,); each has one."""
-        degree = self.degree[nodes]
-        step = torch.rand(nodes.shape, dtype=torch.float64, device=nodes.device, generator=generator)
-        # with a number close to 1, the product may be rounded up to the degree
-        step = step.mul_(degree).long().minimum(degree - 1)
-        return self.neighbour[self.first[nodes] + step]
-
-    def has(self, nodes: Tensor, others: Tensor) -> Tensor:
-        """Whether there is a link between each of `nodes` and each of `others`, int64 (n,) both."""
-        return (self.bits[nodes, others >> 6] >> (others & 63)).bitwise_and_(1).bool()
-
-
-class _Pairs:
-    """Draws pairs of nodes (i, a) of one side of a layer by their weight, each with one of a's links that i lacks.
+def _sample(masks: Tensor, k: Sequence[int], seeds: Sequence[int], rule: _Rule | None) -> Tensor:
+    """Draw links for a stack of layers.
 
     Args:
-        nodes: the links of this side's nodes.
-        others: the links of the other side's nodes.
+        masks: bool (layers, out, in); read only.
+        k: how many, by layer.
+        seeds: signed 64-bit, by layer.
+        rule: None draws uniformly.
 
-    Attributes:
-        mass: the number of calls of `draw` must be in proportion to it.
+    Returns:
+        bool (layers, out, in).
     """
+    layers, numel = len(masks), masks[0].numel()
+    positions = link_positions(masks)
+    links = [len(positions)] if layers == 1 else masks.sum((1, 2)).tolist()
+    taken = torch.cat([masks.reshape(-1), masks.new_zeros(1)])
+    # if many of the missing links are wanted, most draws would be repetitions
+    wanted = [
+        n if 0 < 4 * n <= numel - there and (there or rule is None) else 0 for n, there in zip(k, links, strict=True)
+    ]
+    remaining: Sequence[int] = wanted
+    if any(wanted):
+        if rule is None:
+            remaining = _draw_uniformly(taken, layers, wanted, seeds)
+        else:
+            remaining = _draw_paths(taken, masks, positions, wanted, seeds, rule)
+    drawn = taken[:-1].view(masks.shape).bitwise_xor_(masks)
+    for layer, n in enumerate(k):
+        if rest := n - wanted[layer] + remaining[layer]:
+            mask, found = masks[layer], drawn[layer]
+            scores = node_based_scores(mask, rule.strength) if rule else random(mask)
+            valid = ~(mask | found)
+            found |= choose_each(scores[None], [rest], valid[None], [seeds[layer] ^ 1], soft=True)[0]
+    return drawn
 
-    def __init__(self, nodes: _Neighbours, others: _Neighbours, rule: _Rule, generator: torch.Generator) -> None:
-        self.nodes, self.others, self.rule, self.generator = nodes, others, rule, generator
-        # e² walks lead over a node of degree e on the other side
-        self.walks = others.degree.to(torch.float64).square_().cumsum(0)
-        by_walks = rule.per_link * float(self.walks[-1])
-        # if nodes share many links, drawing any two is quicker than walks, which prefer pairs that share most
-        everywhere = float("inf") if rule.at_most is None else rule.at_most * len(nodes.degree) ** 2
-        self.by_walks = by_walks <= everywhere
-        self.mass = min(by_walks, everywhere) if by_walks else 0.0
 
-    def draw(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Make n draws: (which of them gave a path, its first node i, its last node on the other side), int64 each."""
-        node, via = self._walk(n) if self.by_walks else self._any_two(n)
-        common = common_links(self.nodes.bits, node, via).to(torch.float64)
-        bound = self.rule.per_link * common if self.by_walks else float(self.rule.at_most or 0)
-        chance = torch.rand(n, dtype=torch.float64, device=node.device, generator=self.generator).mul_(bound)
-        kept = ((common > 0) & (common < self.nodes.degree[via]) & (chance < self.rule.weight(common))).nonzero()[:, 0]
-        node, via = node[kept], via[kept]
-        return kept, node, self._missing(node, via)
+def _draw_uniformly(taken: Tensor, layers: int, k: Sequence[int], seeds: Sequence[int]) -> Sequence[int]:
+    numel = (len(taken) - 1) // layers
+    if layers == 1 and (compiled := loops(taken.device)) is not None:
+        draws = _DRAWS * k[0] + _MORE
+        return [compiled.draw_uniformly(taken.numpy()[:-1], k[0], draws, unsigned(seeds[0]))]
+    on_device = seeds_on(seeds, taken.device)
+    start = torch.arange(layers, device=taken.device)[:, None] * numel
 
-    def _walk(self, n: int) -> tuple[Tensor, Tensor]:
-        points = torch.rand(n, dtype=torch.float64, device=self.walks.device, generator=self.generator)
-        middle = torch.searchsorted(self.walks, points.mul_(self.walks[-1]), right=True)
-        # rounding may point past the last node, or at one without links
-        last = torch.searchsorted(self.walks, self.walks[-1:])
-        middle = middle.minimum(last)
-        return self.others.one_of(middle, self.generator), self.others.one_of(middle, self.generator)
+    def propose(first: int, draws: int) -> Tensor:
+        numbers = fractions(hashed(on_device, torch.arange(first, first + draws, device=taken.device)))
+        return numbers.mul_(numel).long().add_(start)
 
-    def _any_two(self, n: int) -> tuple[Tensor, Tensor]:
-        degree = self.nodes.degree
-        first, second = torch.randint(len(degree), (2, n), device=degree.device, generator=self.generator)
-        return first, second
+    return _in_order(propose, taken, k)
 
-    def _missing(self, node: Tensor, via: Tensor) -> Tensor:
-        """A uniformly drawn neighbour of each of `via` that its counterpart in `node` lacks; there is one."""
-        found = self.nodes.one_of(via, self.generator)
-        again = self.nodes.has(node, found).nonzero()[:, 0]
-        for _ in range(_TRIES):
-            if not len(again):
-                return found
-            found[again] = self.nodes.one_of(via[again], self.generator)
-            again = again[self.nodes.has(node[again], found[again])]
-        bits = self.nodes.bits
-        for some in again.split(max(1, _WORDS_AT_A_TIME // bits.shape[1])):
-            rank = torch.rand(len(some), dtype=torch.float64, device=bits.device, generator=self.generator)
-            found[some] = nth_link(bits[via[some]] & ~bits[node[some]], rank)
-        return found
+
+def _draw_paths(
+    taken: Tensor, masks: Tensor, positions: Tensor, k: Sequence[int], seeds: Sequence[int], rule: _Rule
+) -> Sequence[int]:
+    """Mark up to k drawn links in `taken`, at first the masks and one more; return how many are still missing."""
+    layers, rows, columns = masks.shape
+    if layers == 1 and (compiled := loops(taken.device)) is not None:
+        nodes, words = neighbours_of(compiled, positions, rows, columns)
+        mass, apart = _mass(torch.from_numpy(nodes[-1])[None], rows, rule)
+        numbers = torch.tensor(
+            [rule.plus, rule.times, rule.per_link, rule.at_most, float(apart[0, 0]) + 2 * float(apart[0, 1])],
+            dtype=torch.float64,
+        )
+        draws = _DRAWS * k[0] + _MORE
+        rest = compiled.draw_paths(
+            *nodes, *words, mass[0].numpy(), taken.numpy()[:-1], k[0], draws, unsigned(seeds[0]), numbers.numpy()
+        )
+        return [rest]
+    return _in_order(_Paths(masks, positions, seeds, rule), taken, k)
+
+
+def _mass(degree: Tensor, rows: int, rule: _Rule) -> tuple[Tensor, Tensor]:
+    """How the middle nodes of paths share the draws out.
+
+    Args:
+        degree: int64 (layers, rows + columns).
+
+    Returns:
+        (cumulative float64 (layers, rows + columns), whether pairs of rows, and of columns, are drawn without walks:
+        bool (layers, 2)). The pairs that are have all their draws at one node of the other side.
+    """
+    # degree² walks lead over a node
+    mass = degree.to(torch.float64).square_().mul_(rule.per_link)
+    over = torch.stack([mass[:, rows:].sum(1), mass[:, :rows].sum(1)], 1)
+    # if nodes share many links, drawing any two is quicker than walks, which prefer pairs that share most
+    pairs = torch.tensor([rows**2, (degree.shape[1] - rows) ** 2], dtype=torch.float64, device=degree.device)
+    pairs.mul_(rule.at_most)
+    apart = (over > pairs) & (pairs > 0)
+    for side, part in enumerate((mass[:, rows:], mass[:, :rows])):
+        part.masked_fill_(apart[:, side, None], 0)
+        part[:, 0] = torch.where(apart[:, side], pairs[side], part[:, 0])
+    return mass.cumsum(1), apart
+
+
+class _Paths:
+    """Draws ends of paths for a stack of layers, with torch's operations. Nodes are all rows, then all columns."""
+
+    def __init__(self, masks: Tensor, positions: Tensor, seeds: Sequence[int], rule: _Rule) -> None:
+        layers, rows, columns = self.shape = masks.shape
+        self.rule = rule
+        self.seeds = seeds_on(seeds, masks.device)[None]
+        by_row, by_column = pack_rows(masks.reshape(-1, columns)), pack_rows(masks.mT.reshape(-1, rows))
+        words = max(by_row.shape[1], by_column.shape[1])
+        pad = torch.nn.functional.pad
+        self.bits = torch.cat([pad(bits, (0, words - bits.shape[1])) for bits in (by_row, by_column)])
+        column = positions % columns
+        row = positions.div(columns, rounding_mode="floor")  # of the whole stack
+        layer = row.div(rows, rounding_mode="floor")
+        order = (layer * columns + column).sort(stable=True).indices
+        self.neighbour = torch.cat([column, (row - layer * rows)[order]])
+        degrees = [masks.sum(2).view(-1), masks.sum(1).view(-1)]
+        self.degree = torch.cat(degrees)
+        self.first = self.degree.cumsum(0).sub_(self.degree)
+        of_layer = torch.cat([degrees[0].view(layers, rows), degrees[1].view(layers, columns)], 1)
+        self.mass, self.apart = _mass(of_layer, rows, rule)
+        self.some = self.mass[:, -1:] > 0
+        numbers = torch.arange(layers, device=masks.device)[:, None]
+        self.first_row, self.first_column = numbers * rows, numbers * columns + layers * rows
+        self.start = numbers * (rows * columns)
+
+    def __call__(self, first: int, draws: int) -> Tensor:
+        """The ends of draws `first` to `first + draws`, as `_Propose` says."""
+        layers, rows, columns = self.shape
+        device = self.bits.device
+        counters = torch.arange(first * _COUNTERS, (first + draws) * _COUNTERS, _COUNTERS, device=device)
+        counters = counters + torch.arange(_NUMBERS, device=device)[:, None, None]
+        middle, one, two, chance, rank = fractions(hashed(self.seeds, counters)).unbind()
+        node = torch.searchsorted(self.mass, middle.mul_(self.mass[:, -1:]), right=True)
+        node = node.clamp_(max=rows + columns - 1)  # where there is no mass at all
+        of_rows = node >= rows  # pairs of rows meet at a column
+        node = node + torch.where(of_rows, self.first_column - rows, self.first_row)
+        degree, begin = self.degree[node], self.first[node]
+        last = len(self.neighbour) - 1
+        start, via = (
+            self.neighbour[(begin + (u * degree).long()).clamp_(max=last)] if last >= 0 else begin for u in (one, two)
+        )
+        if self.rule.at_most:
+            apart = torch.where(of_rows, self.apart[:, :1], self.apart[:, 1:])
+            nodes = torch.where(of_rows, rows, columns)
+            start, via = (torch.where(apart, (u * nodes).long(), found) for u, found in ((one, start), (two, via)))
+        offset = torch.where(of_rows, self.first_row, self.first_column)
+        mine, theirs = (start + offset).view(-1), (via + offset).view(-1)
+        lacked, found = (x.view(layers, draws) for x in lacked_links(self.bits, theirs, mine, rank.reshape(-1)))
+        common = self.degree[theirs].view(layers, draws) - lacked
+        shared = common.to(torch.float64)
+        bound = shared * self.rule.per_link
+        if self.rule.at_most:
+            bound = torch.where(apart, self.rule.at_most, bound)
+        kept = (common > 0) & (lacked > 0) & self.some
+        kept &= chance.mul_(bound) < shared.mul_(self.rule.times).add_(self.rule.plus)
+        ends = torch.where(of_rows, start * columns + found, found * columns + start).add_(self.start)
+        return torch.where(kept, ends, layers * rows * columns)
+
+
+def _in_order(propose: _Propose, taken: Tensor, k: Sequence[int]) -> Sequence[int]:
+    """Mark the first k distinct proposals that are not taken yet, by layer; return how many are still missing."""
+    layers, device = len(k), taken.device
+    limits = [_DRAWS * n + _MORE if n else 0 for n in k]
+    limit = seeds_on(limits, device)
+    remaining = torch.tensor(k, dtype=torch.int64).to(device, non_blocking=True)
+    largest = max((len(taken) - 1) // layers // _SHARE, 256)
+    done, draws = 0, 5 * max(k) // 2 + 64
+    while True:
+        draws = min(draws, largest, max(limits) - done)
+        ends = propose(done, draws)
+        numbers = torch.arange(done, done + draws, device=device)
+        nowhere = len(taken) - 1
+        ends = torch.where((numbers < limit) & ~taken[ends], ends, nowhere)
+        # the same place twice: only the first counts
+        ordered, order = ends.view(-1).sort(stable=True)
+        repeated = torch.zeros_like(ordered, dtype=torch.bool)
+        repeated[1:] = ordered[1:] == ordered[:-1]
+        fresh = torch.empty_like(repeated).scatter_(0, order, ~repeated).view(layers, draws) & (ends < nowhere)
+        fresh &= fresh.cumsum(1) <= remaining[:, None]
+        taken.index_fill_(0, torch.where(fresh, ends, nowhere).view(-1), True)
+        taken[nowhere] = False
+        remaining = remaining - fresh.sum(1)
+        done += draws
+        left = remaining.tolist()  # the one wait of a round
+        if not any(left) or done >= max(limits):
+            return left
+        draws = max(4 * max(left) + 64, done // 2)

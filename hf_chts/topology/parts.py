@@ -63,6 +63,9 @@ class Part:
         cost: roughly the operations that an update of a layer of (out, in) takes, to share layers out over ranks.
         sampler: `sampler(mask, k, generator=…)`: draws what a soft choice by the score would, without the score.
         sampler_cost: like `cost`, for the sampler.
+        stack_sampler: `stack_sampler(masks, k, seeds)`: the same for a stack of layers.
+        by_link: see `Register.removal`.
+        stacks: see `Register.removal`.
         starts_below, until: of a sparsity schedule, see `Register.sparsity_schedule`.
     """
 
@@ -75,6 +78,9 @@ class Part:
     cost: Cost = _one_sort
     sampler: Callable[..., Any] | None = None
     sampler_cost: Cost = _one_sort
+    stack_sampler: Callable[..., Any] | None = None
+    by_link: bool = False
+    stacks: bool = False
     starts_below: float | None = None
     until: float = 1.0
 
@@ -134,16 +140,25 @@ class Register:
         ValueError: the name is taken by a part from another place, or the function asks for something unknown.
     """
 
-    def removal(self, name: str, *, options: _Options = _NO_OPTIONS) -> _Decorator:
+    def removal(
+        self, name: str, *, options: _Options = _NO_OPTIONS, by_link: bool = False, stacks: bool = False
+    ) -> _Decorator:
         """A score of links: the lowest are removed, or pruned as sparsity rises.
 
         The function takes any of `mask` (bool), `weight` (0 off the mask), `grad` (the dense gradient) and `stored`
         (the weights of removed links), all (out, in), and returns floating point scores (out, in), finite and >= 0 on
         the links.
-        """
-        return _adding(REMOVAL, "removal", name, options)
 
-    def regrowth(self, name: str, *, options: _Options = _NO_OPTIONS, cost: Cost = _one_sort) -> _Decorator:
+        Args:
+            by_link: the score of a link depends on no other, so that the function may also be called with the values
+                of the links alone, all (links,).
+            stacks: the function also takes layers of one shape together, all (layers, out, in).
+        """
+        return _adding(REMOVAL, "removal", name, options, by_link=by_link, stacks=stacks)
+
+    def regrowth(
+        self, name: str, *, options: _Options = _NO_OPTIONS, cost: Cost = _one_sort, stacks: bool = False
+    ) -> _Decorator:
         """A score of missing links: the highest are regrown.
 
         The function takes the same as a removal score, with `mask` and `weight` as removal left them, and returns
@@ -151,19 +166,25 @@ class Register:
 
         Args:
             cost: see `Part`.
+            stacks: see `removal`.
         """
-        return _adding(REGROWTH, "regrowth", name, options, cost=cost)
+        return _adding(REGROWTH, "regrowth", name, options, cost=cost, stacks=stacks)
 
-    def sampler(self, name: str, *, cost: Cost = _one_sort) -> _Decorator:
+    def sampler(self, name: str, *, cost: Cost = _one_sort, stack: Callable[..., Any] | None = None) -> _Decorator:
         """A way to draw by a registered regrowth score without computing it: `sampler(mask, k, *, generator)`.
 
         It returns bool (out, in) with k missing links, drawn one after another with probability ∝ score.
+
+        Args:
+            cost: see `Part`.
+            stack: draws for several layers: `stack(masks, k, seeds)` with bool (layers, out, in), and a number of links
+                and a signed 64-bit seed for each layer; returns bool (layers, out, in).
         """
 
         def add(function: _Function) -> _Function:
             if name not in REGROWTH:
                 raise ValueError(f"there is no regrowth {name!r} to sample for: register its score first")
-            REGROWTH[name] = replace(REGROWTH[name], sampler=function, sampler_cost=cost)
+            REGROWTH[name] = replace(REGROWTH[name], sampler=function, sampler_cost=cost, stack_sampler=stack)
             return function
 
         return add

@@ -215,6 +215,12 @@ def active_neurons(mask: Tensor) -> int:
     return sum(int(torch.count_nonzero(_linked(mask, side))) for side in _DIMENSION)
 
 
+def active_neurons_of_each(masks: Tensor) -> Tensor:
+    """`active_neurons` of each layer of a stack: bool (layers, out, in) → int64 (layers,)."""
+    linked = [masks.view(torch.uint8).amax(dimension) for dimension in (1, 2)]
+    return torch.cat(linked, 1).sum(1, dtype=torch.int64)
+
+
 def _active(linked: Mapping[tuple[str, str], Tensor], wiring: Sequence[Junction]) -> dict[tuple[str, str], Tensor]:
     """Which nodes of each side are on a complete path; bool (nodes,). Nodes without a junction are active."""
     active = {side: torch.ones_like(nodes) for side, nodes in linked.items()}

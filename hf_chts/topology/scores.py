@@ -6,7 +6,7 @@ from torch import Tensor
 from hf_chts.topology.parts import register
 
 
-@register.removal("magnitude")
+@register.removal("magnitude", by_link=True, stacks=True)
 def magnitude(weight: Tensor, mask: Tensor) -> Tensor:
     """|w| on the links, 0 elsewhere; shape and dtype of `weight`, (out, in)."""
     return (weight * mask).abs_()
@@ -32,7 +32,7 @@ def magnitude_by_sign(weight: Tensor, mask: Tensor) -> Tensor:
     return scores
 
 
-@register.removal("relative_importance")
+@register.removal("relative_importance", stacks=True)
 def relative_importance(weight: Tensor, mask: Tensor, eps: float = 1e-5) -> Tensor:
     """|w_ij| / (sum of row i + eps) + |w_ij| / (sum of column j + eps) on the links, 0 elsewhere, with sums over |w|.
 
@@ -40,22 +40,22 @@ def relative_importance(weight: Tensor, mask: Tensor, eps: float = 1e-5) -> Tens
     """
     size = magnitude(weight, mask)
     size = size.to(torch.promote_types(size.dtype, torch.float32))
-    return size / (size.sum(1, keepdim=True) + eps) + size / (size.sum(0, keepdim=True) + eps)
+    return size / (size.sum(-1, keepdim=True) + eps) + size / (size.sum(-2, keepdim=True) + eps)
 
 
-@register.removal("mest")
+@register.removal("mest", by_link=True, stacks=True)
 def mest(weight: Tensor, mask: Tensor, grad: Tensor) -> Tensor:
     """|w| + 0.01·|g| on the links, 0 elsewhere; all (out, in), `grad` the gradient of the weight (arXiv 2110.14032)."""
     return ((weight.abs() + 0.01 * grad.abs()) * mask).abs_()
 
 
-@register.regrowth("gradient")
+@register.regrowth("gradient", stacks=True)
 def gradient(mask: Tensor, grad: Tensor) -> Tensor:
     """|g| where there is no link, 0 on the links; `grad` (out, in) is the dense gradient (RigL, arXiv 1911.11134)."""
     return grad.abs().masked_fill_(mask, 0)
 
 
-@register.regrowth("random")
+@register.regrowth("random", stacks=True)
 def random(mask: Tensor) -> Tensor:
     """1 for every missing link, so that any choice among them is uniform (SET, arXiv 1707.04780); float32 (out, in)."""
     return (~mask).to(torch.float32)

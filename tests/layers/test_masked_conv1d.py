@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_chts import MaskedConv1D, MaskedLinear, SparsityConfig, TopologyCallback, sparsify
 from hf_chts.sharding import ranks
-from hf_chts.topology.bits import pack_bits
+from hf_chts.topology.bits import pack_bits, unpack_bits
 from hf_chts.topology.random_streams import random_stream
 
 # three outputs, two inputs; from the first input to outputs 0 and 2, from the second to output 0
@@ -210,5 +210,5 @@ def test_masks_travel_between_ranks_as_out_by_in(monkeypatch):
     monkeypatch.setattr(ranks.dist, "broadcast", lambda *_, **__: None)
     new = torch.tensor([[False, True], [True, True], [False, False]])
     shapes = {name: mask.shape for name, mask in network().masks().items()}
-    masks = dict(ranks.exchange({"0": (pack_bits(new), [1])}, shapes, {"0": 0}, new.device, n_counts=1))
-    assert masks["0"][0].equal(new)
+    (masks,) = ranks.exchange({"0": (pack_bits(new), [1])}, shapes, {"0": 0}, new.device, n_counts=1)
+    assert unpack_bits(masks["0"][0], shapes["0"]).equal(new)

@@ -6,10 +6,9 @@ import torch
 
 from hf_chts.topology import bits
 from hf_chts.topology.bits import (
-    common_links,
     count_bits,
+    lacked_links,
     link_positions,
-    nth_link,
     pack_bits,
     pack_rows,
     unpack_bits,
@@ -47,14 +46,19 @@ def either_count(request, monkeypatch):
 
 @pytest.mark.usefixtures("either_count")
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 200])
-def test_common_links_of_rows_as_bits(columns, monkeypatch):
+def test_links_that_another_row_lacks(columns, monkeypatch):
     monkeypatch.setattr(bits, "_WORDS_AT_A_TIME", 20)  # in several blocks
     mask = torch.rand(30, columns, generator=random_stream(columns)) < 0.6
     mask[0], mask[1] = True, False  # the highest bit of every word is the sign of a number
     first, second = torch.randint(30, (2, 200), generator=random_stream("pairs"))
     first[:3], second[:3] = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])
-    expected = [int((mask[a] & mask[b]).sum()) for a, b in zip(first, second, strict=True)]
-    assert common_links(pack_rows(mask), first, second).tolist() == expected
+    expected = [int((mask[a] & ~mask[b]).sum()) for a, b in zip(first, second, strict=True)]
+    share = torch.rand(200, dtype=torch.float64, generator=random_stream("share"))
+    counts, found = lacked_links(pack_rows(mask), first, second, share)
+    assert counts.tolist() == expected
+    there = counts > 0
+    first, second, found = first[there], second[there], found[there]
+    assert (mask[first, found] & ~mask[second, found]).all()
 
 
 @pytest.mark.usefixtures("either_count")
@@ -66,9 +70,13 @@ def test_every_link_of_a_row_is_found_by_its_number(columns):
     for row in mask:
         places = row.nonzero()[:, 0]
         share = (torch.arange(len(places), dtype=torch.float64) + 0.5) / len(places)
-        assert nth_link(pack_rows(row.expand(len(places), -1)), share).equal(places)
+        rows = pack_rows(torch.stack([row, torch.zeros_like(row)]))  # the second lacks all of the first
+        assert lacked_links(rows, torch.zeros_like(places), torch.ones_like(places), share)[1].equal(places)
     almost_one = torch.full((len(mask),), 1 - 2**-53, dtype=torch.float64)
-    assert nth_link(pack_rows(mask), almost_one).tolist() == [int(row.nonzero().max()) for row in mask]
+    none = torch.full((len(mask),), len(mask))
+    rows = pack_rows(torch.cat([mask, torch.zeros(1, columns, dtype=torch.bool)]))
+    _, last = lacked_links(rows, torch.arange(len(mask)), none, almost_one)
+    assert last.tolist() == [int(row.nonzero().max()) for row in mask]
 
 
 def test_damaged_bits_are_refused():

@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from hf_chts.topology.evolution import Choice, regrow, remove, selected
+from hf_chts.topology.evolution import Choice, LayerEvolution, regrow, remove, selected
 from hf_chts.topology.gmp import largest_weights
 from hf_chts.topology.link_prediction import ch2_l3n
-from hf_chts.topology.random_streams import random_stream
+from hf_chts.topology.random_streams import random_seed, random_stream
 from hf_chts.topology.scores import gradient, magnitude, mest, random, relative_importance
 
 WEIGHT = torch.tensor(
@@ -23,14 +23,16 @@ MASK = WEIGHT != 0  # 9 links
 
 
 def step(weight=WEIGHT, mask=MASK, *, links=9, drop_fraction=0.3, removal=None, regrowth=None, pruning=None, key=0):
-    def streams(purpose):
-        return random_stream(key, purpose)
+    def seeds(purpose):
+        return [random_seed(key, purpose)]
 
-    stay, kept = remove(
-        weight, mask, links=links, drop_fraction=drop_fraction, removal=removal or Choice(magnitude),
-        pruning=pruning or Choice(magnitude), streams=streams,
+    halves = remove(
+        weight[None], mask[None], links=[links], drop_fraction=drop_fraction, removal=removal or Choice(magnitude),
+        pruning=pruning or Choice(magnitude), seeds=seeds,
     )  # fmt: skip
-    return regrow(mask, stay, kept, links=links, regrowth=regrowth or Choice(random), streams=streams)
+    (new,), (returned,) = regrow(halves, links=[links], regrowth=regrowth or Choice(random), seeds=seeds)
+    (before,), (stayed,), (left,) = halves.before, halves.stayed, halves.left
+    return LayerEvolution(new, before - stayed, stayed - left, links - left, int(returned))
 
 
 # ζ·9 links to the nearest whole, and which go: -0.1, then -0.2, 0.3, 0.4, …
@@ -161,7 +163,7 @@ GRADIENT = torch.tensor(
     ],
 )
 def test_rigl_takes_the_largest_gradients(drop_fraction, gone, come):
-    result = step(drop_fraction=drop_fraction, regrowth=Choice(partial(gradient, grad=GRADIENT)))
+    result = step(drop_fraction=drop_fraction, regrowth=Choice(partial(gradient, grad=GRADIENT[None])))
     expected = MASK.clone()
     for link in gone:
         expected[link] = False
@@ -170,7 +172,7 @@ def test_rigl_takes_the_largest_gradients(drop_fraction, gone, come):
     assert result.mask.equal(expected)
     # without gradients on what was removed, the largest elsewhere: 0.9, 0.8, 0.7
     elsewhere = GRADIENT.masked_fill(MASK, 0)
-    result = step(drop_fraction=0.33, regrowth=Choice(partial(gradient, grad=elsewhere)))
+    result = step(drop_fraction=0.33, regrowth=Choice(partial(gradient, grad=elsewhere[None])))
     expected = MASK.clone()
     for link in [(0, 2), (1, 3), (2, 2)]:
         expected[link] = False

@@ -4,18 +4,22 @@ import pytest
 import torch
 
 from hf_chts.topology.evolution import Choice, remove
-from hf_chts.topology.random_streams import random_stream
+from hf_chts.topology.random_streams import random_seed
 from hf_chts.topology.scores import magnitude_by_sign, random
 
 
 def removed(weight, fraction):
     """The weights of the links that go."""
     mask = torch.ones_like(weight, dtype=torch.bool)
-    _, kept = remove(
-        weight, mask, links=mask.numel(), drop_fraction=fraction, removal=Choice(magnitude_by_sign),
-        pruning=Choice(random), streams=lambda purpose: random_stream(0, 1, 0, purpose),
+    halves = remove(
+        weight[None], mask[None], links=[mask.numel()], drop_fraction=fraction, removal=Choice(one_by_one),
+        pruning=Choice(random), seeds=lambda purpose: [random_seed(0, 1, 0, purpose)],
     )  # fmt: skip
-    return sorted(weight[~kept].tolist())
+    return sorted(weight[~halves.kept[0]].tolist())
+
+
+def one_by_one(weights, masks):
+    return torch.stack([magnitude_by_sign(weight, mask) for weight, mask in zip(weights, masks, strict=True)])
 
 
 def test_smallest_positive_and_largest_negative_weights_go_apart():

@@ -17,7 +17,7 @@ from hf_chts.topology import random_streams
 @pytest.fixture
 def played(monkeypatch):
     # torch has no generator for the device; a GPU's numbers are others too
-    monkeypatch.setattr(update_module, "random_stream", lambda *key, device: random_streams.random_stream(*key))
+    monkeypatch.setattr(update_module, "generator_of", lambda seed, device: random_streams.generator_of(seed))
     monkeypatch.setattr(plain_weight, "own_class", lambda tensor: None)  # a GPU's tensors are of torch's own class
     with PlayedDevice() as device:
         yield device
