@@ -22,7 +22,7 @@ def percent(share: float) -> str:
 
 def model_name(name: str) -> str:
     model, _, blocks = name.partition("/")
-    size = model.removeprefix("llama_").replace("m", "M").replace("b", "B")
+    size = re.sub(r"\d[mb]$", lambda digits: digits[0].upper(), model.removeprefix("llama_"))
     return f"LLaMA-{size}" + (f", {blocks} block{'s' if blocks != '1' else ''}" if blocks else "")
 
 

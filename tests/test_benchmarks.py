@@ -85,11 +85,10 @@ def test_one_block_of_a_size_that_no_file_has():
 
 
 def test_decoding_is_compared_with_what_is_dense():
-    way = {"tokens_per_second": 3.5, "bound": 4.25, "bytes_read": 2_400_000}
-    result = {"model": "llama_1b", "layers": 8, "sparsity": 0.95, "packed": way, "dense_bf16": way, "dense_fp32": way}
-    found = page_of("decode", result | {"over_dense_bf16": 3.0, "over_dense_fp32": 5.126})
-    assert "| LLaMA-1B, 8 blocks | 95% | packed | 3.5 | 4.25 | 2 |  |" in found
-    assert "| dense fp32 | 3.5 | 4.25 | 2 | 5.13 × |" in found
+    found = importlib.import_module("decode").measure("llama_demo", 1, 0.9, 1, 1, 1)
+    text = page_of("decode", json.loads(json.dumps(found)))
+    assert "| LLaMA-demo, 1 blocks | 90% | packed |" in text
+    assert f"| {found['over_dense_fp32']:.2f} × |" in text
 
 
 def test_an_update_is_compared_with_a_plain_one():
@@ -170,3 +169,11 @@ class TestPerformance:
         for group in {job.group for job in module.JOBS}:
             assert group.split()[0] in tables.TABLES
             assert f"{{{{{group}}}}}" in notes
+
+    def test_every_job_is_a_command_that_there_is(self):
+        for job in importlib.import_module("performance").JOBS:
+            words = job.command.split()
+            script = words[words.index("python") + 1]
+            assert (BENCHMARKS.parent / script).is_file()
+            if script in ("benchmarks/step.py", "benchmarks/mlp.py"):
+                importlib.import_module(Path(script).stem).options().parse_args(words[words.index(script) + 1 :])
