@@ -231,12 +231,13 @@ def sample_links(width: int, half: bool, short: bool) -> int:
 
 @functools.cache
 def gather(half: bool) -> int:
-    """Values of slots, float32 or bfloat16, as floats in the order of the links."""
+    """Values of slots, float32 or bfloat16, as floats in the order of the links, whose number is at an address."""
     HALF = half
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 16)
-        values, slots, links, out, step = words[3], words[4], words[5], words[6], words[7]
+        values, slots, out, step = words[3], words[4], words[6], words[7]
+        links = carray(int64_at(words[5]), 1)[0]
         order, result = carray(int32_at(slots), links), carray(uint32_at(out), links)
         chunk = claim(data, 0)
         while chunk < words[1]:
@@ -261,7 +262,8 @@ def scatter(half: bool) -> int:
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 16)
-        values, slots, links, out, step = words[3], words[4], words[5], words[6], words[7]
+        values, slots, out, step = words[3], words[4], words[6], words[7]
+        links = carray(int64_at(words[5]), 1)[0]
         order = carray(int32_at(slots), links)
         chunk = claim(data, 0)
         while chunk < words[1]:

@@ -90,9 +90,14 @@ def run(loop: int, chunks: int, *arguments: int, threads: int | None = None) -> 
     words = (ctypes.c_int64 * (FIRST_ARGUMENT + len(arguments)))(0, chunks, 0, *arguments)
     threads = min(chunks, torch.get_num_threads() if threads is None else threads)
     if threads <= 1:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(loop)(ctypes.addressof(words))
+        _function(loop)(ctypes.addressof(words))
     else:
         _team()(loop, ctypes.addressof(words), threads)
+
+
+@functools.cache
+def _function(loop: int) -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(loop)
 
 
 @functools.cache
@@ -137,7 +142,7 @@ def _on_pool(loop: int, words: int, threads: int) -> None:
     global _TEAM
     if _TEAM is None or _TEAM[0] != os.getpid():
         _TEAM = (os.getpid(), ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)))
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(loop)
+    function = _function(loop)
     others = [_TEAM[1].submit(function, words) for _ in range(threads - 1)]
     function(words)
     for other in others:

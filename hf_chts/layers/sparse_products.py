@@ -18,7 +18,7 @@ from hf_chts.layers.weight_parts import kept_buffer
 DTYPES = (torch.float32, torch.bfloat16)
 _PIECES = 2048  # bytes of each thread, for pieces that are no 16 by 16
 _STEP = 1 << 15  # links that a thread gathers at a time
-_FEW = 1 << 16  # multiplications that are not worth a second thread
+_FEW = 1 << 18  # multiplications that are not worth a second thread
 
 
 def takes(x: Tensor) -> bool:
@@ -144,7 +144,7 @@ def sampled(tiles: Tensor, gradients: Tensor, values: Tensor, links: Direction) 
     threads.run(
         link_loops.scatter(of_values.dtype == torch.bfloat16),
         -(-len(values) // _STEP),
-        *(found.data_ptr(), links.slots.data_ptr(), links.count, of_values.data_ptr(), _STEP),
+        *(found.data_ptr(), links.slots.data_ptr(), _count(links), of_values.data_ptr(), _STEP),
         threads=team,
     )
     return of_values.to(values.dtype)
@@ -157,9 +157,14 @@ def _gather(values: Tensor, links: Direction, into: int, team: int) -> None:
     threads.run(
         link_loops.gather(values.dtype == torch.bfloat16),
         -(-len(values) // _STEP),
-        *(values.data_ptr(), links.slots.data_ptr(), links.count, into, _STEP),
+        *(values.data_ptr(), links.slots.data_ptr(), _count(links), into, _STEP),
         threads=team,
     )
+
+
+def _count(links: Direction) -> int:
+    """The address of the number of links."""
+    return links.starts.data_ptr() + 8 * (len(links.starts) - 1)
 
 
 def _team(work: int) -> int:
