@@ -13,6 +13,7 @@ from torch import Tensor
 
 _FEATURES = 256  # that a thread cuts at a time
 _SCRATCH = 2048  # bytes of each thread, for pieces that are no 16 by 16
+_FEW = 1 << 17  # numbers that are not worth a second thread
 _shared = threading.local()
 
 
@@ -35,6 +36,7 @@ def cut_tokens(x: Tensor) -> Tensor:
         link_loops.cut(width, x.dtype == torch.bfloat16),
         len(tiles) * -(-features // _FEATURES),
         *(x.data_ptr(), x.stride(0), tokens, features, tiles.data_ptr(), _FEATURES, scratch.data_ptr()),
+        threads=1 if x.numel() < _FEW else None,
     )
     return tiles
 
@@ -51,6 +53,7 @@ def uncut_tokens(tiles: Tensor, tokens: int) -> Tensor:
         link_loops.uncut(width, x.dtype == torch.bfloat16),
         count * -(-features // _FEATURES),
         *(tiles.data_ptr(), tokens, features, x.data_ptr(), _FEATURES, scratch.data_ptr()),
+        threads=1 if x.numel() < _FEW else None,
     )
     return x
 

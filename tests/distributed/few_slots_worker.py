@@ -18,7 +18,7 @@ from cpu_engines import leave_ranks
 from engine_worker import data, model_of, wrap
 
 from hf_chts import sparsify
-from hf_chts.sharding.ranks import rank_and_world
+from hf_chts.sharding.ranks import rank_and_world, together
 
 STEPS = 9
 
@@ -32,6 +32,8 @@ def train(engine, compute):
     )
     run = wrap(engine, model)
     evolver = sparse.evolver(run.optimizer, max_steps=STEPS)
+    together({"how layers multiply": str(evolver.compute)})  # as rank 0 has measured it
+    assert bool(evolver.compute) == (compute == "auto")
     rank, world_size = rank_and_world()
     for step in range(STEPS):
         mine = data(step)[rank::world_size]
