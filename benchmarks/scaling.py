@@ -1,22 +1,27 @@
 """Memory per rank and bytes per topology update of a model on DDP, FSDP2 and ZeRO-3, worked out from its config.
 
     python benchmarks/scaling.py [--model configs/models/llama_7b.json] [--gpus 1 8 64] [--methods chts] [--measure]
+    python benchmarks/scaling.py --exponents [--sparsity 0.9] [--tokens 512]
 
 Nothing is trained: shapes come from the model on torch's meta device, the sharing out of layers from the code that does
 it. With --measure, the update of one layer of the model's largest shape is timed here. Prints one JSON line per case.
+
+With --exponents, instead: how the time of a step and of a CHTs update grows with the weights of one block of LLaMA-60M,
+130M, 350M and 1B, as exponents fitted to the medians of turns.
 """
 
 import json
+import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from setups import MODELS, lone_layer, parser
+from setups import MODELS, STEPS, finish, lone_layer, machine, network, parser, steady
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_chts import SparsityConfig
+from hf_chts import SparsityConfig, sparsify
 from hf_chts.evolution.update import update_cost
 from hf_chts.layers.targets import find_targets
 from hf_chts.sharding.ranks import share_out
@@ -91,6 +96,53 @@ def measure(shape: tuple[int, int], method: str, repeats: int) -> dict[str, Any]
     }
 
 
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """The slope of log time over log size, by least squares."""
+    x, y = [math.log(size) for size in sizes], [math.log(taken) for taken in seconds]
+    mean_x, mean_y = statistics.mean(x), statistics.mean(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def update_seconds(model: str, sparsity: float, repeats: int) -> float:
+    """Of a CHTs update of all layers, their optimizer state included."""
+    made = network(model)
+    optimizer = torch.optim.AdamW(made.parameters(), fused=True)
+    evolver = sparsify(made, steady("chts", sparsity)).evolver(optimizer, STEPS)
+    ids, taken = torch.randint(0, 100, (1, 16)), []
+    for _ in range(repeats + 1):
+        made(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        finish()
+        start = time.perf_counter()
+        evolver.step()
+        finish()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def growth(models: Sequence[str], ways: Sequence[str], sparsity: float, tokens: str, repeats: int) -> dict[str, Any]:
+    """Seconds of a step in each way, and of an update, over the sizes of `models`."""
+    import step
+
+    settings = ["--ways", *ways, "--repeats", str(repeats), "--steps", "1", "--device", "cpu"]
+    found = [step.measure(model, step.sizes(tokens), sparsity, step.options().parse_args(settings)) for model in models]
+    sizes = [one["weights_of_sparse_layers"] for one in found]
+    seconds = {way: [one["seconds"][way] for one in found] for way in found[0]["seconds"]}
+    seconds["update"] = [round(update_seconds(model, sparsity, repeats), 5) for model in models]
+    return {
+        "benchmark": "exponents",
+        "models": list(models),
+        "weights": sizes,
+        "sparsity": sparsity,
+        "tokens": tokens,
+        "seconds": seconds,
+        "exponent": {way: round(exponent(sizes, taken), 2) for way, taken in seconds.items()},
+        "repeats": repeats,
+        **machine(),
+    }
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", default=str(MODELS / "llama_7b.json"), help="config (default: llama_7b.json)")
@@ -102,7 +154,18 @@ def main() -> None:
         "--measure", action="store_true", help="also time an update of the largest layer (default: no)"
     )
     arguments.add_argument("--repeats", type=int, default=3, help="timed updates (default: 3)")
+    arguments.add_argument("--exponents", action="store_true", help="time steps and updates of growing blocks instead")
+    arguments.add_argument("--blocks", nargs="+", default=[f"llama_{size}/1" for size in ("60m", "130m", "350m", "1b")])
+    arguments.add_argument(
+        "--ways", nargs="+", default=["masked", "links", "sparse"], help="of the steps (see step.py)"
+    )
+    arguments.add_argument("--sparsity", type=float, default=0.9, help="of the steps and updates (default: 0.9)")
+    arguments.add_argument("--tokens", default="2x256", help="of a step (default: 2x256)")
     options = arguments.parse_args()
+    if options.exponents:
+        found = growth(options.blocks, options.ways, options.sparsity, options.tokens, options.repeats)
+        print(json.dumps(found), flush=True)
+        return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
     parameters = sum(parameter.numel() for parameter in model.parameters())

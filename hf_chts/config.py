@@ -22,7 +22,7 @@ VERSION = 1
 # Names modules of parts to import, separated by commas, for commands that read configs and have no --parts
 PARTS_VARIABLE = "HF_CHTS_PARTS"
 # Fields that decide where defaults come from, so that no method can set them
-_NOT_OF_METHODS = ("method", "recipe", "parts", "storage", "dense_mib", "compact_after_decay", "version")
+_NOT_OF_METHODS = ("method", "recipe", "parts", "storage", "compute", "dense_mib", "compact_after_decay", "version")
 
 
 def _option(default: Any, help: str, *, shown: str | None = None, compare: bool = True) -> Any:
@@ -157,6 +157,12 @@ class SparsityConfig:
         "masked",
         "How the weights of sparse layers are kept: masked, dense with zeros; links, one value for each link, so that "
         "memory, traffic and checkpoints are in proportion to the links. The results are the same.",
+        compare=False,
+    )
+    compute: str = _option(
+        "dense",
+        "With storage links, how layers multiply on a CPU: dense; sparse, with the links alone; auto, sparse where a "
+        "measurement as training starts finds it faster.",
         compare=False,
     )
     dense_mib: int = _option(
@@ -300,7 +306,7 @@ class SparsityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, but those that earlier versions do not know only where they are not their defaults."""
-        new = {"parts": None, "storage": "masked", "dense_mib": 256}
+        new = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256}
         return {
             name: value for name, value in dataclasses.asdict(self).items() if name not in new or value != new[name]
         }

@@ -42,6 +42,11 @@ def check_values(config: Any) -> None:
             f"compact_after_decay is true, with storage {config.storage!r} and allocation {config.allocation!r}: it "
             "needs storage links, and numbers of links that stay. Set it to false"
         )
+    if config.compute != "dense" and config.storage != "links":
+        raise ValueError(
+            f"compute is {config.compute!r}, with storage {config.storage!r}: products with the links alone need "
+            "storage: links"
+        )
     if config.dense_mib < 1:
         raise ValueError(f"dense_mib is {config.dense_mib}; it must be at least 1 MiB")
     if config.sigmoid_k <= 0:

@@ -69,4 +69,5 @@ CHOICES: Mapping[str, Iterable[str]] = {
     "regrown_adam": ("global_steps", "per_weight_steps"),
     "drop_schedule": tuple(schedules.DROP_SCHEDULES),
     "storage": ("masked", "links"),
+    "compute": ("dense", "sparse", "auto"),
 }

@@ -16,6 +16,7 @@ from hf_chts.layers.heads import head_blocks
 from hf_chts.layers.initial_masks import check_links, initial_masks
 from hf_chts.layers.masked_linear import masked_class
 from hf_chts.layers.materialize import materialize
+from hf_chts.layers.packed_model import check_not_packed
 from hf_chts.layers.shares import most_links, overrides
 from hf_chts.layers.sparse_layer import SparseLayer
 from hf_chts.layers.sparse_layers import HANDLE, SparseLayers
@@ -47,19 +48,29 @@ class SparsityHandle(SparseLayers):
             )
         materialize(self.model, device)
 
-    def evolver(self, optimizer: Any, max_steps: int, *, step: int = 0) -> Evolver:
+    def evolver(
+        self,
+        optimizer: Any,
+        max_steps: int,
+        *,
+        step: int = 0,
+        tokens: int = 1024,
+        dtype: torch.dtype | None = None,
+    ) -> Evolver:
         """Evolve the topology in a training loop of your own; see `Evolver`. Collective.
 
         Args:
             optimizer: torch's, Accelerate's or DeepSpeed's, as prepared for the run.
             max_steps: optimizer steps of the run, for the schedules.
             step: how many of them are finished.
+            tokens: in each forward pass, for the measurement of compute: auto.
+            dtype: of autocast, if the loop uses it; likewise.
 
         Raises:
             ValueError: the optimizer has none of the sparse layers' weights, or see `Evolver.begin`.
         """
         evolver = Evolver(self)
-        evolver.begin(max_steps, optimizer, step)
+        evolver.begin(max_steps, optimizer, step, tokens=tokens, dtype=dtype)
         assert evolver.engine is not None
         trains = [layer for layer in self.layers.values() if layer.parameter.requires_grad]
         if trains and not evolver.engine.trained(self.layers):
@@ -99,6 +110,7 @@ def sparsify(
     model = unwrap(model)
     if SparsityHandle.of(model) is not None:
         raise ValueError("the model is sparse already: call unsparsify() on its handle, SparsityHandle.of(model)")
+    check_not_packed(model, "made sparse")
     targets = {} if config.is_dense else _targets(model, config, masks)
     _refuse_meta(targets, config)
     if config.percolation and targets:
@@ -149,7 +161,11 @@ def _converted(
     links = {name: int(torch.count_nonzero(masks[name])) for name in targets}
     shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
     slots = most_links(shapes, config, links) if targets else {}
-    return dict(link_layers(targets, masks, slots, config.dense_mib * 2**20))
+    linked = link_layers(targets, masks, slots, config.dense_mib * 2**20)
+    if config.compute == "sparse":  # with auto, an evolver measures first
+        for layer in linked.values():
+            layer.storage.multiply_links(up_to=layer.storage.room)
+    return dict(linked)
 
 
 def _targets(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tensor] | None) -> dict[str, nn.Module]:

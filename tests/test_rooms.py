@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "hf_chts"
 # as docs/architecture.md has them; rooms of one line do not import each other
 ORDER = [
-    ["files", "lazy", "names", "plain_text", "text_table", "markdown", "plotting", "machine"],
+    ["kernels", "files", "lazy", "names", "plain_text", "text_table", "markdown", "plotting", "machine"],
     ["topology"],
     ["methods", "schedule_plan", "config_file"],
     ["config_checks"],

@@ -52,6 +52,8 @@ class TopologyState:
         softness: δ of each layer's next removal, by name; empty unless it adapts.
         loss_before_update: the loss of the step just finished, if an update followed it.
         sparsity: the scheduled sparsity, or the run's floor, at the last update; None if it is not known.
+        compute: the largest number of links with which a layer multiplies with them alone, by name, -1 for never; empty
+            unless it was measured.
         run: the id of the run (run_identity.py); None if it is not known.
     """
 
@@ -64,6 +66,7 @@ class TopologyState:
     softness: dict[str, float] = field(default_factory=dict)
     loss_before_update: float | None = None
     sparsity: float | None = None
+    compute: dict[str, int] = field(default_factory=dict)
     run: str | None = None
     left: Mapping[str, Tensor] = field(default_factory=dict)
     slots: Mapping[str, Tensor] = field(default_factory=dict)
@@ -117,7 +120,7 @@ def mask_metadata(
 def save_topology(directory: str | Path, state: TopologyState) -> None:
     """Write the state into a checkpoint directory: masks.safetensors and the history."""
     save_masks(directory, state)
-    names = ("step", "history", "softness", "loss_before_update", "sparsity", "run")
+    names = ("step", "history", "softness", "loss_before_update", "sparsity", "run", "compute")
     write_json(Path(directory) / HISTORY_NAME, {name: getattr(state, name) for name in names})
 
 
@@ -220,6 +223,7 @@ def load_topology(directory: str | Path) -> TopologyState:
         loss, sparsity, state.run = saved.get("loss_before_update"), saved.get("sparsity"), saved.get("run")
         state.loss_before_update = None if loss is None else float(loss)
         state.sparsity = None if sparsity is None else float(sparsity)
+        state.compute = {name: int(links) for name, links in (saved.get("compute") or {}).items()}
     return state
 
 
@@ -233,7 +237,8 @@ def with_original_names(state: TopologyState, layers: Iterable[str]) -> Topology
         return LazyMapping(lambda name: values[names[name]], names)
 
     changes: dict[str, Any] = {kind: renamed(getattr(state, kind)) for kind in ("masks", "shapes", *_OPTIONAL)}
-    return replace(state, softness=dict(renamed(state.softness)), **changes)
+    changes |= {kind: dict(renamed(getattr(state, kind))) for kind in ("softness", "compute")}
+    return replace(state, **changes)
 
 
 def verify_fits(state: TopologyState, layers: Mapping[str, Any], directory: str | Path) -> None:

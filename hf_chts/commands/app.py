@@ -140,6 +140,10 @@ def evaluate(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Option(help="Number format of the weights. auto: as saved.")
     ] = "auto",
+    compute: Annotated[
+        Literal["dense", "sparse"],
+        Option(help="sparse: keep the weights of exports packed in memory, and multiply with the links alone."),
+    ] = "dense",
     unsealed: Annotated[
         bool,
         Option(
@@ -178,6 +182,7 @@ def evaluate(
         max_length=max_length,
         device=device,
         dtype=dtype,
+        compute=compute,
         revision=revision,
         task_data=task_data,
         unsealed=unsealed,

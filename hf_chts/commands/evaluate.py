@@ -16,6 +16,7 @@ from hf_chts import evaluation
 from hf_chts.commands import without_fail
 from hf_chts.evaluation.checks import check_options
 from hf_chts.evaluation.comparison import baseline_index
+from hf_chts.evaluation.packed import check_compute
 from hf_chts.evaluation.result_files import check_output, results_json
 from hf_chts.evaluation.zero_shot import default_device
 from hf_chts.machine import device_line
@@ -68,6 +69,7 @@ def evaluate(models: Sequence[str], suite: str, output: Path, baseline: str | No
 def _check(models: Sequence[str], output: Path, baseline: str | None, settings: Mapping[str, Any]) -> None:
     check_output(output)
     check_options(*(settings[name] for name in ("limit", "num_fewshot", "batch_size", "device", "task_data")))
+    check_compute(settings.get("compute", "dense"))
     baseline_index(models, baseline)
     shared = {name: settings[name] for name in ("revision", "max_length", "unsealed")}
     for model in models:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_chts.evaluation.checks import check_max_length, check_model, check_options
 from hf_chts.evaluation.embedded_suite import EMBEDDED_TASKS, write_embedded_suite
+from hf_chts.evaluation.packed import check_compute, number_of_parameters, packed_model
 from hf_chts.evaluation.suites import check_task_names, suite_averages, suite_tasks
 from hf_chts.machine import on_cpu, version_of
 
@@ -37,6 +38,7 @@ def evaluate_zero_shot(
     max_length: int | None = None,
     device: str | None = None,
     dtype: str = "auto",
+    compute: str = "dense",
     revision: str = "main",
     task_data: str | Path | None = None,
     bootstrap_iters: int = 1000,
@@ -63,6 +65,8 @@ def evaluate_zero_shot(
         device: such as "cuda:1"; None for the first GPU, or the CPU if there is none or `accelerate launch` uses it.
             Not for a live model, which stays where it is.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16". Not for a live model.
+        compute: "dense", or "sparse" for an export whose weights stay packed (`load_sparse`), in one process. Not for
+            a live model.
         revision: branch, tag or commit of a Hub id.
         task_data: directory with data files of tasks (see task_data.py); tasks without a folder there are loaded as
             always.
@@ -95,14 +99,15 @@ def evaluate_zero_shot(
         ConnectionError: no task could be loaded.
     """
     check_options(limit, num_fewshot, batch_size, device, task_data)
+    check_compute(compute)
     source: PreTrainedModel | str
     if isinstance(model_or_dir, PreTrainedModel):
         if tokenizer is None:
             raise ValueError("A live model has no tokenizer: pass tokenizer=.")
-        if device is not None or dtype != "auto":
+        if device is not None or dtype != "auto" or compute != "dense":
             raise ValueError(
-                f"device={device!r} and dtype={dtype!r} are for models loaded from a directory or the Hub: "
-                "a live model is evaluated where and as it is."
+                f"device={device!r}, dtype={dtype!r} and compute={compute!r} are for models loaded from a directory or "
+                "the Hub: a live model is evaluated where and as it is."
             )
         source, live_model = model_or_dir, model_or_dir
         name = model_or_dir.name_or_path or type(model_or_dir).__name__
@@ -135,6 +140,11 @@ def evaluate_zero_shot(
             written=Path(directory) / "local",
         )
         _check_loaded(loaded, suite, task_data)
+        if compute == "sparse":
+            assert isinstance(source, str)
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            source, device, dtype = packed_model(source, revision, device or default_device(), dtype), None, "auto"
         lm = harness.RankedHFLM(
             progress=bars,
             pretrained=source,
@@ -176,10 +186,11 @@ def evaluate_zero_shot(
             "batch_size": batch_size,
             "max_length": lm.max_length,
             "prefix_token_id": lm.prefix_token_id,
+            "compute": compute,
             "dtype": str(lm.model.dtype).removeprefix("torch."),
             "device": str(lm.device),
             "processes": lm.world_size,
-            "parameters": lm.model.num_parameters(),
+            "parameters": number_of_parameters(lm.model),
             "bootstrap_iters": bootstrap_iters,
         },
         "versions": {

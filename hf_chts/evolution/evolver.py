@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_chts.checkpoint import TopologyState, verify_fits
 from hf_chts.config import SparsityConfig
+from hf_chts.evolution.compute_choice import settle_compute
 from hf_chts.evolution.first_step import check_first_step
 from hf_chts.evolution.half_precision import refuse_half_precision
 from hf_chts.evolution.regrown_adam import RegrownAdam
@@ -67,8 +68,11 @@ class Evolver:
         explored: the links of each layer that were ever active, bit-packed uint8 by layer name.
         stored: the weights of removed links, by layer name, where they are kept.
         softness: δ of each layer's next removal, by layer name; used where it adapts.
+        compute: with compute: auto, the largest number of links with which a layer multiplies with them alone.
         last_update: what the last update did to each layer; empty before it.
     """
+
+    compute: dict[str, int]
 
     def __init__(self, sparse: SparseLayers) -> None:
         self.sparse = sparse
@@ -96,11 +100,23 @@ class Evolver:
         """The rank that evolves each layer, by layer name; from `begin` on."""
         return self._ranks.owner if self._ranks else {}
 
-    def begin(self, max_steps: int, optimizer: Any, step: int = 0) -> None:
+    def begin(
+        self,
+        max_steps: int,
+        optimizer: Any,
+        step: int = 0,
+        *,
+        tokens: int = 1024,
+        dtype: torch.dtype | None = None,
+        say: Callable[[str], None] = _log.info,
+    ) -> None:
         """Attach to an optimizer, for a run of `max_steps` optimizer steps of which `step` are finished. Collective.
 
         Args:
             optimizer: torch's, Accelerate's or DeepSpeed's, as prepared for the run.
+            tokens: in each forward pass, for the measurement of compute: auto.
+            dtype: of autocast, if the run uses it; likewise.
+            say: called on rank 0 with a line about what was measured.
 
         Raises:
             ValueError: the engine, the optimizer or a layer's weight is one with which topologies cannot evolve, the
@@ -128,6 +144,9 @@ class Evolver:
         devices = {layer.storage.device.type for layer in layers.values()}
         if self.config.storage == "links" and not engine.sharded and "cpu" not in devices:
             self._hooks += make_together(self.sparse.model)
+        if self.config.compute == "auto":
+            assert self.plan is not None
+            self.compute = settle_compute(self.sparse, self.plan, self.compute, tokens, dtype, say)
         self.finished, self._first_step = step, True
         self._ask_gradients()
 
@@ -271,6 +290,7 @@ class Evolver:
             born=self._saved_births(),
             softness=self.softness if self.config.adapts_softness else {},
             sparsity=self.reached,
+            compute=self.compute,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -290,6 +310,7 @@ class Evolver:
             "softness": dict(state.softness),
             "history": list(state.history),
             "sparsity": state.sparsity,
+            "compute": dict(state.compute),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -304,7 +325,7 @@ class Evolver:
         restored = TopologyState(
             masks={name: unpack_bits(bits, tuple(shape)) for name, (bits, shape) in state["masks"].items()},
             **{key: state[key] for key in ("explored", "stored", "step", "history", "born", "softness", "sparsity")},
-            **{key: state.get(key, {}) for key in ("left", "slots")},
+            **{key: state.get(key, {}) for key in ("left", "slots", "compute")},
         )
         verify_fits(restored, self.sparse.layers, "the evolver's state")
         self.restore(restored)
@@ -417,6 +438,7 @@ class Evolver:
             if state:
                 layer.storage.restore(state.masks[name], state.slots.get(name))
         self.history: list[dict[str, Any]] = list(state.history) if state else []
+        self.compute = dict(state.compute) if state else {}
         self.softness = dict.fromkeys(layers, self.config.softness_start) | (state.softness if state else {})
         # as bits: bools would take as much memory as the masks
         self.explored = {

@@ -30,6 +30,7 @@ from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, WeightFiles, re
 from hf_chts.export.zero_shot_results import RESULTS_NAME, published
 from hf_chts.files.atomic import write_whole
 from hf_chts.files.full_disk import explain_failed_write
+from hf_chts.layers.packed_model import check_not_packed
 from hf_chts.layers.wrappers import original_keys, original_name
 from hf_chts.sparse_model import SparsityHandle
 
@@ -99,6 +100,7 @@ def export_sparse(
     """
     directory, pictures = Path(directory), [Path(path) for path in figures]
     sparse = SparsityHandle.of(model)
+    check_not_packed(model, "exported")
     if sparse is None:
         raise ValueError(
             "the model is not sparse: call sparsify(model, config) or train it with SparseTrainer; for a dense model "

@@ -4,7 +4,7 @@ transformers lets a quantizer change the model before its weights are read, and 
 model is made sparse on the meta device, and each weight is reduced to the values of its links when it is its turn.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,8 @@ class LinkedLoader(PackedLoader):
         assert found is not None
         if self.quantization_config.slots:
             return weight_conversions
-        reducing = _Reducing(["weight"], "link_values", [self.values])
-        prefix = f"{model.base_model_prefix}."
-        reducing.names = {form for name in found.layers for form in (name, prefix + name, name.removeprefix(prefix))}
+        reducing = KnownLayers(["weight"], "link_values", [self.values])
+        reducing.know(model, found.layers)
         return [*weight_conversions, reducing]
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -135,8 +134,8 @@ class LinkedLoader(PackedLoader):
             layer.register_buffer("link_positions", positions.to(layer.parameter.device), persistent=False)
 
 
-class _Reducing(Unpacking):
-    """Of the weights of linked layers alone; other weights are loaded as they are.
+class KnownLayers(Unpacking):
+    """Converts the weights of layers that it knows; other weights are loaded as they are.
 
     Attributes:
         names: of the layers, with and without the prefix of a base model.
@@ -144,11 +143,15 @@ class _Reducing(Unpacking):
 
     names: set[str]
 
+    def know(self, model: PreTrainedModel, layers: Iterable[str]) -> None:
+        prefix = f"{model.base_model_prefix}."
+        self.names = {form for name in layers for form in (name, prefix + name, name.removeprefix(prefix))}
+
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         name, _, kind = source_key.rpartition(".")
         if kind != "weight" or name not in self.names:
             return source_key, None
-        return f"{name}.link_values", "weight"
+        return f"{name}.{self.target_patterns[0]}", "weight"
 
 
 class _Values(ConversionOps):

@@ -1,8 +1,8 @@
-"""load_sparse: load an export with its masks, to train on."""
+"""load_sparse: load an export with its masks, to train on, or packed for inference."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -15,6 +15,7 @@ from hf_chts.export.exported_values import check_zeros
 from hf_chts.export.linked_loading import KNOWN_OPTIONS, LinkedWeightsConfig, packed_masks
 from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import is_packed
+from hf_chts.export.packed_inference import InferenceConfig, pack_model
 from hf_chts.export.sources import architecture, checked_config, local_directory
 from hf_chts.export.weight_files import PLAIN_STEM, WeightFiles
 from hf_chts.layers.linked_layer import LinkedLayer
@@ -22,13 +23,14 @@ from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.names import listed
 from hf_chts.sparse_model import sparsify
 
+Compute = Literal["dense", "sparse"]
 _QUANTIZING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 
 
-def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load an export, plain or packed, or a checkpoint, with its masks, to train on.
+def load_sparse(source: str | Path, *, compute: Compute | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Load an export, plain or packed, or a checkpoint, with its masks, to train on or, packed, for inference.
 
-    For inference `from_pretrained` of an export is enough.
+    For inference with dense weights `from_pretrained` of an export is enough.
 
     The model has the class that `architectures` in its config names, head included: one of transformers, or one that
     has been imported. It is already sparse: `SparsityHandle.of(model)` is its handle. No file of the export can make
@@ -36,13 +38,17 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         source: a directory or a Hub id.
+        compute: "sparse": for inference with packed weights, which take about the memory of a packed export, and
+            decode at the speed of their bytes. Such a model cannot be trained or saved. None or "dense": to train on.
         kwargs: for `from_pretrained`; for a Hub id also revision, token and the like. Code in the directory only runs
             with trust_remote_code=True.
 
     Raises:
         FileNotFoundError, ValueError: weights, masks or config are missing, damaged or contradict each other, the
-            class is unknown, or `kwargs` ask for quantization.
+            class is unknown, `compute` is, or `kwargs` ask for quantization.
     """
+    if compute not in (None, *get_args(Compute)):
+        raise ValueError(f"compute is {compute!r}: choose 'sparse', for inference with packed weights, or 'dense'")
     for name in _QUANTIZING:
         if kwargs.pop(name, None):
             raise ValueError(
@@ -75,6 +81,12 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
         stored = files.entries.keys()
         in_slots = any(key.endswith(f".{LinkedLayer.parameter_name}") for key in stored)
         by_layers = in_slots or {f"{name}.weight" for name in masks} <= stored
+    if compute == "sparse" and by_layers and not in_slots and kwargs.keys() <= KNOWN_OPTIONS:
+        options["config"] = AutoConfig.from_pretrained(directory, trust_remote_code=options["trust_remote_code"])
+        options["config"].quantization_config = InferenceConfig(directory, packed, masks)
+        model, info = loader.from_pretrained(directory, **options)
+        _check_class(directory, model, architecture(contents), info)
+        return model
     into_slots = by_layers and _can_fill_slots(config, kwargs)
     if into_slots:
         options["config"] = AutoConfig.from_pretrained(directory, trust_remote_code=options["trust_remote_code"])
@@ -89,7 +101,7 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     model, info = loader.from_pretrained(directory, **options)
     _check_class(directory, model, architecture(contents), info)
     if into_slots:
-        return model
+        return pack_model(model) if compute == "sparse" else model
     layers: dict[str, nn.Module] = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, PLAIN_LAYERS)
     }
@@ -103,7 +115,7 @@ def load_sparse(source: str | Path, **kwargs: Any) -> PreTrainedModel:
             if weight.shape == mask.shape:  # else sparsify refuses it
                 check_zeros(directory, name, weight, mask)
     sparsify(model, config, masks=masks)  # raises for masks that fit no layer
-    return model
+    return pack_model(model) if compute == "sparse" else model
 
 
 def _can_fill_slots(config: SparsityConfig, kwargs: Mapping[str, Any]) -> bool:

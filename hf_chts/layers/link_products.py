@@ -57,7 +57,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, values, _ = ctx.saved_tensors
         of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        differentiate = _differentiable if torch.is_grad_enabled() else _gradients
+        differentiate = _differentiable if torch.is_grad_enabled() else gradients
         of_x, of_values = differentiate(grad, x, values, ctx.slots, ctx.needs_input_grad[:2], ctx.dense_gradient)
         return of_x, of_values, of_bias, None, None
 
@@ -93,7 +93,7 @@ def _multiply(x: Tensor, values: Tensor, bias: Tensor | None, slots: Slots) -> T
     return result.view(*others, out)
 
 
-def _gradients(
+def gradients(
     grad: Tensor,
     x: Tensor,
     values: Tensor,
@@ -154,7 +154,7 @@ def _differentiable(
     needs: Sequence[bool],
     dense_gradient: Accumulator | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `_gradients`, for whoever differentiates the gradients again."""
+    """As `gradients`, for whoever differentiates the gradients again."""
     weight = fill(values.to(x.dtype), slots)
     weight = weight.t() if slots.transposed else weight  # (out, in)
     inputs, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
@@ -196,7 +196,7 @@ def _compiled_gradients(
     transposed: bool,
     block: int,
 ) -> tuple[Tensor, Tensor]:
-    of_x, of_values = _gradients(grad, x, values, Slots(positions, (rows, columns), transposed, order, block))
+    of_x, of_values = gradients(grad, x, values, Slots(positions, (rows, columns), transposed, order, block))
     assert of_x is not None
     assert of_values is not None
     return of_x, of_values

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_chts.layers.link_products import fill, product
 from hf_chts.layers.slots import SlotStorage
 from hf_chts.layers.sparse_layer import SparseLayer, rename_parameter
+from hf_chts.layers.sparse_products import sparse_product, takes
 from hf_chts.layers.weight_parts import Slots
 
 _Layer = TypeVar("_Layer", bound="LinkedLayer")
@@ -92,6 +93,9 @@ class LinkedLayer(SparseLayer):
             return plain(x, made, bias)
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return plain(x, self.weight, bias)
+        index = self.storage.index
+        if index is not None and self.dense_gradient is None and takes(x):
+            return sparse_product(x, self.link_values, bias, index)
         return product(x, self.link_values, self._slots(), bias, self.dense_gradient)
 
     def _made(self, x: Tensor) -> Tensor | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_chts.layers.link_index import LinkIndex
 from hf_chts.layers.links import NEVER_ZERO, LinkStorage, check_topology, in_place
 from hf_chts.layers.stored_weights import StoredLinks, StoredWeights
 from hf_chts.layers.weight_parts import Slots
@@ -32,7 +33,13 @@ class SlotStorage(LinkStorage):
         slots: the number of slots.
         device: where the positions are kept.
         dense_bytes: how many bytes of the weight are made dense at a time.
+
+    Attributes:
+        index: the links in the order of products with them alone; None where the layer multiplies densely.
     """
+
+    index: LinkIndex | None = None
+    _sparse_up_to: int = -1
 
     def __init__(self, layer: Any, shape: tuple[int, int], slots: int, device: torch.device, dense_bytes: int) -> None:
         self._layer = layer
@@ -77,6 +84,24 @@ class SlotStorage(LinkStorage):
         else:
             self._place(slots)
         self.foreign = slots is None
+
+    def multiply_links(self, up_to: int) -> None:
+        """Have products take the links alone while there are no more than `up_to` of them: never, if it is negative."""
+        self._sparse_up_to = up_to
+        self._refresh_index()
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._refresh_index()
+
+    def _refresh_index(self) -> None:
+        if self.count > self._sparse_up_to or self.device.type != "cpu":
+            self.index = None
+            return
+        if self.index is None or self.index.slots != self.room:
+            self.index = LinkIndex.empty(self.room, self.shape)
+        if self.index.version != self.version:
+            self.index.refresh(self._positions, self._layer.transposed, self.version)
 
     @property
     def room(self) -> int:
@@ -142,7 +167,7 @@ class SlotStorage(LinkStorage):
             self._positions.copy_(positions)
         else:
             self._resize(positions.to(self._positions))
-        self.version += 1
+        self._changed()
 
     def compact(self, engine: Engine) -> Tensor:
         """Give back the slots without a link, of the parameter and of all that the optimizer has of it.
@@ -153,7 +178,7 @@ class SlotStorage(LinkStorage):
         kept = link_positions(~self.missing())
         engine.keep(self._layer, kept)
         self._layer.link_positions = self._positions[kept]
-        self.version += 1
+        self._changed()
         return kept
 
     def _resize(self, positions: Tensor) -> None:
@@ -174,7 +199,7 @@ class SlotStorage(LinkStorage):
         come = link_positions(self._layer.matrix(topology))
         self._positions.fill_(self.shape[0] * self.shape[1])
         self._positions[: len(come)] = come.to(self._positions)
-        self.version += 1
+        self._changed()
 
     @torch.no_grad()
     def replace(
@@ -213,7 +238,7 @@ class SlotStorage(LinkStorage):
                 piece.view(-1).index_fill_(0, mine.to(piece.device), value)
         positions[gone] = numel
         positions[taken] = come.to(positions)
-        self.version += 1
+        self._changed()
 
     @torch.no_grad()
     def clear(self, engine: Engine, *, skip: Iterable[str] = ()) -> None:

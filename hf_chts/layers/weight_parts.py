@@ -98,13 +98,13 @@ class _Block(Part):
         return self.rows.stop - self.rows.start, self.columns
 
     def fill(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        dense = _buffer(self.shape[0] * self.columns + 1, dtype, values.device).zero_()
+        dense = kept_buffer(self.shape[0] * self.columns + 1, dtype, values.device).zero_()
         values = values.detach() if self.chosen is None else values.detach()[self.chosen]
         dense.index_copy_(0, self.index, values.to(dtype))
         return dense[:-1].view(self.shape)
 
     def buffer(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        dense = _buffer(self.shape[0] * self.columns + 1, dtype, device)
+        dense = kept_buffer(self.shape[0] * self.columns + 1, dtype, device)
         dense[-1] = 0  # what slots without a link get
         return dense[:-1].view(self.shape)
 
@@ -179,7 +179,7 @@ def kernels(kind: str) -> ModuleType | None:
     return triton_kernels
 
 
-def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def kept_buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for one product, flat; the next product of this thread writes over it.
 
     A CPU maps fresh memory for every large tensor page by page, which takes longer than to fill it (2048 x 5461 fp32:

@@ -1,9 +1,11 @@
 """What is printed when training begins: the layers, the topology updates to come, and changes since the checkpoint."""
 
 import math
+from collections.abc import Sized
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import IterableDataset
 
 from hf_chts.layers.sparse_layers import SparseLayers
 from hf_chts.layers.targets import matrix_shape, why_dense
@@ -112,3 +114,15 @@ def learning_rates(optimizer: Any, scheduler: Any) -> tuple[float, float] | None
     if not isinstance(scheduler, LambdaLR):
         return None
     return optimizer.param_groups[0]["lr"], float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch))
+
+
+def sequence_length(dataloader: Any, otherwise: int = 256) -> int:
+    """The number of tokens of the first example, if it can be looked at without moving a stream on."""
+    dataset = getattr(dataloader, "dataset", None)
+    if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset) or len(dataset) == 0:
+        return otherwise
+    try:
+        example = dataset[0]  # type: ignore[index]
+        return max(1, len(example["input_ids"]))
+    except (KeyError, TypeError, IndexError):  # of another kind
+        return otherwise

@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_chts.checkpoint import TopologyState
@@ -15,7 +16,7 @@ from hf_chts.evolution.evolver import Evolver
 from hf_chts.evolution.update_ranks import NotFinite
 from hf_chts.layers.sparse_layers import SparseLayers
 from hf_chts.records.run_record import RunRecord
-from hf_chts.training.begin_lines import changed_lines, layer_lines, learning_rates, plan_line
+from hf_chts.training.begin_lines import changed_lines, layer_lines, learning_rates, plan_line, sequence_length
 from hf_chts.training.divergence import diverged
 from hf_chts.training.losses import UpdateLosses
 
@@ -85,7 +86,11 @@ class TopologyCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         evolver, step = self.evolver, state.global_step
-        evolver.begin(state.max_steps, optimizer, step)
+        tokens = args.per_device_train_batch_size
+        if evolver.config.compute == "auto":
+            tokens *= sequence_length(kwargs.get("train_dataloader"))
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        evolver.begin(state.max_steps, optimizer, step, tokens=tokens, dtype=dtype, say=self.say)
         self.losses = UpdateLosses(self._restored.loss_before_update if self._restored else None)
         self._waiting = {}
         self.record = None

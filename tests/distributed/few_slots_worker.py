@@ -1,6 +1,6 @@
 """Run by the ranks of torchrun: layers with fewer slots than there are ranks, and numbers that no rank number divides.
 
-    torchrun … few_slots_worker.py DIRECTORY ENGINE…
+    torchrun … few_slots_worker.py DIRECTORY COMPUTE ENGINE…
 
 Writes, from rank 0, the links and the weights of each engine, to compare with one process.
 """
@@ -23,11 +23,13 @@ from hf_chts.sharding.ranks import rank_and_world
 STEPS = 9
 
 
-def train(engine):
+def train(engine, compute):
     """(slots, masks, weights of the slots) by layer name."""
     model = model_of()
     few = {"k_proj": 0.996, "v_proj": 0.99, "q_proj": 0.8}  # 1, 2 and 210 links
-    sparse = sparsify(model, case_config("set", update_interval=2, storage="links", layer_sparsity=few))
+    sparse = sparsify(
+        model, case_config("set", update_interval=2, storage="links", compute=compute, layer_sparsity=few)
+    )
     run = wrap(engine, model)
     evolver = sparse.evolver(run.optimizer, max_steps=STEPS)
     rank, world_size = rank_and_world()
@@ -43,11 +45,11 @@ def train(engine):
     return {name: layer.storage.room for name, layer in sparse.layers.items()}, state["slots"], weights
 
 
-def main(directory, *engines):
+def main(directory, compute, *engines):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for engine in engines:
-        found = train(engine)
+        found = train(engine, compute)
         if dist.get_rank() == 0:
             torch.save(found, f"{directory}/{engine}.pt")
     leave_ranks()

@@ -12,10 +12,11 @@ pytestmark = pytest.mark.distributed
 ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
-def test_fewer_slots_than_ranks(tmp_path):
+@pytest.mark.parametrize("compute", ["dense", "sparse"])
+def test_fewer_slots_than_ranks(tmp_path, compute):
     pytest.importorskip("deepspeed")
-    torchrun(3, "few_slots_worker.py", str(tmp_path), *ENGINES)
-    rooms, slots, weights = train("one")
+    torchrun(3, "few_slots_worker.py", str(tmp_path), compute, *ENGINES)
+    rooms, slots, weights = train("one", compute)
     assert {rooms[f"model.layers.0.self_attn.{name}_proj"] for name in "kvq"} == {1, 2, 210}
     for engine in ENGINES:
         found_rooms, found_slots, found_weights = torch.load(tmp_path / f"{engine}.pt")

@@ -163,3 +163,23 @@ def test_options_of_the_trainer(tmp_path, exact, options):
     if exact:
         same(runs["masked"], runs["links"])
     assert losses(runs["links"]) == pytest.approx(losses(runs["masked"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if case_config(name).removal_choice == "hard"])
+def test_products_with_links_alone_give_the_same_run_within_rounding(tmp_path, case):
+    pytest.importorskip("numba")
+    runs = {}
+    for compute in ("dense", "sparse"):
+        runs[compute] = trainer(tmp_path / compute, case, config={"storage": "links", "compute": compute})
+        invariants = Invariants.watch(runs[compute])
+        runs[compute].train()
+        assert invariants.updates >= 4
+    assert all(layer.storage.index is not None for layer in runs["sparse"].sparse.layers.values())
+    found = losses(runs["sparse"])
+    assert len(found) >= 20
+    assert found == pytest.approx(losses(runs["dense"]), rel=1e-5)
+    for name, mask in runs["dense"].sparse.masks().items():
+        assert runs["sparse"].sparse.masks()[name].equal(mask)
+    again = trainer(tmp_path / "sparse", case, config={"storage": "links", "compute": "sparse"})
+    again.train(resume_from_checkpoint=str(tmp_path / "sparse" / "checkpoint-10"))
+    assert differences(all_of(runs["sparse"]), all_of(again)) == []
