@@ -22,9 +22,9 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 "$python" -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
 OMP_NUM_THREADS=1 part tests 230 "$python" -m pytest tests/training/test_gpu.py tests/test_machine.py -m gpu -n 12 -p no:cacheprovider --durations=5
 part step_60m 60 "$python" benchmarks/step.py --ways masked links --apart --steps 10 --bf16 --repeats 4 --tokens 64x256
-part update_chtss 40 "$python" benchmarks/topology_update.py --method chtss --tokens 16384 --repeats 3
-part update_chts 40 "$python" benchmarks/topology_update.py --method chts --tokens 16384 --repeats 3
-part update_set 40 "$python" benchmarks/topology_update.py --method set --tokens 16384 --repeats 3
+part update_chtss 40 "$python" benchmarks/topology_update.py --methods chtss --tokens 16384 --repeats 3
+part update_chts 40 "$python" benchmarks/topology_update.py --methods chts --tokens 16384 --repeats 3
+part update_set 40 "$python" benchmarks/topology_update.py --methods set --tokens 16384 --repeats 3
 part demo 90 "$python" train_llama.py --use_cpu false --bf16 true --dataloader_num_workers 2 --output_dir "$out/demo"
 tail -n 4 "$out/demo.log" | cut -c1-300
 part step_1b 75 "$python" benchmarks/step.py --ways masked links --apart --steps 10 --models llama_1b --bf16 --repeats 1 --tokens 16x256

@@ -28,7 +28,7 @@ __all__ = ["ch2_l3n", "ch2_l3p", "ch3_1_l3n", "ch3_l3n", "ch3_l3p"]
 # m x n layer.
 _BLOCK_ROWS = 128
 # Multiplications of a dense product, in fp32 or with 8 bits, in the time of one increment of a count
-_PER_INCREMENT, _PER_INCREMENT_OF_8_BIT = 40, 160
+_PER_INCREMENT, _PER_INCREMENT_OF_8_BIT = 80, 200
 
 # strength(common neighbours, links that leave the community) of pairs of nodes; may overwrite its first argument
 Strength = Callable[[Tensor, Tensor], Tensor]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import differences
+from cases import INTERVAL, differences
 from earlier_runs import CASES, SAVED, links_by_layer, logits, losses_after, trainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -25,6 +25,8 @@ from hf_chts.report import write_report
 
 EARLIER = Path(__file__).parent / "0.1.0"
 FIGURES = json.loads((EARLIER / "figures.json").read_text())
+# soft choices of later versions draw other links, in the same proportions
+OTHER_LINKS = {"adaptive"}
 KINDS = {"chtss": {"explored"}, "gmp": {"explored", "stored"}, "adaptive": {"explored", "born", "softness"}}
 
 
@@ -41,7 +43,15 @@ def test_runs_are_resumed(tmp_path, case):
 
     run = trainer(directory, case, seed=1)
     run.train(resume_from_checkpoint=True)
-    close(losses_after(run, SAVED), FIGURES[case]["losses"])
+    losses, recorded = losses_after(run, SAVED), FIGURES[case]["losses"]
+    if case in OTHER_LINKS:
+        close(losses[:INTERVAL], recorded[:INTERVAL])  # up to the next update
+        assert losses == pytest.approx(recorded, rel=0.01)
+        wanted = [row for rows in FIGURES[case]["links"].values() for row in rows]
+        assert run.sparse.links() == sum(int(row).bit_count() for row in wanted)
+        run.sparse.check()
+        return
+    close(losses, recorded)
     close(logits(run.model).tolist(), FIGURES[case]["logits"])
     assert links_by_layer(run.sparse.masks()) == FIGURES[case]["links"]
     if case == "chtss":  # the records that end with the run, and its own id, go on as those of the run that was whole
