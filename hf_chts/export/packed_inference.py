@@ -159,11 +159,13 @@ def pack_model(model: PreTrainedModel) -> PreTrainedModel:
     masks: Any = sparse.topologies()
     for name, layer in layers.items():
         mask = masks[name].clone()
+        stored = layer.matrix(mask)
         plain: nn.Module = layer.revert()
         weight = plain.get_parameter("weight").detach()
-        values = weight[layer.matrix(mask).to(weight.device)]
+        values = weight[stored.to(weight.device)]
         packed = packed_class(type(plain)).attach(plain, len(values))
         pack(packed, mask, values)
+        del sparse.layers[name]
     sparse.unsparsify()
     pages.release()
     for_inference(model)

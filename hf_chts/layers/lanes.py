@@ -45,7 +45,7 @@ class Lanes:
 
     @property
     def groups(self) -> int:
-        return len(self.rows)
+        return self.rows.shape[0]
 
     def dense(self) -> Tensor:
         """The weight, (rows, columns), 0 off the links."""

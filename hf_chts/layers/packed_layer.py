@@ -77,13 +77,21 @@ class PackedLayer(nn.Module):
     @property
     def packed(self) -> Links:
         """What the buffers hold."""
-        layout: Any = Lanes if "packed_gaps" in self._buffers else RowLinks
-        found: Links = layout(*(self._buffers[f"packed_{name}"] for name in layout.NAMES), self.shape)
+        found: Links | None = self.__dict__.get("found")
+        if found is None or found.values is not self._buffers["packed_values"]:
+            layout: Any = Lanes if "packed_gaps" in self._buffers else RowLinks
+            found = layout(*(self._buffers[f"packed_{name}"] for name in layout.NAMES), self.shape)
+            if not torch.compiler.is_compiling():
+                self.__dict__["found"] = found
+        assert found is not None
         return found
 
     @property
     def weight(self) -> Tensor:
         """The dense weight as the plain layer has it, made anew whenever it is asked for."""
+        waiting = self._parameters.get("packed_values")
+        if waiting is not None:  # GPT-2 gives a block new weights as a whole, where one of them is in no file
+            return waiting.detach().new_empty(0)
         weight = self.packed.dense()
         return weight.t() if self.transposed else weight
 
@@ -94,6 +102,9 @@ class PackedLayer(nn.Module):
                 "without compute='sparse', to train it"
             )
         return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("found", "group")}
 
     def _product(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.shape[1]:

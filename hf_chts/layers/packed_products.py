@@ -23,7 +23,7 @@ from hf_chts.layers.row_links import RowLinks
 _log = logging.getLogger(__name__)
 _TILE = 64  # tokens that are multiplied with the links at a time
 _FEW = 16  # tokens up to which a GPU multiplies with the links themselves
-_WORK = 1024  # steps times blocks of tokens that a thread takes at least
+_WORK = 1024  # steps times blocks of tokens, a few microseconds, that a thread takes at least
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _kept = threading.local()
 
@@ -38,7 +38,7 @@ def products(x: Tensor, weights: Sequence[Links], biases: Sequence[Tensor | None
     tokens = x.reshape(-1, x.shape[-1])
     fast = x.dtype in _KINDS and all(weight.values.dtype in _KINDS for weight in weights)
     loops = _loops() if fast and x.device.type == "cpu" else None
-    rows = row_kernel(x.device.type) if fast and len(tokens) <= _FEW else None
+    rows = row_kernel(x.device.type) if fast and tokens.shape[0] <= _FEW else None
     if loops is not None and all(isinstance(weight, Lanes) for weight in weights):
         results = _by_lanes(loops, tokens, weights, biases)  # type: ignore[arg-type]
     elif rows is not None and all(isinstance(weight, RowLinks) for weight in weights):
@@ -66,13 +66,18 @@ def _loops() -> ModuleType | None:
 
 @functools.cache
 def row_kernel(kind: str) -> ModuleType | None:
-    """The module of Triton's product, if it runs on this kind of device."""
+    """The module of Triton's product, if it runs on this kind of device; it wants a C compiler there."""
     if kind not in ("cuda", "xpu"):
         return None
     try:
         from hf_chts.layers import triton_rows  # late, because not every torch comes with Triton
-    except ImportError as error:
-        _log.warning("Triton does not run here (%s): packed weights are made dense for every product", error)
+
+        one = torch.ones(1, 1, device=kind)
+        nothing = torch.zeros(1, dtype=torch.int64, device=kind)
+        (found,) = triton_rows.products(one, [RowLinks.of(nothing, nothing, one[0], (1, 1))], [None])
+        assert found.tolist() == [[1.0]]
+    except Exception as error:  # whatever it is that Triton lacks
+        _log.warning("Triton's product does not run here (%s): packed weights are made dense for every product", error)
         return None
     return triton_rows
 
@@ -82,9 +87,10 @@ def _by_lanes(
 ) -> list[Tensor]:
     from hf_chts.kernels import threads
 
+    total = tokens.shape[0]
     kind = _KINDS[torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32]
     results = [
-        torch.empty(len(tokens), weight.shape[0], dtype=torch.bfloat16 if kind else torch.float32) for weight in weights
+        torch.empty(total, weight.shape[0], dtype=torch.bfloat16 if kind else torch.float32) for weight in weights
     ]
     constants = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
     members = _words(
@@ -102,9 +108,9 @@ def _by_lanes(
         )
     )
     columns = tokens.shape[1]
-    for first in range(0, len(tokens), _TILE):
-        tile = tokens[first : first + _TILE]
-        count = len(tile)
+    for first in range(0, total, _TILE):
+        count = min(_TILE, total - first)
+        tile = tokens if count == total else tokens[first : first + count]
         width = next(width for width in (1, 4, 8, 16) if count <= width or width == 16)
         blocks = -(-count // width)
         x = _side_by_side(tile, width, blocks)
@@ -116,9 +122,9 @@ def _by_lanes(
                 0 if bias is None else bias.data_ptr(),
             )
         )
-        longest = max(len(weight.values) for weight in weights)
-        chunks = max(1, min(max(weight.groups for weight in weights), longest * blocks // _WORK))
-        team = min(torch.get_num_threads(), chunks * len(weights))
+        steps = [weight.values.shape[0] for weight in weights]
+        chunks = max(1, min(max(weight.groups for weight in weights), max(steps) * blocks // _WORK))
+        team = max(1, min(torch.get_num_threads(), sum(steps) * blocks // _WORK))
         each = loops.scratch_words(width, blocks)
         scratch = _scratch(team * each)
         threads.run(
@@ -158,7 +164,7 @@ def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | No
     result = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
     size = 4 * max(1, 1 << 14 >> columns.bit_length())  # rows of a chunk, about 64 KiB
     chunks = -(-rows // size)
-    team = min(torch.get_num_threads(), chunks)
+    team = min(torch.get_num_threads(), -(-chunks // 4))
     threads.run(
         loops.dense_product.address,
         chunks,
@@ -188,7 +194,7 @@ def _side_by_side(tokens: Tensor, width: int, blocks: int) -> Tensor:
     tokens = tokens.detach().float()
     if width == 1:
         return tokens.contiguous()
-    missing = blocks * width - len(tokens)
+    missing = blocks * width - tokens.shape[0]
     if missing:
         tokens = functional.pad(tokens, (0, 0, 0, missing))
     return tokens.view(blocks, width, -1).transpose(1, 2).contiguous()

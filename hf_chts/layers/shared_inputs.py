@@ -29,12 +29,6 @@ class Group(threading.local):
         self.layers = layers
         self.pending: tuple[Any, int, dict[int, Tensor]] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return None  # a copy of a model finds its own groups
-
-    def __reduce__(self) -> Any:
-        return _nothing, ()
-
 
 def multiply(layer: Any, x: Tensor, given: Tensor) -> Tensor:
     """The product of a `PackedLayer`, taken together with those of other layers that read `x`.
@@ -89,7 +83,3 @@ def _fit(one: Any, other: Any) -> bool:
         return False
     first, second = one.packed_values, other.packed_values
     return first.dtype == second.dtype and first.device == second.device
-
-
-def _nothing() -> None:
-    return None

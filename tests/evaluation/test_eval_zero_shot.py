@@ -54,6 +54,33 @@ def test_one_directory(run, saved_models, tmp_path):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
+def test_packed_weights(run, tmp_path, byte_tokenizer, tiny_llama):
+    model, results = tiny_llama(3), []
+    sparsify(model, SparsityConfig("set", sparsity=0.5))
+    for packed in (True, False):
+        export = export_sparse(model, tmp_path / f"export_{packed}", packed=packed, tokenizer=byte_tokenizer)
+        for compute in ("dense", "sparse"):
+            output = tmp_path / "results.json"
+            assert run(export, "--limit", 8, "--output", output, "--compute", compute)[0] == 0
+            results += json.loads(output.read_text())
+    for result, compute in zip(results, ("dense", "sparse") * 2, strict=True):
+        assert result["config"]["compute"] == compute
+        assert result["config"]["parameters"] == model.num_parameters()
+        for task, scores in results[0]["tasks"].items():
+            assert result["tasks"][task] == pytest.approx(scores, rel=1e-5, abs=1e-5)
+    assert run(export, "--compute", "fast")[0] == 2
+
+
+def test_packed_weights_are_for_one_process_and_for_directories(tiny_llama, byte_tokenizer, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="compute='sparse' are for models loaded from"):
+        evaluate_zero_shot(tiny_llama(0), tokenizer=byte_tokenizer, compute="sparse")
+    with pytest.raises(ValueError, match="compute is 'fast'"):
+        evaluate_zero_shot(tmp_path, compute="fast")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="evaluates in one process"):
+        evaluate_zero_shot(tmp_path, compute="sparse")
+
+
 def cache(home, name, directory):
     """Put a directory where a download of the Hub id `name` would be."""
     repository = home / "hub" / f"models--{name.replace('/', '--')}"

@@ -204,6 +204,25 @@ def test_a_compiler_takes_the_products_as_they_are():
     torch.library.opcheck(packed_products.packed_products, arguments)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (4, 16), (130, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_layers_multiply_one_token(shape, dtype):
+    pytest.importorskip("numba")
+    torch.manual_seed(0)
+    weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+    for x in (torch.randn(1, 1, shape[1]).to(dtype), torch.randn(shape[1])):
+        expected = x.double() @ weight.double().t() + bias
+        found = packed_products.dense_product(x, weight, bias)
+        assert found.dtype == x.dtype
+        torch.testing.assert_close(found.double(), expected, **TOLERANCE[x.dtype])
+        found = packed_products.dense_product(x, weight, None)
+        torch.testing.assert_close(found.double(), expected - bias, **TOLERANCE[x.dtype])
+    # torch takes several tokens, other layouts and other dtypes
+    assert packed_products.dense_product(torch.randn(2, shape[1]), weight, bias) is None
+    assert packed_products.dense_product(torch.randn(shape[1]).half(), weight, bias) is None
+    assert packed_products.dense_product(torch.randn(shape[0] + 1), weight.t(), None) is None
+
+
 def test_without_numba_it_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr("hf_chts.kernels.available", lambda: False)
     packed_products._loops.cache_clear()
