@@ -18,7 +18,8 @@ import numpy as np
 from numba import carray, cfunc, njit
 
 from hf_chts.kernels import link_vectors
-from hf_chts.kernels.link_vectors import accumulate, flush, restore, sample, transpose
+from hf_chts.kernels.link_vectors import accumulate, sample, transpose
+from hf_chts.kernels.subnormal import flush, restore
 from hf_chts.kernels.threads import claim, float32_at, int32_at, int64_at, uint16_at, uint32_at, words_of
 
 

@@ -6,9 +6,7 @@ itself it finds these loops too seldom, and then scatters them over memory.
 Numbers are float32, or bfloat16 with sums in float32. A width or a kind of numbers is a constant where it is asked for.
 """
 
-import platform
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from hf_chts.kernels import subnormal
+
 LANES = 16
 # a compiled loop in numba's cache is known by its own file alone, so those made of what is here name this
-VERSION = zlib.crc32(Path(__file__).read_bytes())
+VERSION = zlib.crc32(Path(__file__).read_bytes() + Path(subnormal.__file__).read_bytes())
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOATS, _SHORTS, _INTS = (ir.VectorType(kind, LANES) for kind in (_F32, _I16, _I32))
@@ -263,54 +263,3 @@ def transpose(
 
     int64 = types.int64
     return types.void(int64, int64, int64, int64, int64, half, half_target), generate
-
-
-def _control(change: Callable[[Any, Any, Any], Any]) -> Any:
-    @intrinsic
-    def control(typingctx: Any, argument: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return change(builder, arguments[0], platform.machine().lower())
-
-        return types.int64(types.int64), generate
-
-    return control
-
-
-def _write_control(builder: Any, state: Any, machine: str) -> None:
-    if machine in ("x86_64", "amd64"):
-        place = cgutils.alloca_once(builder, _I32)
-        builder.store(builder.trunc(state, _I32), place)
-        _call(builder, "llvm.x86.sse.ldmxcsr", place)
-    elif machine in ("aarch64", "arm64"):
-        kind = ir.FunctionType(ir.VoidType(), [_I64])
-        builder.call(ir.InlineAsm(kind, "msr fpcr, $0", "r", side_effect=True), [state])
-
-
-def _flush(builder: Any, argument: Any, machine: str) -> Any:
-    if machine in ("x86_64", "amd64"):
-        place = cgutils.alloca_once(builder, _I32)
-        _call(builder, "llvm.x86.sse.stmxcsr", place)
-        before, bits = builder.zext(builder.load(place), _I64), 0x8040
-    elif machine in ("aarch64", "arm64"):
-        kind = ir.FunctionType(_I64, [])
-        before, bits = builder.call(ir.InlineAsm(kind, "mrs $0, fpcr", "=r", side_effect=True), []), 1 << 24
-    else:
-        return ir.Constant(_I64, 0)
-    _write_control(builder, builder.or_(before, ir.Constant(_I64, bits)), machine)
-    return before
-
-
-def _restore(builder: Any, argument: Any, machine: str) -> Any:
-    _write_control(builder, argument, machine)
-    return argument
-
-
-def _call(builder: Any, name: str, place: Any) -> None:
-    pointer = ir.IntType(8).as_pointer()
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [pointer]), name)
-    builder.call(function, [builder.bitcast(place, pointer)])
-
-
-# numbers below the normal ones take a hundred times as long: flush(0) has this thread take them for 0, and gives the
-# state before, for restore
-flush, restore = _control(_flush), _control(_restore)
