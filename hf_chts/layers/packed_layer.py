@@ -103,7 +103,10 @@ class PackedLayer(nn.Module):
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             weight = self.packed.dense().to(given.dtype)
             return functional.linear(given, weight, None if self.bias is None else self.bias.to(given.dtype))
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and given.requires_grad):
+        seen = (
+            torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        )  # by what takes operators apart
+        if seen or (torch.is_grad_enabled() and given.requires_grad):
             packed = self.packed
             bias = [] if self.bias is None else [self.bias]
             return packed_products(given, list(packed.tensors), [self.shape[0]], self.shape[1], bias)[0]
