@@ -83,8 +83,13 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight as the plain layer has it, made anew whenever it is asked for."""
-        weight = self.packed.dense()
+        """The dense weight as the plain layer has it, made anew whenever it is asked for.
+
+        While the layer waits for its values, as when a model gives the weights that it did not find new numbers, this
+        is a tensor without any.
+        """
+        waits = "packed_values" in self._parameters
+        weight = torch.empty(self.shape, device="meta") if waits else self.packed.dense()
         return weight.t() if self.transposed else weight
 
     def train(self: _Layer, mode: bool = True) -> _Layer:
