@@ -56,9 +56,9 @@ def sparse_product(x: Tensor, values: Tensor, bias: Tensor | None, index: LinkIn
         # whoever traces, counts or replaces operators is to see ours
         both = (*index.forward.tensors, *index.backward.tensors)
         blocks = (index.forward.block, index.backward.block)
-        tiles = _cut_op(x.to(dtype).reshape(-1, x.shape[-1]))
-        tokens = x.shape[:-1].numel()
-        out = _multiply_op(tiles, values, bias, *both, *index.forward.shape, *blocks, tokens)
+        flat = x.to(dtype).reshape(-1, inputs)
+        tokens = flat.shape[0]  # of a size that is not fixed, torch.Size.numel() would make one that is
+        out = _multiply_op(_cut_op(flat), values, bias, *both, outputs, inputs, *blocks, tokens)
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], outputs))
     return _Multiply.apply(shared_tiles(x, dtype), values, bias, index, x.shape[:-1])
 

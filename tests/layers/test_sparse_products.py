@@ -171,6 +171,11 @@ def test_compiled_and_exported():
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
     exported = torch.export.export(Twice(), (x.detach(), values.detach(), bias.detach()))
     assert exported.module()(x, values, bias).equal(expected)
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    some = (torch.randn(5, 20, 48), values.detach(), bias.detach())
+    of_any_size = torch.export.export(Twice(), some, dynamic_shapes=(sizes, None, None)).module()
+    more = torch.randn(7, 30, 48)
+    assert of_any_size(more, values, bias).equal(Twice()(more, values, bias))
 
 
 def test_operators_keep_the_rules_of_torch():
