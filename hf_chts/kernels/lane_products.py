@@ -8,7 +8,7 @@ are, at a time; for several tokens one link at a time, with the inputs of up to 
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from hf_chts.kernels.lane_steps import (
@@ -21,7 +21,7 @@ from hf_chts.kernels.lane_steps import (
     multiply,
     multiply_one,
 )
-from hf_chts.kernels.threads import claim, float32_at, int32_at, int64_at, uint16_at
+from hf_chts.kernels.threads import claim, compiled, float32_at, int32_at, int64_at, uint16_at
 from hf_chts.kernels.vectors import FLOAT, INT32, INT64
 
 CHUNK = 32  # steps that are decoded at a time
@@ -74,7 +74,7 @@ def _group_of(starts, groups, step):  # type: ignore[no-untyped-def]
     return low
 
 
-@cfunc("void(voidptr)", cache=True)
+@compiled
 def products(data):  # type: ignore[no-untyped-def]
     """A loop of hf_chts/kernels/threads.py.
 
@@ -141,7 +141,7 @@ def scratch_words(width: int, blocks: int) -> int:
     return LANES * (1 + 2 * CHUNK + width * blocks)
 
 
-@cfunc("void(voidptr)", cache=True)
+@compiled
 def dense_product(data):  # type: ignore[no-untyped-def]
     """A loop of threads.py: the product of one token with a dense weight, whose rows the threads share.
 

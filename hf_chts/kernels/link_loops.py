@@ -15,19 +15,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit
+from numba import carray, njit
 
-from hf_chts.kernels import link_vectors
+from hf_chts.kernels import link_vectors, threads
 from hf_chts.kernels.link_vectors import accumulate, flush, restore, sample, transpose
 from hf_chts.kernels.threads import claim, float32_at, int32_at, int64_at, uint16_at, uint32_at, words_of
 
 
 def compiled(function: Callable[[Any], None]) -> int:
     """The address of a loop, compiled; it must be kept by its caller."""
-    try:
-        made = cfunc("void(voidptr)", cache=True, error_model="numpy")(function)
-    except RuntimeError:  # no folder can be written to
-        made = cfunc("void(voidptr)", error_model="numpy")(function)
+    made = threads.compiled(function, error_model="numpy")
     _KEPT.append(made)
     assert made.address is not None
     return made.address
