@@ -328,11 +328,16 @@ class Evolver:
             **{key: state.get(key, {}) for key in ("left", "slots", "compute")},
         )
         verify_fits(restored, self.sparse.layers, "the evolver's state")
+        measured = self.compute if self.engine is not None else {}
         self.restore(restored)
         if self.engine is not None:
             assert self.plan is not None
             self.prepare(self.plan.max_steps, self.engine, restored.step)
             self._restored, self._first_step = None, True
+            if self.config.compute == "auto":  # as it was measured in the run that goes on
+                self.compute = self.compute or measured
+                for name, limit in self.compute.items():
+                    self.sparse.layers[name].storage.multiply_links(up_to=limit)  # type: ignore[attr-defined]
             self._stepped.clear()
             self._ask_gradients()
 

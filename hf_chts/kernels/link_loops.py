@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit
+from numba import carray, njit
 
-from hf_chts.kernels import link_vectors
+from hf_chts.kernels import threads
 from hf_chts.kernels.link_vectors import accumulate, sample, transpose
 from hf_chts.kernels.subnormal import flush, restore
 from hf_chts.kernels.threads import claim, float32_at, int32_at, int64_at, uint16_at, uint32_at, words_of
@@ -25,10 +25,7 @@ from hf_chts.kernels.threads import claim, float32_at, int32_at, int64_at, uint1
 
 def compiled(function: Callable[[Any], None]) -> int:
     """The address of a loop, compiled; it must be kept by its caller."""
-    try:
-        made = cfunc("void(voidptr)", cache=True, error_model="numpy")(function)
-    except RuntimeError:  # no folder can be written to
-        made = cfunc("void(voidptr)", error_model="numpy")(function)
+    made = threads.compiled(function, error_model="numpy")
     _KEPT.append(made)
     assert made.address is not None
     return made.address
@@ -67,7 +64,7 @@ def clear(address, count):
 @functools.cache
 def cut(width: int, half: bool) -> int:
     """Cut tokens, (tokens, features) with rows at a stride, into tiles; tokens that fill up the last tile are 0."""
-    W, HALF, SIZE, MADE_OF = width, half, 2 if half else 4, link_vectors.VERSION
+    W, HALF, SIZE, MADE_OF = width, half, 2 if half else 4, threads.VERSION
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 16)
@@ -127,7 +124,7 @@ def write_tokens(strip, rows, width, out, out_stride, tokens, bias, temporary, h
 @functools.cache
 def uncut(width: int, half: bool) -> int:
     """The inverse of `cut`, into contiguous tokens."""
-    W, HALF, SIZE, MADE_OF = width, half, 2 if half else 4, link_vectors.VERSION
+    W, HALF, SIZE, MADE_OF = width, half, 2 if half else 4, threads.VERSION
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 16)
@@ -150,7 +147,7 @@ def uncut(width: int, half: bool) -> int:
 @functools.cache
 def multiply(width: int, half: bool, short: bool) -> int:
     """Links times tiles: into tiles, or into tokens with a bias."""
-    W, HALF, SHORT, SIZE, MADE_OF = width, half, short, 2 if half else 4, link_vectors.VERSION
+    W, HALF, SHORT, SIZE, MADE_OF = width, half, short, 2 if half else 4, threads.VERSION
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 24)
@@ -203,7 +200,7 @@ def write_halves(source, target, count):
 @functools.cache
 def sample_links(width: int, half: bool, short: bool) -> int:
     """For each link, the sum over tokens of its row in one set of tiles times its column in another."""
-    W, HALF, SHORT, SIZE, MADE_OF = width, half, short, 2 if half else 4, link_vectors.VERSION
+    W, HALF, SHORT, SIZE, MADE_OF = width, half, short, 2 if half else 4, threads.VERSION
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 16)

@@ -6,8 +6,6 @@ itself it finds these loops too seldom, and then scatters them over memory.
 Numbers are float32, or bfloat16 with sums in float32. A width or a kind of numbers is a constant where it is asked for.
 """
 
-import zlib
-from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -15,11 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hf_chts.kernels import subnormal
-
 LANES = 16
-# a compiled loop in numba's cache is known by its own file alone, so those made of what is here name this
-VERSION = zlib.crc32(Path(__file__).read_bytes() + Path(subnormal.__file__).read_bytes())
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOATS, _SHORTS, _INTS = (ir.VectorType(kind, LANES) for kind in (_F32, _I16, _I32))

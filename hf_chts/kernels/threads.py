@@ -4,14 +4,14 @@ A pool of numba's beside torch's would fight with it: the threads of each wait f
 the cores that the other needs. So a loop is handed to the OpenMP runtime that torch has loaded, and its threads, which
 are awake and warm, take the chunks of work one after the other.
 
-A loop is a C function that numba compiles, `@cfunc("void(voidptr)", cache=True)`, and gets the address of 64-bit words:
+A loop is a C function that numba compiles, and gets the address of 64-bit words:
 
     words[0]  the next chunk, which threads count up together
     words[1]  the number of chunks
     words[2]  the number of threads that have come so far
     words[3:] what the loop is about: addresses, sizes
 
-    @cfunc("void(voidptr)", cache=True)
+    @compiled
     def _double(data):
         words = carray(int64_at(words_of(data)), 6)
         values = carray(float32_at(words[3]), words[4])
@@ -27,7 +27,9 @@ A loop is a C function that numba compiles, `@cfunc("void(voidptr)", cache=True)
 import ctypes
 import functools
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,9 @@ from numba import cfunc, types
 from numba.extending import intrinsic
 
 FIRST_ARGUMENT = 3
+# numba's cache on disk knows a loop by its own file and by what its closure holds: loops name this, since they are made
+# of what stands in other files of this folder
+VERSION = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 _TEAM: Any = None
 
 
@@ -76,6 +81,14 @@ def _pointer(dtype: Any) -> Any:
 float32_at, float64_at = _pointer(types.float32), _pointer(types.float64)
 uint8_at, uint16_at, uint32_at, uint64_at = map(_pointer, (types.uint8, types.uint16, types.uint32, types.uint64))
 int32_at, int64_at = _pointer(types.int32), _pointer(types.int64)
+
+
+def compiled(function: Any, **options: Any) -> Any:
+    """A loop, compiled, and kept on disk where there is a folder for it."""
+    try:
+        return cfunc("void(voidptr)", cache=True, **options)(function)
+    except RuntimeError:  # no folder can be written to
+        return cfunc("void(voidptr)", **options)(function)
 
 
 def run(loop: int, chunks: int, *arguments: int, threads: int | None = None) -> None:

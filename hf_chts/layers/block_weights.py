@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from hf_chts.layers.linked_layer import LinkedLayer, surroundings
 from hf_chts.layers.materialize import linked_blocks
+from hf_chts.layers.sparse_layer import autocast_dtype
 
 
 class _Removable(Protocol):
@@ -117,7 +118,7 @@ def _made_dtype(layers: Sequence[LinkedLayer]) -> torch.dtype | None:
     if len(alike) != 1:
         return None
     ((device, dtype),) = alike
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+    return autocast_dtype(device.type) or dtype
 
 
 def _forget(block: nn.Module, *_: Any) -> None:

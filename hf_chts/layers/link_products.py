@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_chts.layers.sparse_layer import Accumulator
+from hf_chts.layers.sparse_layer import Accumulator, autocast_dtype
 from hf_chts.layers.weight_parts import Slots, parts
 
 
@@ -32,9 +32,8 @@ def product(
         bias: (out,).
         dense_gradient: gets the dense gradient of the weight in the backward pass.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
     if torch.compiler.is_compiling() and dense_gradient is None:
         return _compiled(x, values, slots.positions, bias, slots.order, *slots.shape, slots.transposed, slots.block)

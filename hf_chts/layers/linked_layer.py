@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_chts.layers.link_products import fill, product
 from hf_chts.layers.slots import SlotStorage
-from hf_chts.layers.sparse_layer import SparseLayer, rename_parameter
+from hf_chts.layers.sparse_layer import SparseLayer, autocast_dtype, rename_parameter
 from hf_chts.layers.sparse_products import sparse_product, takes
 from hf_chts.layers.weight_parts import Slots
 
@@ -106,8 +106,9 @@ class LinkedLayer(SparseLayer):
         if not self.traced or self.dense_gradient is not None:
             return None
         values: Tensor = self.link_values
-        if torch.is_autocast_enabled(x.device.type):
-            values = values.to(torch.get_autocast_dtype(x.device.type))
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None:
+            values = values.to(dtype)
         return fill(values, self._slots())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,8 +150,7 @@ def surroundings(kind: str) -> tuple[Any, ...]:
 
     Activation checkpointing switches gradients off, or has saved tensors go through hooks of its own.
     """
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return torch.is_grad_enabled(), dtype, torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), autocast_dtype(kind), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from hf_chts.layers.lanes import Lanes, arrange
 from hf_chts.layers.packed_products import Links, packed_products
 from hf_chts.layers.row_links import RowLinks
 from hf_chts.layers.shared_inputs import multiply
-from hf_chts.layers.sparse_layer import rename_parameter
+from hf_chts.layers.sparse_layer import autocast_dtype, rename_parameter
 
 _Layer = TypeVar("_Layer", bound="PackedLayer")
 _LAYOUTS: tuple[type[Links], ...] = (Lanes, RowLinks)
@@ -88,11 +88,13 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight as the plain layer has it, made anew whenever it is asked for."""
-        waiting = self._parameters.get("packed_values")
-        if waiting is not None:  # GPT-2 gives a block new weights as a whole, where one of them is in no file
-            return waiting.detach().new_empty(0)
-        weight = self.packed.dense()
+        """The dense weight as the plain layer has it, made anew whenever it is asked for.
+
+        While the layer waits for its values, as when a model gives the weights that it did not find new numbers, this
+        is a tensor without any.
+        """
+        waits = "packed_values" in self._parameters
+        weight = torch.empty(self.shape, device="meta") if waits else self.packed.dense()
         return weight.t() if self.transposed else weight
 
     def train(self: _Layer, mode: bool = True) -> _Layer:
@@ -109,12 +111,16 @@ class PackedLayer(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.shape[1]:
             raise RuntimeError(f"a layer with {self.shape[1]} inputs got {x.shape[-1]} in a tensor {tuple(x.shape)}")
-        kind = x.device.type
-        given = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        if not x.is_floating_point():
+            raise RuntimeError(f"a layer multiplies floating point numbers, got a tensor of {x.dtype}")
+        dtype = autocast_dtype(x.device.type)
+        given = x if dtype is None else x.to(dtype)
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             weight = self.packed.dense().to(given.dtype)
             return functional.linear(given, weight, None if self.bias is None else self.bias.to(given.dtype))
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and given.requires_grad):
+        # for whoever takes operators apart
+        seen = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+        if seen or (torch.is_grad_enabled() and given.requires_grad):
             packed = self.packed
             bias = [] if self.bias is None else [self.bias]
             return packed_products(given, list(packed.tensors), [self.shape[0]], self.shape[1], bias)[0]

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from hf_chts.layers.packed_layer import PackedLayer
 from hf_chts.layers.packed_products import dense_product
+from hf_chts.layers.sparse_layer import autocast_dtype
 
 
 class DenseLinear(nn.Linear):
@@ -18,7 +19,8 @@ class DenseLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         gradient = torch.is_grad_enabled() and input.requires_grad
         special = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if not (torch.compiler.is_compiling() or gradient or special or torch.is_autocast_enabled(input.device.type)):
+        seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        if not (seen or gradient or special or autocast_dtype(input.device.type)):
             found = dense_product(input, self.weight, self.bias)
             if found is not None:
                 return found

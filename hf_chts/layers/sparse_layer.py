@@ -9,6 +9,13 @@ from hf_chts.layers.links import LinkStorage
 from hf_chts.layers.plain_weight import check_plain
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The dtype that autocast, if it is on, gives to products on this kind of device."""
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast does not know of the meta device
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 class Accumulator(Protocol):
     """What a gradient can be added to: a tensor, or what stands for one."""
 

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from hf_chts.layers.csr_products import csr_product
 from hf_chts.layers.link_index import Direction, LinkIndex
+from hf_chts.layers.sparse_layer import autocast_dtype
 from hf_chts.layers.tiles import cut_tokens, shared_tiles, tile_width, uncut_tokens
 from hf_chts.layers.weight_parts import kept_buffer
 
 DTYPES = (torch.float32, torch.bfloat16)
+_TENSORS = (Tensor, torch.nn.Parameter)
 _PIECES = 2048  # bytes of each thread, for pieces that are no 16 by 16
 _STEP = 1 << 15  # links that a thread gathers at a time
 _FEW = 1 << 20  # multiplications that are not worth a second thread
@@ -27,7 +29,7 @@ def takes(x: Tensor) -> bool:
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return autocast_dtype("cpu") or x.dtype
 
 
 def sparse_product(x: Tensor, values: Tensor, bias: Tensor | None, index: LinkIndex) -> Tensor:
@@ -40,18 +42,26 @@ def sparse_product(x: Tensor, values: Tensor, bias: Tensor | None, index: LinkIn
 
     Returns:
         (…, out), of the dtype of x, or that of autocast.
+
+    Raises:
+        RuntimeError: x has another number of features than the layer.
     """
+    outputs, inputs = index.forward.shape
+    if x.shape[-1] != inputs:
+        raise RuntimeError(f"a layer with {inputs} inputs got {x.shape[-1]} in a tensor {tuple(x.shape)}")
     dtype = _dtype(x)
     bias = bias if bias is None else bias.to(dtype)
     if index.by_torch:
         return csr_product(x.to(dtype), values, bias, index)
-    if torch.compiler.is_compiling():
+    seen = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    if seen or type(x) not in _TENSORS:
+        # whoever traces, counts or replaces operators is to see ours
         both = (*index.forward.tensors, *index.backward.tensors)
         blocks = (index.forward.block, index.backward.block)
-        tiles = _cut_op(x.to(dtype).reshape(-1, x.shape[-1]))
-        tokens = x.shape[:-1].numel()
-        out = _multiply_op(tiles, values, bias, *both, *index.forward.shape, *blocks, tokens)
-        return out.view(*x.shape[:-1], index.forward.shape[0])
+        flat = x.to(dtype).reshape(-1, inputs)
+        tokens = flat.shape[0]  # of a size that is not fixed, torch.Size.numel() would make one that is
+        out = _multiply_op(_cut_op(flat), values, bias, *both, outputs, inputs, *blocks, tokens)
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], outputs))
     return _Multiply.apply(shared_tiles(x, dtype), values, bias, index, x.shape[:-1])
 
 
@@ -62,7 +72,9 @@ class _Multiply(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(tiles, values, index.forward.starts)
         ctx.index = index
-        return into_tokens(tiles, values, bias, index.forward, shape.numel()).view(*shape, -1)
+        result = into_tokens(tiles, values, bias, index.forward, shape.numel())
+        # not a view, as what a linear layer returns is none: models may write into it
+        return torch.ops.aten._unsafe_view(result, (*shape, result.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:

@@ -76,8 +76,11 @@ class _Cut(torch.autograd.Function):
 def shared_tiles(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The tiles of x, (…, features), in a dtype; those of this thread's last call, if that was about the same tensor.
 
-    They are kept as long as their input, and no longer.
+    They are kept as long as their input, and no longer. Only what a graph has computed is shared: numbers from
+    outside may change with nobody counting (`x.data`, an array of numpy's), or be asked for a gradient later.
     """
+    if x.is_leaf:
+        return _Cut.apply(x.to(dtype))
     there = (dtype, x._version, torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True))
     last = getattr(_shared, "last", None)
     if last is not None and last[0]() is x and last[1] == there:

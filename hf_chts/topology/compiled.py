@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_chts import kernels
+
 
 @cache
 def _module() -> ModuleType | None:
-    try:
-        from hf_chts.topology import loops
-    except Exception:  # not installed, or in one of many ways not fit for this Python or numpy
+    if not kernels.available():
         return None
+    from hf_chts.topology import loops  # late: imports numba
+
     return loops
 
 

@@ -91,6 +91,11 @@ def test_what_was_measured_is_kept_with_the_checkpoint(tmp_path, monkeypatch):
     evolver.load_state_dict(state)
     assert evolver.compute == state["compute"]
     assert not calls
+    # of a run that found otherwise
+    evolver.load_state_dict(state | {"compute": dict.fromkeys(limits, -1)})
+    assert all(layer.storage.index is None for layer in sparse.layers.values())
+    evolver.load_state_dict(state | {"compute": {}})
+    assert set(evolver.compute) == set(limits)
 
 
 def test_the_line_that_is_logged(monkeypatch):

@@ -21,6 +21,7 @@ from hf_chts import SparseTrainer, SparsityConfig, SparsityHandle, export_sparse
 from hf_chts.export import loading
 from hf_chts.export.checksums import CHECKSUMS_NAME
 from hf_chts.layers.linked_layer import LinkedLayer
+from hf_chts.layers.packed_model import packed_layers
 
 
 def gpt2():
@@ -52,6 +53,16 @@ def exported(directory, build, packed, case="chtss"):
 
 def tensors(model):
     return model.state_dict(), dict(model.named_parameters()), dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("build", [gpt2, t5, tied])  # give weights that are missing from files new numbers
+def test_packed_for_inference(tmp_path, build, packed):
+    directory = exported(tmp_path, build, packed)
+    expected, found = load_sparse(directory), load_sparse(directory, compute="sparse")
+    assert len(packed_layers(found)) == len(SparsityHandle.of(expected).layers)
+    for name, layer in packed_layers(found).items():
+        assert layer.weight.equal(expected.get_submodule(name).weight)
 
 
 @pytest.mark.parametrize("packed", [False, True])

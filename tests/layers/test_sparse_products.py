@@ -5,6 +5,8 @@ import logging
 import pytest
 import torch
 from sparse_cases import close, dense, layer, random_mask
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from hf_chts import kernels
@@ -113,11 +115,12 @@ def test_products_of_one_input_share_its_tiles(monkeypatch):
     cuts = []
     monkeypatch.setattr(tiles, "cut_tokens", lambda x: cuts.append(x.shape) or cut(x))
     cut = sparse_products.cut_tokens
+    leaf, x = x, x * 1
     first, second = sparse_product(x, values, bias, case.index), sparse_product(x, values, None, case.index)
     assert cuts == [(40, 48)]
     (first + second).sum().backward()
     _, once, *_ = dense(case, x, values, bias, torch.ones(40, 32))
-    close([x.grad], [2 * once])
+    close([leaf.grad], [2 * once])
     with torch.no_grad():
         x += 1
     sparse_product(x, values, bias, case.index)
@@ -168,6 +171,11 @@ def test_compiled_and_exported():
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
     exported = torch.export.export(Twice(), (x.detach(), values.detach(), bias.detach()))
     assert exported.module()(x, values, bias).equal(expected)
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    some = (torch.randn(5, 20, 48), values.detach(), bias.detach())
+    of_any_size = torch.export.export(Twice(), some, dynamic_shapes=(sizes, None, None)).module()
+    more = torch.randn(7, 30, 48)
+    assert of_any_size(more, values, bias).equal(Twice()(more, values, bias))
 
 
 def test_operators_keep_the_rules_of_torch():
@@ -181,9 +189,43 @@ def test_operators_keep_the_rules_of_torch():
     torch.library.opcheck(torch.ops.hf_chts.multiply_links, (cut, values, bias, *there, 24, 20, *blocks, 18))
 
 
+def test_inputs_from_outside_may_change_with_nobody_counting():
+    case = layer(random_mask(24, 20, 0.3))
+    x, values, bias = case.inputs((18,))
+    x = x.detach()
+    sparse_product(x, values, bias, case.index)
+    x.data += 1
+    result = sparse_product(x, values, bias, case.index)
+    close([result], dense(case, x, values, bias, torch.ones(18, 24))[:1])
+    sparse_product(x.requires_grad_(), values, bias, case.index).sum().backward()
+    close([x.grad], dense(case, x, values, bias, torch.ones(18, 24))[1:2])
+    with torch.inference_mode():
+        close([sparse_product(x * 1, values, bias, case.index)], [result.double()])
+
+
+def test_what_is_returned_may_be_written_into():
+    case = layer(random_mask(24, 20, 0.3))
+    x, values, bias = case.inputs((3, 6))
+    result = sparse_product(x, values, bias, case.index).mul_(2)
+    result.sum().backward()
+    close([x.grad], dense(case, x, values, bias, torch.full((3, 6, 24), 2.0))[1:2])
+
+
+def test_modes_that_see_operators_see_these():
+    case = layer(random_mask(24, 20, 0.3))
+    x, values, bias = case.inputs((18,))
+    traced = make_fx(lambda x: sparse_product(x, values, bias, case.index))(x.detach())
+    other = torch.randn(18, 20)
+    assert traced(other).equal(sparse_product(other, values, bias, case.index))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert sparse_product(torch.empty(7, 20), values, bias, case.index).shape == (7, 24)
+
+
 def test_what_it_cannot_do_is_said():
     case = layer(random_mask(24, 20, 0.3))
     x, values, bias = case.inputs((18,))
+    with pytest.raises(RuntimeError, match="20 inputs got 21"):
+        sparse_product(torch.zeros(18, 21), values, bias, case.index)
     with pytest.raises(RuntimeError, match="set compute: dense for gradients of gradients"):
         torch.autograd.grad(sparse_product(x, values, bias, case.index).sum(), x, create_graph=True)
     result = sparse_product(x, values, bias, case.index)

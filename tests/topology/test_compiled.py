@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_chts.topology import choosing, link_prediction, link_sampling
+from hf_chts import kernels
+from hf_chts.topology import choosing, compiled, link_prediction, link_sampling
 from hf_chts.topology.choosing import choose_among, choose_each
 from hf_chts.topology.hashed_numbers import fractions, hashed, logarithm, race_keys, seeds_on, unsigned
 from hf_chts.topology.parts import REGROWTH
@@ -143,3 +144,8 @@ def test_scores_do_not_depend_on_how_common_neighbours_are_counted(monkeypatch):
             monkeypatch.setattr(link_prediction, name, ratio)
         scores.append(link_prediction.ch3_l3n(mask))
     assert scores[0].equal(scores[1])
+
+
+def test_a_numba_that_does_not_run_is_none(monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    assert compiled._module.__wrapped__() is None
