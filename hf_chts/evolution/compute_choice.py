@@ -60,7 +60,7 @@ def settle_compute(
         known: what this returned in the run that wrote the checkpoint; empty if it is not known.
         tokens: in each forward pass.
         dtype: of autocast; None: products are in the dtype of the weights.
-        say: called on rank 0 with what was measured.
+        say: called on rank 0 with what was measured, or that a checkpoint has it.
     """
     layers = {name: layer for name, layer in sparse.layers.items() if isinstance(layer, LinkedLayer)}
     limits = dict(known)
@@ -73,9 +73,16 @@ def settle_compute(
             found, line = choose_compute(layers, final, tokens, dtype or weights)
             say(line)
         limits = together({}, word=found)
+    elif rank_and_world()[0] == 0:
+        say("compute: auto: as the checkpoint says")
     for name, layer in layers.items():
         layer.storage.multiply_links(up_to=limits[name])
     return limits
+
+
+def alone(sparse: SparseLayers) -> int:
+    """The number of layers that multiply with their links alone."""
+    return sum(getattr(layer.storage, "index", None) is not None for layer in sparse.layers.values())
 
 
 def choose_compute(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_chts.checkpoint import TopologyState, verify_fits
 from hf_chts.config import SparsityConfig
-from hf_chts.evolution.compute_choice import settle_compute
+from hf_chts.evolution.compute_choice import alone, settle_compute
 from hf_chts.evolution.first_step import check_first_step
 from hf_chts.evolution.half_precision import refuse_half_precision
 from hf_chts.evolution.regrown_adam import RegrownAdam
@@ -87,6 +87,8 @@ class Evolver:
         self._restored: TopologyState | None = None
         self._first_step = False  # whether none has been taken since training began
         self._hooks: list[Any] = []
+        self._say: Callable[[str], None] = _log.info
+        self._alone = 0  # layers that multiply with their links alone, as was last said
         self._hooked = False  # whether the optimizer tells when it steps
         self._stepped: set[int] = set()  # what the optimizer has stepped on since the last call of `step`
         self._reset()
@@ -147,6 +149,7 @@ class Evolver:
         if self.config.compute == "auto":
             assert self.plan is not None
             self.compute = settle_compute(self.sparse, self.plan, self.compute, tokens, dtype, say)
+        self._say, self._alone = say, alone(self.sparse)
         self.finished, self._first_step = step, True
         self._ask_gradients()
 
@@ -225,6 +228,10 @@ class Evolver:
         )
         self.reached = self.plan.sparsity(step)
         self.history.append({"step": step, **figures})
+        if (now := alone(self.sparse)) != self._alone:
+            self._alone = now
+            if rank_and_world()[0] == 0:
+                self._say(f"compute: {now} of {len(self.sparse.layers)} layers multiply with their links alone now")
         if self.config.compact_after_decay and step >= self.plan.decay_end:
             self._compact()
         return figures

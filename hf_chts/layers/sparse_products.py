@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 _TENSORS = (Tensor, torch.nn.Parameter)
 _PIECES = 2048  # bytes of each thread, for pieces that are no 16 by 16
 _STEP = 1 << 15  # links that a thread gathers at a time
-_FEW = 1 << 20  # multiplications that are not worth a second thread
+_FEW = 1 << 18  # multiplications that are not worth a second thread
 
 
 def takes(x: Tensor) -> bool:

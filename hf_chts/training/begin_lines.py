@@ -29,6 +29,8 @@ def layer_lines(sparse: SparseLayers) -> list[str]:
     header = f"layers: {len(links)} sparse with {sum(links.values()):,} links, {sparse.sparsity():.1%} sparse"
     if abs(sparse.sparsity() - sparse.config.sparsity) > 1e-3:
         header += f" and {sparse.config.sparsity:.1%} in the end"
+    if sparse.config.compute == "sparse":
+        header += ", multiplied with the links alone"
     alike: dict[tuple[str, tuple[int, int], str], list[str]] = {}
     for name, shape in shapes.items():
         alike.setdefault((last_part(name), shape, reasons.get(name, "")), []).append(name)

@@ -86,11 +86,12 @@ class TopologyCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         evolver, step = self.evolver, state.global_step
-        tokens = args.per_device_train_batch_size
+        measured: dict[str, Any] = {"say": self.say}
         if evolver.config.compute == "auto":
-            tokens *= sequence_length(kwargs.get("train_dataloader"))
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        evolver.begin(state.max_steps, optimizer, step, tokens=tokens, dtype=dtype, say=self.say)
+            tokens = args.per_device_train_batch_size * sequence_length(kwargs.get("train_dataloader"))
+            measured["tokens"] = tokens
+            measured["dtype"] = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        evolver.begin(state.max_steps, optimizer, step, **measured)
         self.losses = UpdateLosses(self._restored.loss_before_update if self._restored else None)
         self._waiting = {}
         self.record = None
