@@ -46,7 +46,7 @@ JOBS = [
     Job("auto", STEP + "llama_1b/1 --tokens 4x256 --sparsity 0.5 0.9 --ways sparse auto", 240),
     Job("auto", STEP + "llama_60m --tokens 1x128 8x256 --sparsity 0.7 0.9 --ways sparse auto --repeats 3", 300),
     Job("update", "python benchmarks/topology_update.py --repeats 3", 240),
-    Job("decode", "python benchmarks/decode.py --layers 8 --tokens 8", 300),
+    Job("decode", "python benchmarks/decode.py --tokens 8", 400),
     Job("decode", "python benchmarks/decode.py --layers 8 --tokens 8 --sparsity 0.95", 300),
     Job("step avx2", AVX2 + STEP + "llama_1b/1 --tokens 4x256 --sparsity 0.9 0.95 --ways sparse sparselab", 240),
     Job("mlp avx2", AVX2 + "python benchmarks/mlp.py --ways sparse sparselab --optimizers sgd", 60),
