@@ -151,8 +151,8 @@ def _highest(table: Tensor, valid: Tensor | None, counts: Sequence[int], k: Sequ
     if any(spare) and len(k) == 1 and table.device.type == "cpu":  # as below, in memory for the equal ones alone
         places = equal[0].nonzero()[:, 0]
         keys = hashed(~seeds[0], places)
-        wanted = max(int(more), 1)
-        equal[0, places] = (keys >= keys.kthvalue(len(keys) - wanted + 1).values) & (more[0] > 0)
+        least = len(keys) - max(int(more), 1) + 1
+        equal[0, places] = (keys >= keys.kthvalue(least).values) & (more[0] > 0)
     elif any(spare):
         # hashes of one seed differ, and ~ keeps them apart from those of the race
         keys = hashed(~seeds, torch.arange(table.shape[1], device=table.device)).masked_fill_(~equal, _LEAST)
