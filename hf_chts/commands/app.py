@@ -264,6 +264,28 @@ def push(
     print(f"pushed  {commit.repo_url}\ncommit  {commit.commit_url}")
 
 
+@app.command()
+@one_line_errors("hf-chts study")
+def study(
+    path: Annotated[Path, Argument(metavar="STUDY.yaml", help="Such as studies/classification.yaml.")],
+    results: Annotated[
+        Path | None,
+        Option(metavar="DIR", help="Folder of result files.", show_default="results/NAME beside the study"),
+    ] = None,
+    scratch: Annotated[Path, Option(metavar="DIR", help="Checkpoints and logs of unfinished runs.")] = Path(
+        "runs/studies"
+    ),
+    quick: Annotated[bool, Option("--quick", help="The study's short form, which takes minutes.")] = False,
+    only: Annotated[str, Option(metavar="K/N", help="The K-th part of N, as 17/64, for a job array.")] = "1/1",
+    row: Annotated[list[str] | None, Option(metavar="NAME", help="This row alone; may be repeated.")] = None,
+    page: Annotated[bool, Option("--page", help="Run nothing, and write the page of what is there.")] = False,
+) -> None:
+    """Run what is missing of a study, and write a page of its results."""
+    from hf_chts.commands.study import study
+
+    study(path, results, scratch, quick=quick, only=only, rows=row or [], page=page)
+
+
 Source = Annotated[str, Argument(metavar="DIR", help="Directory to read.")]
 Target = Annotated[str, Argument(metavar="OUT", help="Directory to write, new or empty.")]
 ShardSize = Annotated[

@@ -1,0 +1,29 @@
+"""hf-chts study: run what is missing of a study, and write its page."""
+
+from pathlib import Path
+
+from hf_chts.studies.running import check, missing, part_of, run_all
+from hf_chts.studies.study import Study
+
+
+def study(
+    path: Path, results: Path | None, scratch: Path, *, quick: bool, only: str, rows: list[str], page: bool
+) -> None:
+    """See `hf-chts study --help`."""
+    loaded = Study.load(path, quick=quick)
+    check(loaded)
+    name = f"{loaded.name}-quick" if quick else loaded.name
+    if results is None:  # a short form is no evidence, so it stays out of the folder of results
+        results = scratch / name / "results" if quick else path.parent / "results" / name
+    runs = loaded.runs(scratch / name)
+    if rows:
+        known = [row.name for row in loaded.rows]
+        if unknown := [row for row in rows if row not in known]:
+            raise ValueError(f"the study has no row {unknown[0]!r}; its rows are {', '.join(known)}")
+        runs = [run for run in runs if run.row in rows]
+    runs = part_of(runs, only)
+    command = f"hf-chts study {path}{' --quick' if quick else ''}"
+    if not page:
+        left = missing(loaded, runs, results)
+        print(f"{loaded.name}: {len(left)} of {len(runs)} runs are missing", flush=True)
+        run_all(path, loaded, left, results, scratch / name, command, lambda line: print(line, flush=True))

@@ -1,0 +1,160 @@
+"""Runs of a study: what is missing is run, each in a process of its own, and leaves one JSON file.
+
+Several processes may work at one study: a run that another one is at is left to it.
+"""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from hf_chts.files.atomic import finite_or_null, write_json
+from hf_chts.machine import device_name, on_cpu, version_of
+from hf_chts.studies.study import Run, Study
+from hf_chts.studies.tasks import Say, parsed, task_settings, train
+
+_PACKAGES = ("torch", "transformers", "numba", "numpy")
+# what a run does not say of itself in its file
+_PRIVATE = ("folder",)
+
+
+def part_of(runs: Sequence[Run], only: str) -> list[Run]:
+    """Every n-th run: "17/64" takes the 17th of each 64, and "1/1" all of them.
+
+    Raises:
+        ValueError: `only` is not of that form.
+    """
+    first, _, of = only.partition("/")
+    if not (first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
+        raise ValueError(f"only is {only!r}; it must be like 17/64: the part, from 1 on, and the number of parts")
+    return list(runs)[int(first) - 1 :: int(of)]
+
+
+def check(study: Study) -> None:
+    """Raises ValueError, naming the row, if a run's settings are not those of its task."""
+    for row in study.rows:
+        try:
+            parsed(task_settings(study.task), row.settings)
+        except ValueError as error:
+            raise ValueError(f"row {row.name!r}: {error}") from error
+
+
+def missing(study: Study, runs: Sequence[Run], results: Path) -> list[Run]:
+    """Those of `runs` that have no result yet.
+
+    Raises:
+        ValueError: a result is of other settings than the study now has.
+    """
+    left = []
+    for run in runs:
+        path = results / f"{run.name}.json"
+        if not path.is_file():
+            left.append(run)
+            continue
+        there = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        if there != run.settings:
+            changed = sorted(n for n in {*there, *run.settings} if there.get(n) != run.settings.get(n))
+            raise ValueError(
+                f"{path} was run with other settings ({', '.join(changed)}): remove it to run it again, or give the "
+                "row another name"
+            )
+    return left
+
+
+def run_all(
+    path: Path, study: Study, runs: Sequence[Run], results: Path, scratch: Path, command: str, say: Say
+) -> list[Path]:
+    """Run each of `runs` in a process of its own, one after another. Returns the result files that are new.
+
+    Args:
+        path: the study's YAML.
+        command: what repeats a run, for its file.
+
+    Raises:
+        RuntimeError: a run failed; the message names it and its log.
+    """
+    done = []
+    results.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        target = results / f"{run.name}.json"
+        try:
+            with filelock.FileLock(run.folder / "lock", timeout=0):
+                if target.is_file():  # another process has been faster
+                    continue
+                say(f"{study.name} {run.name}: log {run.folder / 'log.txt'}")
+                start = time.perf_counter()
+                order = {"path": str(path), "quick": study.quick, "run": run.name, "scratch": str(scratch)}
+                order |= {"target": str(target), "command": command}
+                with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
+                    arguments = [sys.executable, "-m", "hf_chts.studies.running", json.dumps(order)]
+                    ended = subprocess.run(arguments, stdout=log, stderr=subprocess.STDOUT, check=False)
+                if ended.returncode:
+                    tail = (run.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
+                    raise RuntimeError(f"run {run.name} failed: {' '.join(tail)} (log: {run.folder / 'log.txt'})")
+                figures = json.loads(target.read_text(encoding="utf-8"))["figures"]
+                told = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                say(f"{study.name} {run.name}: {told}; {time.perf_counter() - start:.0f} s")
+                done.append(target)
+        except filelock.Timeout:
+            say(f"{study.name} {run.name}: another process is at it")
+            continue
+        shutil.rmtree(run.folder, ignore_errors=True)
+    return done
+
+
+def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
+    """Train one run. Returns what its result file holds."""
+    import torch
+
+    before = _peak_mib()
+    outcome = train(study.task, run, lambda line: print(line, flush=True))
+    device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
+    assert device is not None
+    memory = {"peak": _peak_mib(), "before_training": before}
+    if device.type == "cuda":
+        memory["of_device"] = torch.cuda.max_memory_allocated() / 2**20
+    return {
+        "study": study.name,
+        "row": run.row,
+        "seed": run.seed,
+        "task": study.task,
+        "settings": dict(run.settings),
+        "figures": outcome.figures,
+        "seconds": round(outcome.seconds, 1),
+        "processor_seconds": round(outcome.processor_seconds, 1),
+        "memory_mib": {name: round(value, 1) for name, value in memory.items()},
+        "machine": {
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "versions": {name: version_of(name) for name in ("hf_chts", *_PACKAGES)},
+        },
+        "command": command,
+        "curves": outcome.curves,
+    }
+
+
+def _peak_mib() -> float:
+    """Most memory that this process has had, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def main() -> None:
+    """The process of one run."""
+    order = json.loads(sys.argv[1])
+    study = Study.load(order["path"], quick=order["quick"])
+    run = next(run for run in study.runs(Path(order["scratch"])) if run.name == order["run"])
+    write_json(order["target"], finite_or_null(run_one(study, run, order["command"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""A study's YAML file, and the runs that it asks for."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_chts.config_checks import unknown
+from hf_chts.config_file import read
+
+_FIELDS = ("title", "task", "seeds", "settings", "rows", "quick")
+_OF_ROW = ("label", "paper", "seeds", "settings", "group")
+_OF_QUICK = ("seeds", "settings", "rows")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a study's tables: settings of its own, run with every seed.
+
+    Attributes:
+        name: as in the YAML; part of file names.
+        label: as tables show it.
+        group: rows of one group are compared with each other; "" if the study has no groups.
+        paper: the paper's figure and its error, if it has them.
+        seeds: one run each.
+        settings: those of the study with the row's own merged into them.
+    """
+
+    name: str
+    label: str
+    group: str
+    paper: tuple[float, ...]
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        study: the name of the study.
+        row, seed: which run of it.
+        settings: what the task is to do.
+        folder: where it may keep checkpoints while it is unfinished.
+    """
+
+    study: str
+    row: str
+    seed: int
+    settings: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}-{self.seed}"
+
+
+@dataclass
+class Outcome:
+    """What a task gives back.
+
+    Attributes:
+        figures: numbers by name, such as {"accuracy_last": 90.6}.
+        curves: lists of one length by name; the first is what they run over, such as "epoch".
+        seconds: of training alone, wall clock, over all attempts of a run that was cut off.
+        processor_seconds: the same, of all threads of the process.
+    """
+
+    figures: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: its rows, and how they are run.
+
+    Attributes:
+        name: the file's name without its suffix.
+        title: in words.
+        task: a name of `tasks.TASKS`.
+        rows: in the order of the file.
+        quick: whether this is the short form.
+    """
+
+    name: str
+    title: str
+    task: str
+    rows: tuple[Row, ...]
+    quick: bool = False
+
+    @classmethod
+    def load(cls, path: str | Path, *, quick: bool = False) -> "Study":
+        """Read a YAML file.
+
+        Args:
+            quick: take the short form, the part `quick` of the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a study, or has no short form; the message names what is wrong.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no study at {path}: give a YAML file such as studies/classification.yaml"
+            )
+        values = read(path)
+        try:
+            return cls._of(path.stem, values, quick)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def _of(cls, name: str, values: Any, quick: bool) -> "Study":
+        _check_fields("a study", values, _FIELDS, needed=("task", "seeds", "rows"))
+        rows, settings = values["rows"], values.get("settings") or {}
+        seeds = _seeds(values["seeds"])
+        if not isinstance(rows, dict) or not rows:
+            raise ValueError(f"rows is {rows!r}; it must map names of rows to their settings")
+        if quick:
+            if "quick" not in values:
+                raise ValueError(
+                    "it has no short form: add a part `quick` with settings, seeds and rows, or leave out --quick"
+                )
+            short = values["quick"]
+            _check_fields("quick", short, _OF_QUICK)
+            chosen = short.get("rows", list(rows))
+            for row in chosen:
+                if row not in rows:
+                    raise ValueError(unknown("row in quick", row, rows))
+            rows = {row: rows[row] for row in chosen}
+        made = []
+        for row, own in rows.items():
+            own = own or {}
+            _check_fields(f"row {row!r}", own, _OF_ROW)
+            merged = merge(settings, own.get("settings") or {})
+            of_row = _seeds(own.get("seeds", seeds))
+            if quick:
+                merged = merge(merged, short.get("settings") or {})
+                of_row = _seeds(short.get("seeds", of_row))
+            paper = own.get("paper", ())
+            paper = tuple(paper) if isinstance(paper, (list, tuple)) else (paper,)
+            made.append(Row(str(row), own.get("label", str(row)), own.get("group", ""), paper, of_row, merged))
+        return cls(name, values.get("title", name), values["task"], tuple(made), quick)
+
+    def runs(self, scratch: Path) -> list[Run]:
+        """All runs, those of the first seed first. Each keeps its checkpoints in a folder of its own in `scratch`."""
+        seeds = sorted({seed for row in self.rows for seed in row.seeds})
+        return [
+            Run(self.name, row.name, seed, row.settings, scratch / f"{row.name}-{seed}")
+            for seed in seeds
+            for row in self.rows
+            if seed in row.seeds
+        ]
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, mappings within them merged likewise; neither is changed."""
+    merged = copy.deepcopy(dict(base))
+    for name, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = merge(merged[name], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def _seeds(values: Any) -> tuple[int, ...]:
+    if (
+        not isinstance(values, Sequence)
+        or isinstance(values, str)
+        or not values
+        or any(type(v) is not int for v in values)
+    ):
+        raise ValueError(f"seeds is {values!r}; it must be a list of whole numbers")
+    return tuple(values)
+
+
+def _check_fields(what: str, values: Any, known: Sequence[str], needed: Sequence[str] = ()) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} is a mapping of fields, got a {type(values).__name__}")
+    for name in values:
+        if name not in known:
+            raise ValueError(unknown(f"field of {what}", name, known))
+    for name in needed:
+        if name not in values:
+            raise ValueError(f"{what} needs {name!r}")

@@ -1,0 +1,61 @@
+"""What a run of a study can train. A task is a function of a run and of a place to say how far it is."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from hf_chts.config_checks import unknown
+from hf_chts.studies.study import Outcome, Run
+
+Say = Callable[[str], None]
+Task = Callable[[Run, Say], Outcome]
+_Settings = TypeVar("_Settings")
+
+# where they are: each imports much that the others do not need
+TASKS: Mapping[str, str] = {
+    "classification": "hf_chts.studies.classification",
+    "translation": "hf_chts.studies.translation",
+    "language": "hf_chts.studies.language",
+}
+
+
+def task_settings(task: str) -> type:
+    """The dataclass of a task's settings.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    return _module(task).Settings
+
+
+def train(task: str, run: Run, say: Say) -> Outcome:
+    """Train one run, or go on with it where its folder has a checkpoint."""
+    return _module(task).train(run, say)
+
+
+def parsed(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
+    """Settings of a run as their dataclass.
+
+    Raises:
+        ValueError: one is unknown, missing or of another type; the message names it.
+    """
+    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(unknown("setting", name, fields))
+        if hints[name] is float and type(value) is int:
+            values = {**values, name: float(value)}
+        elif hints[name] in (int, float, str, bool) and type(value) is not hints[name]:
+            raise ValueError(f"setting {name} is {value!r}; it must be of type {hints[name].__name__}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"settings: {error}") from error
+
+
+def _module(task: str) -> Any:
+    if task not in TASKS:
+        raise ValueError(unknown("task", task, TASKS))
+    return importlib.import_module(TASKS[task])
