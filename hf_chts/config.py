@@ -91,8 +91,8 @@ class SparsityConfig:
     )
     initial_topology: str = _by_method(
         "erdos_renyi",
-        f"Topology at step 0: {', '.join(CHOICES['initial_topology'])} (correlated, the paper's CSTI, needs calibration "
-        "inputs).",
+        f"Topology at step 0: {', '.join(CHOICES['initial_topology'])} (correlated, the paper's CSTI, needs "
+        "calibration inputs).",
     )
     initial_weights: str = _option(
         "model",

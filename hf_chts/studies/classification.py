@@ -95,7 +95,12 @@ class _Trained:
         self.clock, self.curves, self.epoch = Clock(), dict[str, list[float]](), 0
 
     def save(self, path: Path) -> None:
-        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "clock": self.clock}
+        parts: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "clock": self.clock,
+        }
         saved: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
         saved |= {"evolver": self.evolver.state_dict() if self.evolver else None}
         saved |= {"curves": self.curves, "epoch": self.epoch}
