@@ -9,7 +9,7 @@ from typing import Any
 from hf_chts.config_checks import unknown
 from hf_chts.config_file import read
 
-_FIELDS = ("title", "task", "seeds", "settings", "rows", "quick")
+_FIELDS = ("title", "task", "seeds", "settings", "rows", "reference", "quick")
 _OF_ROW = ("label", "paper", "seeds", "settings", "group")
 _OF_QUICK = ("seeds", "settings", "rows")
 
@@ -84,6 +84,8 @@ class Study:
         task: a name of `tasks.TASKS`.
         rows: in the order of the file.
         quick: whether this is the short form.
+        reference: the row that the others are compared with, seed by seed; "" for none. A short form without that row
+            has none.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Study:
     task: str
     rows: tuple[Row, ...]
     quick: bool = False
+    reference: str = ""
 
     @classmethod
     def load(cls, path: str | Path, *, quick: bool = False) -> "Study":
@@ -121,6 +124,9 @@ class Study:
         seeds = _seeds(values["seeds"])
         if not isinstance(rows, dict) or not rows:
             raise ValueError(f"rows is {rows!r}; it must map names of rows to their settings")
+        reference = values.get("reference", "")
+        if reference and reference not in rows:
+            raise ValueError(unknown("row as reference", reference, rows))
         if quick:
             if "quick" not in values:
                 raise ValueError(
@@ -133,6 +139,7 @@ class Study:
                 if row not in rows:
                     raise ValueError(unknown("row in quick", row, rows))
             rows = {row: rows[row] for row in chosen}
+            reference = reference if reference in rows else ""
         made = []
         for row, own in rows.items():
             own = own or {}
@@ -145,7 +152,7 @@ class Study:
             paper = own.get("paper", ())
             paper = tuple(paper) if isinstance(paper, (list, tuple)) else (paper,)
             made.append(Row(str(row), own.get("label", str(row)), own.get("group", ""), paper, of_row, merged))
-        return cls(name, values.get("title", name), values["task"], tuple(made), quick)
+        return cls(name, values.get("title", name), values["task"], tuple(made), quick, reference)
 
     def runs(self, scratch: Path) -> list[Run]:
         """All runs, those of the first seed first. Each keeps its checkpoints in a folder of its own in `scratch`."""
