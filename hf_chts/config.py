@@ -91,7 +91,14 @@ class SparsityConfig:
     )
     initial_topology: str = _by_method(
         "erdos_renyi",
-        f"Topology at step 0: {', '.join(CHOICES['initial_topology'])} (correlated needs calibration inputs).",
+        f"Topology at step 0: {', '.join(CHOICES['initial_topology'])} (correlated, the paper's CSTI, needs "
+        "calibration inputs).",
+    )
+    initial_weights: str = _option(
+        "model",
+        "Weights that the links of a new model start with: model, those that it has; swi (sparse weight "
+        "initialization), normal with variance 2/(density·inputs), so that sparse ReLU layers pass on what they get; "
+        "kaiming, normal with variance 2/inputs.",
     )
     brf_r: float = _option(0.1, "Spread of the bipartite receptive field: 0 takes the nearest inputs, 1 is uniform.")
     brf_degrees: str = _option("fixed", "Output degrees of the receptive field: fixed or uniform.")
@@ -306,7 +313,7 @@ class SparsityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, but those that earlier versions do not know only where they are not their defaults."""
-        new = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256}
+        new = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256, "initial_weights": "model"}
         return {
             name: value for name, value in dataclasses.asdict(self).items() if name not in new or value != new[name]
         }
