@@ -13,8 +13,8 @@ from hf_chts.studies.page_results import StudyResults
 from hf_chts.studies.study import Row
 
 CAPTION = (
-    "Means over the seeds, with a band from the lowest seed to the highest; the first panels show the range of the last "
-    "four fifths of the runs. The row that others are compared with is black in every column."
+    "Means over the seeds, with a band from the lowest seed to the highest; the range of the first panels is that of "
+    "the last four fifths of the runs. The row that others are compared with is black in every column."
 )
 _REFERENCE: Mapping[str, Any] = {"color": "black", "linestyle": (0, (4, 2)), "linewidth": 1.4}
 _EARLY = 0.2  # of a run: its curve is out of the range of the first panels
@@ -68,11 +68,12 @@ def drawn(found: StudyResults, titles: Mapping[str, str]) -> dict[str, dict[str,
 def columns(found: StudyResults) -> list[tuple[str, list[Row]]]:
     """Title and rows of each column: a group, or a part of it if it has more rows than there are colours.
 
-    The study's reference is in none of them: it is drawn in all.
+    The study's first reference is in none of them: it is drawn in all.
     """
+    first = found.study.references[:1]
     made = []
     for group, rows in found.groups().items():
-        others = [row for row in rows if row.name != found.study.reference and found.by_row[row.name]]
+        others = [row for row in rows if row.name not in first and found.by_row[row.name]]
         made += [(group, others[start : start + len(COLOURS)]) for start in range(0, len(others), len(COLOURS))]
     return made or [("", [])]
 
@@ -94,13 +95,15 @@ def in_words(found: StudyResults, titles: Mapping[str, str]) -> str:
     """For those who do not see the figure: where each row's main curve ends."""
     curves = drawn(found, titles)
     name = next(iter(curves))
-    ends = [f"{row.label} {curves[name][row.name].mean[-1]:.4g}" for row in found.study.rows if row.name in curves[name]]
+    rows = curves[name]
+    ends = [f"{row.label} {rows[row.name].mean[-1]:.4g}" for row in found.study.rows if row.name in rows]
     return f"Curves of {', '.join(titles[name] for name in curves)}. {titles[name]} ends at: {'; '.join(ends)}."
 
 
 def _figure(found: StudyResults, curves: Mapping[str, Mapping[str, Course]], titles: Mapping[str, str]) -> Figure:
     parts = columns(found)
-    reference = next((row for row in found.study.rows if row.name == found.study.reference), None)
+    reference = next((row for row in found.study.rows if row.name in found.study.references[:1]), None)
+    labels = {row.name: row.label for row in found.study.rows}
     legend = 0.21 * (max(len(rows) for _, rows in parts) + 1)  # inches, below the panels
     figure = Figure(figsize=(3.7 * len(parts) + 0.6, 2.3 * len(curves) + 0.6 + legend), layout="constrained")
     panels = figure.subplots(len(curves), len(parts), sharex=True, sharey="row", squeeze=False)
@@ -109,14 +112,19 @@ def _figure(found: StudyResults, curves: Mapping[str, Mapping[str, Course]], tit
         for axes, rows in zip(column, curves.values(), strict=True):
             for number, row in enumerate(own):
                 if row.name in rows:
-                    handles[row.label] = _draw(axes, rows[row.name], number)
+                    handles[row.name] = _draw(axes, rows[row.name], number)
             if reference is not None and reference.name in rows:
                 one = rows[reference.name]
-                (handles[reference.label],) = axes.plot(one.axis, one.mean, **_REFERENCE)
+                (handles[reference.name],) = axes.plot(one.axis, one.mean, **_REFERENCE)
         column[0].set_title(group)
         column[-1].set_xlabel(_axis_name(found))
         column[-1].legend(
-            handles.values(), handles, loc="upper left", bbox_to_anchor=(-0.02, -0.24), borderaxespad=0, labelspacing=0.2
+            handles.values(),
+            [labels[name] for name in handles],
+            loc="upper left",
+            bbox_to_anchor=(-0.02, -0.24),
+            borderaxespad=0,
+            labelspacing=0.2,
         )
     for line, (name, rows) in zip(panels, curves.items(), strict=True):
         line[0].set_ylabel(titles[name])

@@ -40,19 +40,19 @@ class Figure:
         """A mean and its error, such as "90.61 ± 0.05"; without one where it has none. "" for None."""
         if found is None:
             return ""
-        # what is the same in every run, such as a number of links, is exact
-        exact = found.error is None or (found.error == 0 and not self.better)
-        return self.text(found.mean) + ("" if exact else f" ± {self.text(found.error or 0.0)}")
+        # what is the same in every run, such as a number of links, needs no error
+        if found.error is None or (not self.better and round(found.error, self.digits) == 0):
+            return self.text(found.mean)
+        return f"{self.text(found.mean)} ± {self.text(found.error)}"
 
     def difference(self, found: Estimate | None) -> str:
         """A difference and its error, such as "+0.64 ± 0.05 *"; the star: more than two standard errors from 0."""
         if found is None:
             return ""
-        sign = "+" if round(found.mean, self.digits) > 0 else ""
-        # the sign of a zero is noise
-        mean = self.text(round(found.mean, self.digits) + 0.0)
+        rounded = round(found.mean, self.digits) + 0.0  # −0.0 + 0.0 is 0.0: the sign of a zero is noise
+        mean = f"{'+' if rounded > 0 else ''}{self.text(rounded)}"
         error = "" if found.error is None else f" ± {self.text(found.error)}"
-        return f"{sign}{mean}{error}{' *' if found.outside else ''}"
+        return f"{mean}{error}{' *' if found.outside else ''}"
 
 
 # those that every task has of a sparse model
@@ -92,5 +92,5 @@ def _constant(task: str, name: str) -> Any:
         raise ValueError(unknown("task", task, TASKS))
     found = getattr(importlib.import_module(TASKS[task]), name, None)
     if not found:
-        raise ValueError(f"{TASKS[task]} has no {name}, which the page of a study needs: see hf_chts/studies/figures.py")
+        raise ValueError(f"{TASKS[task]} has no {name}, which a study's page needs: see hf_chts/studies/figures.py")
     return found

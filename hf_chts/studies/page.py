@@ -9,7 +9,6 @@ mean, `<!-- total -->` for the machine time of all studies.
 """
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -53,8 +52,10 @@ def table_section(found: StudyResults) -> str:
 
 
 def differences_section(found: StudyResults) -> str:
-    text = differences(found, figures_of(found.study.task))
-    return text or "*There is nothing to compare seed by seed yet.*"
+    """A table for each of the study's references; "" if it has none."""
+    study, figures = found.study, figures_of(found.study.task)
+    tables = _joined([differences(found, figures, reference) for reference in study.references])
+    return tables or ("*There is nothing to compare seed by seed yet.*" if study.references else "")
 
 
 def curves_section(found: StudyResults, path: str) -> str:
@@ -84,8 +85,7 @@ def runs_section(found: StudyResults) -> str:
 
 def whole_section(found: StudyResults, path: str) -> str:
     """All sections. `path`: where the figure is, seen from the page."""
-    compared = [differences_section(found)] if found.study.reference else []
-    return _joined([table_section(found), *compared, curves_section(found, path), runs_section(found)])
+    return _joined([table_section(found), differences_section(found), curves_section(found, path), runs_section(found)])
 
 
 def total_time(results: Sequence[Result]) -> str:

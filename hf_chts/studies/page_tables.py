@@ -1,6 +1,7 @@
 """The tables of a study's page, in Markdown."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -50,25 +51,21 @@ def main_table(found: StudyResults, figures: Mapping[str, Figure]) -> str:
     return markdown_table(head, lines)
 
 
-def differences(found: StudyResults, figures: Mapping[str, Figure]) -> str:
-    """Every row minus the study's reference, seed by seed; "" if the study has none, or nothing to compare with it.
+def differences(found: StudyResults, figures: Mapping[str, Figure], reference: str) -> str:
+    """Every row minus the row `reference`, seed by seed; "" if there is nothing to compare.
 
     Only figures of which more or less is better are compared; those that describe a run are in the table above.
     """
-    reference = found.study.reference
-    if not reference or not found.by_row[reference]:
-        return ""
-    shown = {
-        name: figure for name, figure in figures.items() if figure.better and found.values(reference, name)
-    }
+    theirs = found.by_row[reference].keys()
+    shown = {name: figure for name, figure in figures.items() if figure.better and found.values(reference, name)}
     head = ["", "shared seeds", *(_head(figure) for figure in shown.values()), "times as fast"]
     lines: list[list[str]] = []
     for group, rows in found.groups().items():
-        others = [row for row in rows if row.name != reference and found.by_row[row.name]]
+        others = [row for row in rows if row.name != reference and found.by_row[row.name].keys() & theirs]
         if group and others:
             lines.append([Markup(f"**{inline(group)}**"), *[""] * (len(head) - 1)])
         for row in others:
-            shared = sorted(found.by_row[row.name].keys() & found.by_row[reference].keys())
+            shared = sorted(found.by_row[row.name].keys() & theirs)
             line = [named(row), str(len(shared))]
             line += [
                 figure.difference(paired(found.values(row.name, name), found.values(reference, name)))
@@ -100,7 +97,7 @@ def orders(found: StudyResults, figures: Mapping[str, Figure]) -> str:
         ours = sorted(published, key=lambda row: -means[row.name])
         papers = sorted(published, key=lambda row: -sign * row.paper[0])
         text = inline(ours[0].label)
-        for better, worse in zip(ours, ours[1:], strict=False):
+        for better, worse in pairwise(ours):
             gap = paired(found.values(better.name, name), found.values(worse.name, name))
             outside = None if gap is None else gap.outside
             text += f" {'?' if outside is None else '>' if outside else '≈'} {inline(worse.label)}"
