@@ -11,7 +11,7 @@ mean, `<!-- total -->` for the machine time of all studies.
 import argparse
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hf_chts.config_checks import unknown
@@ -164,9 +164,11 @@ def _gaps(found: StudyResults) -> str:
     parts = []
     if found.missing:
         count = len(found.study.runs(Path()))
-        parts.append(f"Missing are {len(found.missing)} of {count} runs: {', '.join(map(code, found.missing))}.")
+        which = f": {_named((run.row, run.seed) for run in found.missing)}" if found.results else ""
+        parts.append(f"Missing are {len(found.missing)} of {count} runs{which}.")
     if found.changed:
-        parts.append(f"Left out, as they ran with other settings: {', '.join(map(code, found.changed))}.")
+        changed = _named((run.row, run.seed) for run in found.changed)
+        parts.append(f"Left out, as they ran with other settings: {changed}.")
     if found.others:
         parts.append(f"Of no row of the study: {', '.join(map(code, found.others))}.")
     return " ".join(parts)
@@ -181,16 +183,20 @@ def _machine(result: Result) -> str:
 
 def _shared(results: Sequence[Result], say: Callable[[Result], str], of_whom: bool = True) -> list[tuple[str, str]]:
     """The different things that `say` says of results, each with the runs of which it does if it is not all of them."""
-    found: dict[str, dict[str, list[int]]] = {}
+    found: dict[str, list[tuple[str, int]]] = {}
     for result in results:
-        found.setdefault(say(result), {}).setdefault(result["row"], []).append(result["seed"])
+        found.setdefault(say(result), []).append((result["row"], result["seed"]))
     if len(found) == 1 or not of_whom:
         return [(said, "") for said in sorted(found)]
-    told = []
-    for said, rows in found.items():
-        runs = "; ".join(f"{inline(row)} {', '.join(map(str, seeds))}" for row, seeds in rows.items())
-        told.append((said, f" ({runs})"))
-    return told
+    return [(said, f" ({_named(runs)})") for said, runs in found.items()]
+
+
+def _named(runs: Iterable[tuple[str, int]]) -> str:
+    """Rows and seeds of runs, such as "dense 0, 1; set 2"."""
+    rows: dict[str, list[str]] = {}
+    for row, seed in runs:
+        rows.setdefault(row, []).append(str(seed))
+    return "; ".join(f"{inline(row)} {', '.join(seeds)}" for row, seeds in rows.items())
 
 
 def _duration(seconds: float) -> str:

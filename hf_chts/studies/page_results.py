@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_chts.studies.study import Row, Study
+from hf_chts.studies.study import Row, Run, Study
 
 Result = Mapping[str, Any]
 
@@ -18,15 +18,15 @@ class StudyResults:
     Attributes:
         study: whose results they are.
         by_row: the results of each row of the study, by seed; a row without results has an empty mapping.
-        missing: names of the runs that have no result.
-        changed: names of the runs whose result is of other settings than the study now has; it is not in `by_row`.
+        missing: the runs that have no result.
+        changed: the runs whose result is of other settings than the study now has; it is not in `by_row`.
         others: names of further results in the folder, of no run of the study.
     """
 
     study: Study
     by_row: Mapping[str, Mapping[int, Result]]
-    missing: tuple[str, ...]
-    changed: tuple[str, ...]
+    missing: tuple[Run, ...]
+    changed: tuple[Run, ...]
     others: tuple[str, ...]
 
     @classmethod
@@ -43,11 +43,11 @@ class StudyResults:
         for run in runs:
             path = folder / f"{run.name}.json"
             if not path.is_file():
-                missing.append(run.name)
+                missing.append(run)
                 continue
             result = _read(path)
             if result["settings"] != run.settings:
-                changed.append(run.name)
+                changed.append(run)
                 continue
             by_row[run.row][run.seed] = result
         known = {run.name for run in runs}

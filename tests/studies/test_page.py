@@ -67,20 +67,20 @@ def test_groups_are_in_the_order_of_the_file(done):
 
 
 def test_what_is_missing_is_said(done):
-    assert "Missing are 4 of 10 runs: `gmp-0`, `dense-2`, `set-2`, `chts-2`." in written(done)
+    assert "Missing are 4 of 10 runs: gmp 0; dense 2; set 2; chts 2." in written(done)
 
 
 def test_nothing_done_yet_has_a_page(made):
     text = written(made.write(reference="dense"))
     assert "No run is done yet" in text
-    assert "Missing are 10 of 10 runs" in text
+    assert "Missing are 10 of 10 runs." in text
     assert not (made.results / "made.png").exists()
 
 
 def test_results_of_other_settings_do_not_count(done):
     done.add("chts-0", {"score": 1e6}, settings={"base": 3})
     text = written(done)
-    assert "Left out, as they ran with other settings: `chts-0`" in text
+    assert "Left out, as they ran with other settings: chts 0." in text
     assert cells(text, "CHTs")[0][1:3] == ["1 of 3", "60.50"]
 
 
