@@ -129,7 +129,8 @@ def _head(figure: Figure) -> str:
 
 def _figure(found: StudyResults, row: str, name: str, figure: Figure) -> str:
     text = figure.estimate(estimate(list(found.values(row, name).values())))
-    broken = found.not_finite(row, name)
+    # what only describes a run may have no value in some, such as the links explored by a dense model
+    broken = found.not_finite(row, name) if figure.better else 0
     return f"{text} ({broken} not finite)".strip() if broken else text
 
 

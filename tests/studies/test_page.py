@@ -96,9 +96,10 @@ def test_one_seed_has_no_error_and_no_star(made):
 
 
 def test_what_is_not_finite_is_said_and_not_averaged(done):
-    done.add("set-2", {"score": None, "loss": None, "links": 12345.0})
+    done.add("set-2", {"score": None, "loss": None, "links": None})
     row = cells(written(done), "SET")[0]
     assert row[1:3] == ["3 of 3", "54.00 ± 3.00 (1 not finite)"]
+    assert row[4] == "12,345"  # only describes the run: nothing went wrong
 
 
 def test_a_file_that_is_no_result_is_named(done):
