@@ -11,9 +11,8 @@ from hf_chts.topology.sampling import choose
 _BLOCK_ROWS = 1024
 
 
-@register.initial_topology("correlated")
 def correlated(
-    inputs: Tensor, out_features: int, in_features: int, links: int, *, generator: torch.Generator
+    inputs: Tensor, out_features: int, links: int, *, generator: torch.Generator, in_features: int | None = None
 ) -> Tensor:
     """CSTI: links where input features are correlated over calibration inputs (arXiv 2501.19107, App. D).
 
@@ -24,7 +23,8 @@ def correlated(
     Args:
         inputs: (samples, features) floating point or integer, at least two samples: what the layer sees, flattened to
             rows; or what the model sees, which the authors' code tiles over all layers of an MLP.
-        out_features, in_features: outputs and inputs of the layer.
+        out_features: outputs of the layer.
+        in_features: inputs of the layer; None: as many as there are features.
 
     Returns:
         bool (out, in) with exactly `links` links, on the generator's device.
@@ -40,6 +40,7 @@ def correlated(
     samples, features = inputs.shape
     if samples < 2:
         raise ValueError(f"a correlation takes at least two calibration samples; got {samples}")
+    in_features = features if in_features is None else in_features
     total = check_links(out_features, in_features, links)
     values = inputs.detach().to(generator.device, torch.float64)
     if not torch.isfinite(values).all():
@@ -63,3 +64,8 @@ def correlated(
     scores.diagonal().zero_()
     scores = scores.repeat(-(-out_features // features), -(-in_features // features))[:out_features, :in_features]
     return choose(scores, total, torch.ones_like(scores, dtype=torch.bool), soft=False, generator=generator)
+
+
+@register.initial_topology("correlated")
+def _correlated(inputs: Tensor, out_features: int, in_features: int, links: int, generator: torch.Generator) -> Tensor:
+    return correlated(inputs, out_features, links, generator=generator, in_features=in_features)
