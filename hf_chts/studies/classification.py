@@ -21,11 +21,21 @@ from hf_chts.files.atomic import whole_file
 from hf_chts.machine import on_cpu
 from hf_chts.sparse_model import SparsityHandle, sparsify
 from hf_chts.studies.clock import Clock
+from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
 from hf_chts.studies.images import Images, load_images
 from hf_chts.studies.study import Outcome, Run
 from hf_chts.studies.tasks import Say, parsed
 from hf_chts.topology.percolation import End, Junction, anp_rate
 from hf_chts.topology.random_streams import random_stream
+
+FIGURES = {
+    "accuracy_last": Figure("last epoch", "%", better="higher"),
+    "accuracy_best": Figure("best epoch", "%", better="higher", papers=True),
+    "accuracy_chosen": Figure("chosen epoch", "%", better="higher"),
+    **TOPOLOGY,
+    "state_mib": Figure("training state", "MiB", digits=1),
+}
+CURVES = {"accuracy": "test accuracy, %", **TOPOLOGY_CURVES}
 
 
 @dataclass(frozen=True)
