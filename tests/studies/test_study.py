@@ -11,7 +11,7 @@ import pytest
 
 from hf_chts.commands.app import main
 from hf_chts.studies import running
-from hf_chts.studies.running import check, missing, part_of, run_all, run_one
+from hf_chts.studies.running import RunsFailed, check, missing, part_of, run_all, run_one
 from hf_chts.studies.study import Study, merge
 
 ROOT = Path(__file__).parents[2]
@@ -178,15 +178,15 @@ class TestRunning:
         assert done == [made.results / "dense-0.json", made.results / "set-0.json"]
         assert not any(run.folder.exists() for run in runs)
 
-    def test_a_run_that_fails_leaves_its_log_and_no_result(self, made, played):
+    def test_a_run_that_fails_leaves_its_log_and_no_result_and_the_others_go_on(self, made, played):
         made.write(settings={"base": -1.0})
-        runs = made.load().runs(made.folder / "scratch")[:2]
+        runs = [run for run in made.load().runs(made.folder / "scratch") if run.name in ("dense-0", "chts-0")]
         log = runs[0].folder / "log.txt"
-        with pytest.raises(RuntimeError, match=f"run dense-0 failed: ValueError: base is -1.0; .*{log.name}"):
+        with pytest.raises(RunsFailed, match=f"1 of 2 runs failed .dense-0.; .* base is -1.0; .*{log.name}"):
             self.share(made, runs)
         assert "base is -1.0" in log.read_text(encoding="utf-8")
-        assert not list(made.results.glob("*.json"))
-        assert played == ["dense-0"]
+        assert list(made.results.glob("*.json")) == [made.results / "chts-0.json"]  # it has a base of its own
+        assert played == ["dense-0", "chts-0"]
 
     def test_two_share_the_runs(self, made, played):
         runs = made.load().runs(made.folder / "scratch")
