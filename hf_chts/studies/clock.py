@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hf_chts.studies.memory import training_begins
+
 
 class Clock:
     """Counts while `running`; its state goes into checkpoints.
@@ -18,6 +20,7 @@ class Clock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        training_begins()
         wall, processor = time.perf_counter(), time.process_time()
         try:
             yield

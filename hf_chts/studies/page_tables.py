@@ -16,8 +16,8 @@ LEGEND = (
     "An asterisk marks what is more than two standard errors from 0; with three seeds chance alone does that in 18 "
     "cases of 100. The error of the difference to the paper joins ours and the one that the paper gives. Seconds are "
     "means over the seeds, of training without evaluation: of the processor, over all threads, and of the wall clock. "
-    "Memory is the most that a run's process has held; beside it, what of that came after Python and its packages "
-    "were loaded. Paired differences are of runs with the same seed."
+    "Memory is the most that a run's process has held in training; beside it, what of that came after the "
+    "packages and the data. Paired differences are of runs with the same seed."
 )
 
 

@@ -4,7 +4,6 @@ Several processes may work at one study: a run that another one is at is left to
 """
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import filelock
 
 from hf_chts.files.atomic import finite_or_null, write_json
 from hf_chts.machine import device_name, on_cpu, version_of
+from hf_chts.studies.memory import memory_mib
 from hf_chts.studies.study import Run, Study
 from hf_chts.studies.tasks import Say, parsed, task_settings, train
 
@@ -123,11 +123,10 @@ def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
     """Train one run. Returns what its result file holds."""
     import torch
 
-    before = _peak_mib()
     outcome = train(study.task, run, lambda line: print(line, flush=True))
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
     assert device is not None
-    memory = {"peak": _peak_mib(), "before_training": before}
+    memory = memory_mib()
     if device.type == "cuda":
         memory["of_device"] = torch.cuda.max_memory_allocated() / 2**20
     return {
@@ -149,12 +148,6 @@ def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
         "command": command,
         "curves": outcome.curves,
     }
-
-
-def _peak_mib() -> float:
-    """Most memory that this process has had, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def main() -> None:
