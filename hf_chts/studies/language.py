@@ -9,6 +9,7 @@ from transformers import default_data_collator
 
 from hf_chts.checkpoint.run_folder import last_sealed
 from hf_chts.machine import on_cpu
+from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
 from hf_chts.studies.language_data import Windows, split_tokens
 from hf_chts.studies.language_model import block_weights, build_model, same_links, sparsity_config
 from hf_chts.studies.language_records import OneRanksGradient, Records
@@ -19,6 +20,15 @@ from hf_chts.training.trainer import SparseTrainer
 
 PRECISIONS = ("fp32", "bf16_autocast", "bf16_pure")
 BASELINES = ("", "same_links")
+FIGURES = {
+    "test_bits_last": Figure("test, last step", "bits per byte", better="lower", digits=3),
+    "test_bits_best": Figure("test, best step of validation", "bits per byte", better="lower", digits=3),
+    "validation_bits_last": Figure("validation, last step", "bits per byte", better="lower", digits=3),
+    **TOPOLOGY,
+    "average_links": Figure("links of an average step", digits=0),
+    "diverged": Figure("diverged", digits=0),
+}
+CURVES = {"validation_bits": "validation, bits per byte", "train_loss": "training loss, nats", **TOPOLOGY_CURVES}
 
 
 @dataclass(frozen=True)

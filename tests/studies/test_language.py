@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_chts.config import SparsityConfig
 from hf_chts.methods import METHODS
-from hf_chts.studies.language import Settings, train
+from hf_chts.studies.language import CURVES, FIGURES, Settings, train
 from hf_chts.studies.language_data import EOS, VOCABULARY, Windows, bits_per_byte, split_tokens
 from hf_chts.studies.language_model import build_model, same_links
 from hf_chts.studies.language_records import OneRanksGradient
@@ -118,6 +118,8 @@ def test_a_dense_run_has_all_figures_and_curves(tmp_path):
     # one byte of 257, before much is learned
     assert outcome.curves["train_loss"][0] == pytest.approx(math.log(257), rel=0.03)
     assert outcome.seconds > 0
+    assert outcome.figures.keys() >= FIGURES.keys()
+    assert outcome.curves.keys() >= CURVES.keys()
 
 
 def test_links_are_averaged_over_the_steps(tmp_path):
