@@ -1,0 +1,65 @@
+"""The LLaMA of the language study, and the dense one that has as many weights as a sparse one has links."""
+
+from typing import Any
+
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from hf_chts.config import SparsityConfig
+from hf_chts.studies.language_data import VOCABULARY
+
+
+def block_weights(width: int, ffn: int, layers: int) -> int:
+    """The weights of all projections of the blocks: q, k, v, o of (width, width), gate, up, down of (ffn, width)."""
+    return layers * (4 * width * width + 3 * width * ffn)
+
+
+def same_links(width: int, ffn: int, layers: int, heads: int, sparsity: float) -> tuple[int, int]:
+    """Width and ffn of a dense model whose blocks have as many weights as larger ones have links at `sparsity`.
+
+    The width is the nearest that its heads divide, each of an even width, as rotary positions take it. What is then
+    missing or too much is made up by ffn, so that the count is right within 3·layers·width.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    links = (1 - sparsity) * block_weights(width, ffn, layers)
+    step = 2 * heads
+    narrow = max(step, round(width * (1 - sparsity) ** 0.5 / step) * step)
+    rest = round((links / layers - 4 * narrow * narrow) / (3 * narrow))
+    if rest < 1:
+        raise ValueError(
+            f"a model with {heads} heads cannot be so narrow as to have the {links:.0f} links of width {width} at "
+            f"sparsity {sparsity}: take fewer heads"
+        )
+    return narrow, rest
+
+
+def build_model(
+    width: int, ffn: int, layers: int, heads: int, context: int, seed: int, *, bf16: bool
+) -> LlamaForCausalLM:
+    """A dense LLaMA over bytes with weights of its own distribution, drawn in fp32 and held in fp32 or bf16."""
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=context,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    return model.bfloat16() if bf16 else model
+
+
+def sparsity_config(fields: dict[str, Any], seed: int) -> SparsityConfig:
+    """The sparsity of a run; its topology's seed is the run's.
+
+    Raises:
+        ValueError: a field is unknown or bad, or is the run's to set.
+    """
+    if "topology_seed" in fields:
+        raise ValueError("topology_seed is the run's seed in a study: leave it out of sparsity")
+    return SparsityConfig.from_dict({**fields, "topology_seed": seed})
