@@ -91,7 +91,14 @@ class SparsityConfig:
     )
     initial_topology: str = _by_method(
         "erdos_renyi",
-        f"Topology at step 0: {', '.join(CHOICES['initial_topology'])} (correlated needs calibration inputs).",
+        f"Topology at step 0: {', '.join(CHOICES['initial_topology'])} (correlated, the paper's CSTI, needs "
+        "calibration inputs).",
+    )
+    initial_weights: str = _option(
+        "model",
+        "Weights that the links of a new model start with: model, those that it has; swi (sparse weight "
+        "initialization), normal with variance 2/(density·inputs), so that sparse ReLU layers pass on what they get; "
+        "kaiming, normal with variance 2/inputs.",
     )
     brf_r: float = _option(0.1, "Spread of the bipartite receptive field: 0 takes the nearest inputs, 1 is uniform.")
     brf_degrees: str = _option("fixed", "Output degrees of the receptive field: fixed or uniform.")
@@ -132,7 +139,11 @@ class SparsityConfig:
     pruning: str = _by_method(
         "magnitude", f"Score by which links are removed as sparsity rises: {', '.join(CHOICES['pruning'])}."
     )
-    update_interval: int = _option(100, "Optimizer steps between topology updates (ΔT).")
+    update_interval: float = _option(
+        100,
+        "Optimizer steps between topology updates (ΔT); below 1, a fraction of the run, so that 0.01 is every epoch of "
+        "100.",
+    )
     update_until: float = _by_method(0.75, "Fraction of the run after which the topology stays the same.")
     drop_fraction: float = _by_method(0.1, "Share of the links replaced at the first updates (ζ), in [0, 1].")
     drop_schedule: str = _by_method("cosine", "How ζ falls to 0 at `update_until`: constant, linear or cosine.")
@@ -192,6 +203,7 @@ class SparsityConfig:
         if isinstance(self.layer_sparsity, str):
             self._set("layer_sparsity", _mapping("layer_sparsity", self.layer_sparsity))
         check_types(self)
+        self._whole_interval()
         if self.parts is not None:
             self._set("parts", import_parts(self.parts))
         self._set_defaults()
@@ -205,6 +217,11 @@ class SparsityConfig:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    def _whole_interval(self) -> None:
+        # files, equality and messages are to have 100, not 100.0
+        if self.update_interval is not None and self.update_interval >= 1 and self.update_interval % 1 == 0:
+            self._set("update_interval", int(self.update_interval))
 
     def _set_defaults(self) -> None:
         own = {item.name: item.metadata["default"] for item in dataclasses.fields(self)}
@@ -229,6 +246,7 @@ class SparsityConfig:
             if getattr(self, name) is None:
                 self._set(name, value)
         check_types(self)
+        self._whole_interval()
         if self.sparsity_schedule not in SPARSITY_SCHEDULES:
             raise ValueError(unknown("sparsity_schedule", self.sparsity_schedule, SPARSITY_SCHEDULES))
         schedule = SPARSITY_SCHEDULES[self.sparsity_schedule]
@@ -293,6 +311,11 @@ class SparsityConfig:
         """Whether the topology changes during training."""
         return self.update_until > 0
 
+    def interval(self, max_steps: int) -> int:
+        """`update_interval` in optimizer steps, at least 1, in a run of `max_steps`."""
+        given = self.update_interval
+        return int(given) if given >= 1 else max(1, round(given * max_steps))
+
     def plan(self, max_steps: int, **known: Any) -> SchedulePlan:
         """The schedules in steps, for a run of `max_steps` optimizer steps.
 
@@ -306,7 +329,7 @@ class SparsityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, but those that earlier versions do not know only where they are not their defaults."""
-        new = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256}
+        new = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256, "initial_weights": "model"}
         return {
             name: value for name, value in dataclasses.asdict(self).items() if name not in new or value != new[name]
         }

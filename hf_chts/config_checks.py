@@ -35,8 +35,11 @@ def check_values(config: Any) -> None:
     for name in ("softness_start", "softness_end"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must lie in [0, 1): T = δ/(1−δ)")
-    if config.update_interval < 1:
-        raise ValueError(f"update_interval is {config.update_interval}; it must be at least 1 step")
+    if not config.update_interval > 0 or (config.update_interval > 1 and config.update_interval % 1):
+        raise ValueError(
+            f"update_interval is {config.update_interval}; it must be a whole number of steps, at least 1, or a "
+            "fraction of the run between 0 and 1"
+        )
     if config.compact_after_decay and (config.storage != "links" or config.allocation == "global"):
         raise ValueError(
             f"compact_after_decay is true, with storage {config.storage!r} and allocation {config.allocation!r}: it "

@@ -56,6 +56,7 @@ for _name in ("dense", "static", "set", "rigl", "mest", "gmp", "granet", "cht", 
 CHOICES: Mapping[str, Iterable[str]] = {
     "recipe": ("comparison", "original"),
     "initial_topology": INITIAL_TOPOLOGIES,
+    "initial_weights": ("model", "swi", "kaiming"),
     "allocation": ALLOCATIONS,
     "brf_degrees": ("fixed", "uniform"),
     "removal": REMOVAL,

@@ -17,7 +17,7 @@ class SchedulePlan:
 
     Attributes:
         config: the SparsityConfig.
-        window_end: the last multiple of update_interval in the window of updates; 0 if nothing evolves.
+        window_end: the last multiple of the interval in the window of updates; 0 if nothing evolves.
         decay_end: the update that reaches the final sparsity; 0 if sparsity is constant.
         floor: the lowest sparsity; that of the model, if it is ahead of the schedule.
         idle: steps in the window without an update, because it could change nothing.
@@ -51,7 +51,7 @@ class SchedulePlan:
         """
         if not config.evolves:
             return cls(config, max_steps, 0, 0)
-        interval = config.update_interval
+        interval = config.interval(max_steps)
         window_end = _whole_intervals(config.update_until * max_steps, interval)
         decay_end = 0
         if window_end and config.changes_sparsity:
@@ -76,7 +76,7 @@ class SchedulePlan:
         return replace(plan, idle=plan._idle_steps(links))
 
     def _idle_steps(self, links: Callable[[float], Sequence[int]] | None) -> frozenset[int]:
-        config, interval = self.config, self.config.update_interval
+        config, interval = self.config, self.interval
         if config.selects:  # ζ does not matter: weights grow past each other
             return frozenset()
         # these move links between layers, or away from dead neurons, even if ζ is 0
@@ -93,23 +93,28 @@ class SchedulePlan:
         return frozenset(step for step in range(interval, self.window_end + 1, interval) if idle(step))
 
     @property
+    def interval(self) -> int:
+        """Steps between topology updates."""
+        return int(self.config.interval(self.max_steps))
+
+    @property
     def last_update(self) -> int:
         """The last step with an update; 0 if there is none."""
         return self.latest_update(self.max_steps)
 
     def is_update(self, step: int) -> bool:
-        return 0 < step <= self.window_end and step % self.config.update_interval == 0 and step not in self.idle
+        return 0 < step <= self.window_end and step % self.interval == 0 and step not in self.idle
 
     def latest_update(self, step: int) -> int:
         """The step of the last update when `step` is finished; 0 if there was none."""
-        step = self.number_of_updates(step) * self.config.update_interval
+        step = self.number_of_updates(step) * self.interval
         while step in self.idle:
-            step -= self.config.update_interval
+            step -= self.interval
         return step
 
     def number_of_updates(self, step: int) -> int:
         """The number of updates when `step` is finished, idle ones included."""
-        return min(step, self.window_end) // self.config.update_interval
+        return min(step, self.window_end) // self.interval
 
     def sparsity(self, step: int) -> float:
         return max(self.scheduled_sparsity(step), self.floor)
@@ -131,7 +136,7 @@ class SchedulePlan:
 
     def temperature(self, step: int) -> float:
         """T = δ/(1−δ) of a soft removal; δ goes linearly from the first update to the last (paper App. H)."""
-        config, first = self.config, self.config.update_interval
+        config, first = self.config, self.interval
         if self.window_end > first:
             softness = schedules.linear(step, first, self.window_end, config.softness_start, config.softness_end)
         else:

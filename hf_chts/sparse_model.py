@@ -14,6 +14,7 @@ from hf_chts.layers.conversion import convert_layers, link_layers
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.heads import head_blocks
 from hf_chts.layers.initial_masks import check_links, initial_masks
+from hf_chts.layers.initial_weights import initialize_links
 from hf_chts.layers.masked_linear import masked_class
 from hf_chts.layers.materialize import materialize
 from hf_chts.layers.packed_model import check_not_packed
@@ -87,7 +88,7 @@ def sparsify(
     config: SparsityConfig,
     *,
     masks: Mapping[str, Tensor] | None = None,
-    calibration: Mapping[str, Tensor] | None = None,
+    calibration: Mapping[str, Tensor] | Tensor | None = None,
 ) -> SparsityHandle:
     """Make the target layers of `model` sparse, in place.
 
@@ -97,7 +98,8 @@ def sparsify(
         masks: topologies to use instead of new ones, bool (out, in) by layer name, for exactly the target layers, or
             for those that an earlier version would have chosen by default.
         calibration: for the initial topology "correlated", the inputs of every target layer over some samples,
-            (samples, in_features) by layer name.
+            (samples, in_features) by layer name; or the inputs of the model, (samples, features), whose correlations
+            are then tiled over all layers.
 
     Returns:
         The handle; also found again with `SparsityHandle.of(model)`.
@@ -121,11 +123,14 @@ def sparsify(
     if targets:
         overrides(targets, config)
         check_links(shapes, weights, config, blocks)
+    new = masks is None
     if masks is None:
         masks = initial_masks(shapes, weights, config, calibration, blocks)
     else:
         _check_masks(masks, shapes)
     sparse = SparsityHandle(model, config, _converted(targets, masks, config), blocks)
+    if new:
+        initialize_links(sparse.layers, config)
     # not a submodule: plain attribute, so it is in no state dict
     object.__setattr__(model, HANDLE, sparse)
     sparse.ignore_masks_in_ddp(model)
@@ -198,6 +203,11 @@ def _refuse_meta(targets: Mapping[str, nn.Module], config: SparsityConfig) -> No
             raise ValueError(
                 f"{name} is on the meta device, where weights have no values and masks would be lost: {remedy}, or use "
                 "storage: links and call materialize() on the handle"
+            )
+        if config.initial_weights != "model":
+            raise ValueError(
+                f"{name} is on the meta device, and initial_weights {config.initial_weights!r} gives links values: "
+                "give the model its weights first, or leave initial_weights out"
             )
         if config.allocation == "global":
             raise ValueError(

@@ -23,6 +23,7 @@ ORDER = [
     ["model_arguments"],
     ["evaluation", "report"],
     ["training"],
+    ["studies"],
     ["commands"],
 ]
 

@@ -98,3 +98,16 @@ def test_what_is_left_out_changes_no_other_update():
 def test_what_does_not_fit_is_refused(values, steps, message):
     with pytest.raises(ValueError, match=message):
         SparsityConfig(**values).plan(steps)
+
+
+def test_an_interval_below_1_is_a_fraction_of_the_run():
+    config = SparsityConfig("set", update_interval=0.01, update_until=1.0, drop_schedule="constant")
+    plan = config.plan(187_500)
+    assert plan.interval == 1875
+    # links regrown after the last step are never trained
+    assert updates(plan) == list(range(1875, 187_500, 1875))
+    assert plan.number_of_updates(4000) == 2
+    assert config.plan(40).interval == 1  # never below a step
+    assert SparsityConfig("set", update_interval=0.25).plan(10).interval == 2  # 2.5 rounds to even
+    assert SparsityConfig(update_interval=100.0).update_interval == 100
+    assert isinstance(SparsityConfig(update_interval=100.0).update_interval, int)

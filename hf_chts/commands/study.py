@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from hf_chts.studies.running import check, missing, part_of, run_all
+from hf_chts.studies.page import write_page
+from hf_chts.studies.running import RunsFailed, check, missing, part_of, run_all
 from hf_chts.studies.study import Study
 
 
@@ -26,4 +27,9 @@ def study(
     if not page:
         left = missing(loaded, runs, results)
         print(f"{loaded.name}: {len(left)} of {len(runs)} runs are missing", flush=True)
-        run_all(path, loaded, left, results, scratch / name, command, lambda line: print(line, flush=True))
+        try:
+            run_all(path, loaded, left, results, scratch / name, command, lambda line: print(line, flush=True))
+        except RunsFailed:
+            write_page(loaded, results)  # of those that did not
+            raise
+    print(f"{loaded.name}: page {write_page(loaded, results)}", flush=True)

@@ -256,7 +256,7 @@ class Evolver:
                 f"a warm-up after updates needs a LambdaLR scheduler, got {type(scheduler).__name__}: make one with "
                 "transformers.get_scheduler, or leave the warm-up out"
             )
-        steps = warmup_steps(steps, self.config.update_interval) if self.config.evolves else 0
+        steps = warmup_steps(steps, self.plan.interval) if self.config.evolves else 0
         if steps:
             add_update_warmup(scheduler, self.plan, steps)
         return steps
@@ -367,7 +367,7 @@ class Evolver:
         assert self.plan is not None
         state, layers = self._restored, self.sparse.layers
         if self.config.ages_links:
-            self.adam = RegrownAdam(layers, self.engine, self.config.update_interval)
+            self.adam = RegrownAdam(layers, self.engine, self.plan.interval)
             self.adam.check_updates(self.plan.number_of_updates(self.plan.max_steps))
         for name, layer in layers.items():
             if self.config.stores_weights and self.engine.optimizes(layer):
@@ -431,7 +431,7 @@ class Evolver:
         plan = config.plan(max_steps, links=largest_block)
         if not plan.decay_end or config.initial_sparsity > config.sparsity:
             return plan
-        update = plan.number_of_updates(step) * config.update_interval
+        update = plan.number_of_updates(step) * plan.interval
         scheduled, ahead = plan.sparsity(update), self.reached
         if self._restored is None or ahead is None:
             if trained is None:

@@ -54,3 +54,12 @@ def add_update_warmup(scheduler: LambdaLR, plan: SchedulePlan, warmup_steps: int
         return lambda step: rate(step) * update_warmup(step, plan, warmup_steps)
 
     scheduler.lr_lambdas = [with_warmup(rate) for rate in scheduler.lr_lambdas]
+
+
+def add_end(scheduler: LambdaLR, end: int) -> None:
+    """Have a scheduler whose rate is a function of the step stay, from step `end` on, at its rate there. In place."""
+
+    def until(rate: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: rate(min(step, end))
+
+    scheduler.lr_lambdas = [until(rate) for rate in scheduler.lr_lambdas]

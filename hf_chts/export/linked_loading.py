@@ -37,14 +37,37 @@ KNOWN_OPTIONS = {
 }
 
 
-class LinkedWeightsConfig(PackedWeightsConfig):
-    """What one call of load_sparse tells the loader. It is in no file.
+class LoadingConfig(PackedWeightsConfig):
+    """What one call of load_sparse tells a loader. It is in no file.
 
     Args:
+        method: by which transformers finds the loader.
         directory: of the export.
-        sparsity: its config.
         packed: its weights, if it is packed.
         masks: bool (out, in) by layer name, if it is plain.
+    """
+
+    def __init__(self, method: str, directory: Path, packed: PackedFiles | None, masks: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.quant_method = method  # type: ignore[assignment]
+        self.directory, self.packed, self.masks = directory, packed, masks
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """transformers asks a config that it has not read from a file as it asks a dict."""
+        return getattr(self, name, default)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoadingConfig":
+        return self
+
+
+class LinkedWeightsConfig(LoadingConfig):
+    """What load_sparse tells the loader of layers that keep their links in slots.
+
+    Args:
+        sparsity: the export's config.
         slots: the position of the link in each slot, by layer name, if it is a checkpoint.
     """
 
@@ -56,20 +79,8 @@ class LinkedWeightsConfig(PackedWeightsConfig):
         masks: Mapping[str, Tensor],
         slots: Mapping[str, Tensor],
     ) -> None:
-        super().__init__()
-        self.quant_method = _METHOD  # type: ignore[assignment]
-        self.directory, self.sparsity, self.packed, self.masks = directory, sparsity, packed, masks
-        self.slots = slots
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": _METHOD}
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """transformers asks a config that it has not read from a file as it asks a dict."""
-        return getattr(self, name, default)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LinkedWeightsConfig":
-        return self
+        super().__init__(_METHOD, directory, packed, masks)
+        self.sparsity, self.slots = sparsity, slots
 
 
 class LinkedLoader(PackedLoader):

@@ -16,10 +16,10 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from hf_chts.export.exported_values import check_zeros
-from hf_chts.export.linked_loading import KnownLayers, packed_masks
+from hf_chts.export.linked_loading import KnownLayers, LoadingConfig, packed_masks
 from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import KINDS
-from hf_chts.export.packed_loading import PackedLoader, PackedWeightsConfig, Unpacking
+from hf_chts.export.packed_loading import PackedLoader, Unpacking
 from hf_chts.layers import pages
 from hf_chts.layers.masked_linear import PLAIN_LAYERS
 from hf_chts.layers.packed_layer import PackedLayer, packed_class
@@ -30,29 +30,11 @@ from hf_chts.sparse_model import SparsityHandle
 _METHOD = "hf_chts_inference"
 
 
-class InferenceConfig(PackedWeightsConfig):
-    """What one call of load_sparse tells the loader. It is in no file.
-
-    Args:
-        directory: of the export.
-        packed: its weights, if it is packed.
-        masks: bool (out, in) by layer name, if it is plain.
-    """
+class InferenceConfig(LoadingConfig):
+    """What load_sparse tells the loader of layers that stay packed."""
 
     def __init__(self, directory: Path, packed: PackedFiles | None, masks: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.quant_method = _METHOD  # type: ignore[assignment]
-        self.directory, self.packed, self.masks = directory, packed, masks
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": _METHOD}
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """transformers asks a config that it has not read from a file as it asks a dict."""
-        return getattr(self, name, default)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "InferenceConfig":
-        return self
+        super().__init__(_METHOD, directory, packed, masks)
 
 
 class InferenceLoader(PackedLoader):

@@ -18,7 +18,7 @@ def initial_masks(
     shapes: Mapping[str, tuple[int, int]],
     weights: Mapping[str, Tensor],
     config: SparsityConfig,
-    calibration: Mapping[str, Tensor] | None = None,
+    calibration: Mapping[str, Tensor] | Tensor | None = None,
     blocks: Mapping[str, int] | None = None,
 ) -> Mapping[str, Tensor]:
     """The initial topologies of layers of these shapes (out, in), by name: bool, on the CPU.
@@ -27,7 +27,8 @@ def initial_masks(
 
     Args:
         weights: (out, in) by name; see `layer_links`.
-        calibration: inputs of every layer, (samples, in) by name, for an initial topology that needs them.
+        calibration: inputs of every layer, (samples, in) by name, for an initial topology that needs them; or those of
+            the model, (samples, features), for all layers.
         blocks: the number of blocks of rows that get topologies of their own, by layer name; 1 where absent.
 
     Raises:
@@ -73,14 +74,16 @@ def check_links(
 
 
 def _calibration_inputs(
-    name: str, shape: tuple[int, int], config: SparsityConfig, calibration: Mapping[str, Tensor] | None
+    name: str, shape: tuple[int, int], config: SparsityConfig, calibration: Mapping[str, Tensor] | Tensor | None
 ) -> Tensor:
+    if isinstance(calibration, Tensor):
+        return calibration
     inputs = (calibration or {}).get(name)
     if inputs is None or inputs.dim() != 2 or inputs.shape[1] != shape[1]:
         given = "nothing" if inputs is None else str(tuple(inputs.shape))
         raise ValueError(
             f"the initial topology {config.initial_topology!r} needs calibration inputs (samples, {shape[1]}) for "
-            f"{name}, got {given}: pass sparsify(model, config, calibration={{layer name: inputs}}), or choose another "
-            "initial_topology"
+            f"{name}, got {given}: pass sparsify(model, config, calibration={{layer name: inputs}}), or those of the "
+            "model, calibration=inputs, or choose another initial_topology"
         )
     return inputs

@@ -60,7 +60,7 @@ def _edges(nodes: int) -> Tensor:
 
 def snapshot_steps(plan: SchedulePlan) -> list[int]:
     """The steps of snapshots: before the first update, after the middle one and after the last."""
-    interval = plan.config.update_interval
+    interval = plan.interval
     updates = plan.number_of_updates(plan.last_update)
     return sorted({0, (updates + 1) // 2 * interval, plan.last_update})
 

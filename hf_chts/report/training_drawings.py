@@ -46,7 +46,7 @@ def schedules(run: Run) -> Drawing | None:
     plan = run.plan()
     if run.is_dense or run.config is None or not run.config.evolves or plan is None:
         return None
-    config, interval = run.config, run.config.update_interval
+    config, interval = run.config, plan.interval
     updates = range(interval, plan.last_update + 1, interval)
     held = [0, *updates, run.max_steps]
     sparsity = Series(tuple(held), tuple(plan.sparsity(min(step, plan.last_update)) for step in held))

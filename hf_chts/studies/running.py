@@ -25,6 +25,10 @@ _PACKAGES = ("torch", "transformers", "numba", "numpy")
 _PRIVATE = ("folder",)
 
 
+class RunsFailed(ValueError):
+    """Some runs of a study failed."""
+
+
 def part_of(runs: Sequence[Run], only: str) -> list[Run]:
     """Every n-th run: "17/64" takes the 17th of each 64, and "1/1" all of them.
 
@@ -78,9 +82,9 @@ def run_all(
         command: what repeats a run, for its file.
 
     Raises:
-        RuntimeError: a run failed; the message names it and its log.
+        RunsFailed: some failed, and the others have been run; the message names them, and the log of the last one.
     """
-    done = []
+    done, failed = [], []
     results.mkdir(parents=True, exist_ok=True)
     for run in runs:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +102,9 @@ def run_all(
                     ended = subprocess.run(arguments, stdout=log, stderr=subprocess.STDOUT, check=False)
                 if ended.returncode:
                     tail = (run.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
-                    raise RuntimeError(f"run {run.name} failed: {' '.join(tail)} (log: {run.folder / 'log.txt'})")
+                    failed.append(f"{run.name}: {' '.join(tail)} (log: {run.folder / 'log.txt'})")
+                    say(f"{study.name} failed: {failed[-1]}")
+                    continue
                 figures = json.loads(target.read_text(encoding="utf-8"))["figures"]
                 told = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
                 say(f"{study.name} {run.name}: {told}; {time.perf_counter() - start:.0f} s")
@@ -107,6 +113,9 @@ def run_all(
             say(f"{study.name} {run.name}: another process is at it")
             continue
         shutil.rmtree(run.folder, ignore_errors=True)
+    if failed:
+        names = ", ".join(name.partition(":")[0] for name in failed)
+        raise RunsFailed(f"{len(failed)} of {len(runs)} runs failed ({names}); the last one, {failed[-1]}")
     return done
 
 

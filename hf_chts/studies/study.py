@@ -9,7 +9,7 @@ from typing import Any
 from hf_chts.config_checks import unknown
 from hf_chts.config_file import read
 
-_FIELDS = ("title", "task", "seeds", "settings", "rows", "quick")
+_FIELDS = ("title", "task", "seeds", "settings", "rows", "reference", "quick")
 _OF_ROW = ("label", "paper", "seeds", "settings", "group")
 _OF_QUICK = ("seeds", "settings", "rows")
 
@@ -84,6 +84,8 @@ class Study:
         task: a name of `tasks.TASKS`.
         rows: in the order of the file.
         quick: whether this is the short form.
+        references: rows that the others are compared with, seed by seed; `reference` in the YAML, a row or a list. A
+            short form has those of them that are among its rows.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Study:
     task: str
     rows: tuple[Row, ...]
     quick: bool = False
+    references: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, path: str | Path, *, quick: bool = False) -> "Study":
@@ -121,6 +124,11 @@ class Study:
         seeds = _seeds(values["seeds"])
         if not isinstance(rows, dict) or not rows:
             raise ValueError(f"rows is {rows!r}; it must map names of rows to their settings")
+        references = values.get("reference", [])
+        references = references if isinstance(references, list) else [references]
+        for row in references:
+            if row not in rows:
+                raise ValueError(unknown("row as reference", row, rows))
         if quick:
             if "quick" not in values:
                 raise ValueError(
@@ -145,7 +153,8 @@ class Study:
             paper = own.get("paper", ())
             paper = tuple(paper) if isinstance(paper, (list, tuple)) else (paper,)
             made.append(Row(str(row), own.get("label", str(row)), own.get("group", ""), paper, of_row, merged))
-        return cls(name, values.get("title", name), values["task"], tuple(made), quick)
+        compared = tuple(str(row) for row in references if row in rows)
+        return cls(name, values.get("title", name), values["task"], tuple(made), quick, compared)
 
     def runs(self, scratch: Path) -> list[Run]:
         """All runs, those of the first seed first. Each keeps its checkpoints in a folder of its own in `scratch`."""

@@ -1,4 +1,4 @@
-"""Correlated sparse topological initialization (CSTI), for layers that see raw input."""
+"""Correlated sparse topological initialization (CSTI), from what a layer or the whole model sees."""
 
 import torch
 from torch import Tensor
@@ -11,17 +11,20 @@ from hf_chts.topology.sampling import choose
 _BLOCK_ROWS = 1024
 
 
-@register.initial_topology("correlated")
-def correlated(inputs: Tensor, out_features: int, links: int, *, generator: torch.Generator) -> Tensor:
-    """CSTI: links where the layer's input features are correlated over calibration inputs (arXiv 2501.19107, App. D).
+def correlated(
+    inputs: Tensor, out_features: int, links: int, *, generator: torch.Generator, in_features: int | None = None
+) -> Tensor:
+    """CSTI: links where input features are correlated over calibration inputs (arXiv 2501.19107, App. D).
 
     The Pearson correlations between features, 0 for constant ones and on the diagonal, are tiled and cut to (out, in):
-    output i stands for feature i mod in. The links are at the largest absolute values; equal ones are chosen uniformly
-    at random.
+    output i stands for feature i mod features, and so does input j. The links are at the largest absolute values; equal
+    ones are chosen uniformly at random.
 
     Args:
-        inputs: (samples, in) floating point or integer, at least two samples: what the layer sees, flattened to rows.
+        inputs: (samples, features) floating point or integer, at least two samples: what the layer sees, flattened to
+            rows; or what the model sees, which the authors' code tiles over all layers of an MLP.
         out_features: outputs of the layer.
+        in_features: inputs of the layer; None: as many as there are features.
 
     Returns:
         bool (out, in) with exactly `links` links, on the generator's device.
@@ -34,10 +37,11 @@ def correlated(inputs: Tensor, out_features: int, links: int, *, generator: torc
         raise ValueError(
             f"calibration inputs are (samples, in_features); got {tuple(inputs.shape)}: flatten(0, -2) them"
         )
-    samples, ins = inputs.shape
+    samples, features = inputs.shape
     if samples < 2:
         raise ValueError(f"a correlation takes at least two calibration samples; got {samples}")
-    total = check_links(out_features, ins, links)
+    in_features = features if in_features is None else in_features
+    total = check_links(out_features, in_features, links)
     values = inputs.detach().to(generator.device, torch.float64)
     if not torch.isfinite(values).all():
         raise ValueError(
@@ -52,11 +56,16 @@ def correlated(inputs: Tensor, out_features: int, links: int, *, generator: torc
     values = values / values.norm(dim=0)
     values[:, constant] = 0  # (samples, in), each feature of mean 0 and length 1
 
-    scores = torch.empty(min(out_features, ins), ins, dtype=torch.float32, device=generator.device)
+    scores = torch.empty(min(out_features, features), features, dtype=torch.float32, device=generator.device)
     for start in range(0, len(scores), _BLOCK_ROWS):
         block = slice(start, min(start + _BLOCK_ROWS, len(scores)))
         # rounded to float32, so that (a, b) and (b, a) are equal
         scores[block] = (values[:, block].t() @ values).abs_().float()
     scores.diagonal().zero_()
-    scores = scores.repeat(-(-out_features // ins), 1)[:out_features]
+    scores = scores.repeat(-(-out_features // features), -(-in_features // features))[:out_features, :in_features]
     return choose(scores, total, torch.ones_like(scores, dtype=torch.bool), soft=False, generator=generator)
+
+
+@register.initial_topology("correlated")
+def _correlated(inputs: Tensor, out_features: int, in_features: int, links: int, generator: torch.Generator) -> Tensor:
+    return correlated(inputs, out_features, links, generator=generator, in_features=in_features)

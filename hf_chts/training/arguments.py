@@ -9,7 +9,9 @@ from transformers import TrainingArguments
 class SparseTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the paper's learning-rate schedule as the default.
 
-    Parameters that control the learning rate around topology updates:
+    Parameters that control the learning rate:
+        lr_schedule_until: fraction of the run at which the schedule of lr_scheduler_type has ended; the rate stays
+            what it is then. The paper's MLPs have "polynomial" with power 1 and lr_end, until 0.9.
         update_warmup_steps: optimizer steps over which the rate climbs back after each update. None: 20 (paper
             Table 6), or a fifth of update_interval if that is less.
 
@@ -28,6 +30,13 @@ class SparseTrainingArguments(TrainingArguments):
 
     lr_scheduler_type: str = field(
         default="cosine", metadata={"help": "Any schedule of transformers. Default: cosine."}
+    )
+    lr_schedule_until: float = field(
+        default=1.0,
+        metadata={
+            "help": "Fraction of the run at which the learning-rate schedule has ended; the rate stays what it is then."
+            " Default: 1."
+        },
     )
     update_warmup_steps: int | None = field(
         default=None,
@@ -66,6 +75,8 @@ class SparseTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.update_warmup_steps is not None and self.update_warmup_steps < 0:
             raise ValueError(f"update_warmup_steps is {self.update_warmup_steps}; it must be >= 0")
+        if not 0 < self.lr_schedule_until <= 1:
+            raise ValueError(f"lr_schedule_until is {self.lr_schedule_until}; it must lie in (0, 1]")
         for name in ("best_at_any_sparsity", "overwrite_output_dir", "skip_damaged_checkpoints"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} is {value!r}; it must be true or false")

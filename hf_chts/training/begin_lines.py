@@ -47,7 +47,7 @@ def layer_lines(sparse: SparseLayers) -> list[str]:
 
 def plan_line(plan: SchedulePlan, learning_rate: str) -> str:
     """When the topology is updated in a run, and what the learning rate does after each update."""
-    interval = plan.config.update_interval
+    interval = plan.interval
     updates = [step for step in range(interval, plan.window_end + 1, interval) if plan.is_update(step)]
     if not updates:
         return "topology: no update in this run can change it"
@@ -74,7 +74,7 @@ def changed_lines(
         rates: the learning rate in the checkpoint and in the schedule now; None if they are not known.
     """
     lines = []
-    length, interval = plan.max_steps, plan.config.update_interval
+    length, interval = plan.max_steps, plan.interval
     if earlier is not None:
         line = (
             f"The run goes on to step {length}, that of the checkpoint would have gone to {earlier.max_steps}: the "

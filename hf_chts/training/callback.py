@@ -173,7 +173,7 @@ class TopologyCallback(TrainerCallback):
         sparsity = 1 - sum(layers[name].links for name in trained) / possible
         reached = evolver.reached
         if reached is None and earlier is not None:
-            reached = earlier.sparsity(step // plan.config.update_interval * plan.config.update_interval)
+            reached = earlier.sparsity(step // plan.interval * plan.interval)
         if reached is None or not evolver.trained:
             reached = plan.config.sparsity
         for line in changed_lines(plan, step, sparsity, reached, earlier, rates):

@@ -38,8 +38,9 @@ _SAME_ON_RANKS = (
     "logging_strategy", "logging_steps", "logging_first_step", "eval_strategy", "eval_steps", "eval_delay",
     "eval_on_start", "save_strategy", "save_steps", "save_only_model", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "best_at_any_sparsity", "update_warmup_steps",
-    "optim", "optim_args", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "ignore_data_skip",
+    "optim", "optim_args", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "lr_schedule_until",
+    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "bf16", "fp16", "ignore_data_skip",
 )  # fmt: skip
 
 

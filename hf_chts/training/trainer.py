@@ -89,7 +89,7 @@ class SparseTrainerMixin(
         if model is not None and isinstance(config, SparsityConfig) and args is not None:
             if args.max_steps > 0:  # raises before the model is changed
                 config.plan(args.max_steps)
-            asked_warmup(args, config)
+            asked_warmup(args, config, args.max_steps)
         if isinstance(model, nn.Module):
             self.sparse = self._sparsify(model)
         super().__init__(*positional, **named)

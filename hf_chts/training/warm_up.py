@@ -1,4 +1,4 @@
-"""The learning rate climbs back after each topology update: a short warm-up on top of the Trainer's schedule."""
+"""The learning rate: when the Trainer's schedule ends, and a short warm-up on top of it after each topology update."""
 
 from typing import Any
 
@@ -6,15 +6,24 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_chts.config import SparsityConfig
-from hf_chts.evolution.update_warmup import PAPER_WARMUP, add_update_warmup, warmup_steps
+from hf_chts.evolution.update_warmup import PAPER_WARMUP, add_end, add_update_warmup, warmup_steps
 from hf_chts.sparse_model import SparsityHandle
 from hf_chts.training.any_trainer import AnyTrainer
 from hf_chts.training.callback import TopologyCallback
 
 
-def asked_warmup(args: Any, config: SparsityConfig) -> int:
-    """Optimizer steps of warm-up after each update. Raises ValueError if they do not fit `update_interval`."""
-    return warmup_steps(getattr(args, "update_warmup_steps", 0), config.update_interval) if config.evolves else 0
+def asked_warmup(args: Any, config: SparsityConfig, max_steps: int) -> int:
+    """Optimizer steps of warm-up after each update. Raises ValueError if they do not fit `update_interval`.
+
+    Args:
+        max_steps: 0 or less if it is not known yet.
+    """
+    asked = getattr(args, "update_warmup_steps", 0)
+    if not config.evolves:
+        return 0
+    if config.update_interval < 1 and max_steps <= 0:
+        return PAPER_WARMUP if asked is None else asked
+    return warmup_steps(asked, config.interval(max_steps))
 
 
 class WarmsUpAfterUpdates(AnyTrainer):
@@ -28,21 +37,31 @@ class WarmsUpAfterUpdates(AnyTrainer):
         """Optimizer steps over which the learning rate climbs back after each topology update; 0: none."""
         if self.topology_callback is not None and self.topology_callback.warmup is not None:
             return self.topology_callback.warmup
-        return asked_warmup(self.args, self.sparse.config)
+        return asked_warmup(self.args, self.sparse.config, self.args.max_steps)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         fresh = self.lr_scheduler is None
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        until = getattr(self.args, "lr_schedule_until", 1.0)
+        end = max(1, round(until * num_training_steps))
+        scheduler = super().create_scheduler(end, optimizer)
+        if fresh and end < num_training_steps:
+            if not isinstance(scheduler, LambdaLR):
+                raise ValueError(
+                    f"lr_schedule_until is {until}, but the schedule {self.args.lr_scheduler_type!r} is not a function "
+                    "of the step: leave it out, or choose another lr_scheduler_type"
+                )
+            add_end(scheduler, end)
         if self.topology_callback is not None and self.sparse.config.evolves:
             self._warm_up_after_updates(scheduler, fresh, num_training_steps)
         return scheduler
 
     def _warm_up_after_updates(self, scheduler: Any, fresh: bool, num_training_steps: int) -> None:
-        topology, interval = self.topology_callback, self.sparse.config.update_interval
+        topology, interval = self.topology_callback, self.sparse.config.interval(num_training_steps)
         assert topology is not None
         if not fresh and topology.warmup is not None:  # made by a copy of this trainer, under DeepSpeed
             return
-        asked, steps = getattr(self.args, "update_warmup_steps", 0), asked_warmup(self.args, self.sparse.config)
+        asked = getattr(self.args, "update_warmup_steps", 0)
+        steps = asked_warmup(self.args, self.sparse.config, num_training_steps)
         obstacle = None
         if not fresh:
             obstacle = "the learning-rate schedule is not the Trainer's own"

@@ -268,6 +268,18 @@ def test_correlated_against_corrcoef_and_in_blocks(monkeypatch):
     assert csti(inputs * 1e180, 100, 0.8).equal(mask)
 
 
+def test_the_models_correlations_are_tiled_over_a_layer_of_another_width():
+    inputs = torch.randn(30, 7, generator=random_stream(0)).double()
+    expected = torch.corrcoef(inputs.t()).abs().fill_diagonal_(0)
+    mask = correlated(inputs, 16, 48, generator=random_stream(1), in_features=12)
+    scores = torch.tensor([[expected[row % 7, column % 7] for column in range(12)] for row in range(16)])
+    threshold = scores.flatten().sort(descending=True).values[47]
+    assert mask.shape == (16, 12)
+    assert mask.sum() == 48
+    assert mask[scores > threshold + 1e-6].all()
+    assert not mask[scores < threshold - 1e-6].any()
+
+
 def test_equal_correlations_are_chosen_uniformly():
     inputs = torch.tensor([[0.1], [0.2], [0.7]]).repeat(1, 6) * torch.tensor([1.0, -3, 7, 0.3, 11, -5])
     counts = sum(csti(inputs, 6, 1 - 10 / 36, key=key).double() for key in range(300))

@@ -285,6 +285,35 @@ def test_the_rate_is_the_full_one_for_most_of_each_interval(tmp_path, capsys, in
     assert ("paper's 20" in line) == (asked == "default")
 
 
+def test_the_schedule_may_end_before_the_run(tmp_path):
+    settings = {"max_steps": 20, "save_strategy": "no", "update_warmup_steps": 0, "lr_schedule_until": 0.5}
+    linear = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 1.0, "lr_end": 1e-4}}
+    run = SparseTrainer(
+        tiny_llama(num_hidden_layers=1), arguments(tmp_path, **settings, **linear), sparsity=case_config("set"),
+        train_dataset=random_blocks(),
+    )  # fmt: skip
+    run.train()
+    expected = [1e-4 + (1e-2 - 1e-4) * (1 - min(step, 10) / 10) for step in range(20)]
+    assert rates(run) == pytest.approx(expected)
+
+
+def test_a_schedule_cannot_end_at_once_or_after_the_run(tmp_path):
+    for until in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"lr_schedule_until is {until}"):
+            arguments(tmp_path, lr_schedule_until=until)
+
+
+def test_a_schedule_that_follows_the_loss_has_no_end(tmp_path):
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 5}
+    args = arguments(tmp_path, **settings, save_strategy="no", lr_schedule_until=0.5, update_warmup_steps=0)
+    run = SparseTrainer(
+        tiny_llama(num_hidden_layers=1), args, sparsity=case_config("set"), train_dataset=random_blocks(),
+        eval_dataset=random_blocks(4),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="lr_schedule_until is 0.5, but the schedule"):
+        run.train()
+
+
 @pytest.mark.parametrize(("asked", "interval"), [(4, 4), (20, 4), (20, 10), (2, 1)])
 def test_a_warm_up_that_leaves_no_step_at_the_full_rate_is_refused(tmp_path, asked, interval):
     model = tiny_llama(num_hidden_layers=1)

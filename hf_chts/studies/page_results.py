@@ -1,0 +1,90 @@
+"""The result files of a study, by row and seed, and which of them are missing."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_chts.studies.study import Row, Run, Study
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """What is there of a study.
+
+    Attributes:
+        study: whose results they are.
+        by_row: the results of each row of the study, by seed; a row without results has an empty mapping.
+        missing: the runs that have no result.
+        changed: the runs whose result is of other settings than the study now has; it is not in `by_row`.
+        others: names of further results in the folder, of no run of the study.
+    """
+
+    study: Study
+    by_row: Mapping[str, Mapping[int, Result]]
+    missing: tuple[Run, ...]
+    changed: tuple[Run, ...]
+    others: tuple[str, ...]
+
+    @classmethod
+    def read(cls, study: Study, folder: Path) -> "StudyResults":
+        """Read a folder of result files, which need not exist yet.
+
+        Raises:
+            ValueError: a file is not a result; the message names it.
+        """
+        by_row: dict[str, dict[int, Result]] = {row.name: {} for row in study.rows}
+        missing, changed = [], []
+        # no run is started here: where it would keep its checkpoints does not matter
+        runs = study.runs(Path())
+        for run in runs:
+            path = folder / f"{run.name}.json"
+            if not path.is_file():
+                missing.append(run)
+                continue
+            result = _read(path)
+            if result["settings"] != run.settings:
+                changed.append(run)
+                continue
+            by_row[run.row][run.seed] = result
+        known = {run.name for run in runs}
+        others = sorted(path.stem for path in folder.glob("*.json") if path.stem not in known)
+        return cls(study, by_row, tuple(missing), tuple(changed), tuple(others))
+
+    @property
+    def results(self) -> list[Result]:
+        """All results, row by row."""
+        return [result for row in self.by_row.values() for result in row.values()]
+
+    def values(self, row: str, figure: str) -> dict[int, float]:
+        """A figure of a row by seed, of the runs that have it and where it is finite."""
+        found = {seed: result["figures"].get(figure) for seed, result in self.by_row[row].items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def not_finite(self, row: str, figure: str) -> int:
+        """How many runs of a row have this figure but no finite number in it, which a result file holds as null."""
+        figures = [result["figures"] for result in self.by_row[row].values()]
+        return sum(figure in of and of[figure] is None for of in figures)
+
+    def groups(self) -> dict[str, list[Row]]:
+        """The rows of each group, in the order of the file."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.study.rows:
+            groups.setdefault(row.group, []).append(row)
+        return groups
+
+
+def _read(path: Path) -> Result:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        fields = ("settings", "figures", "seconds", "processor_seconds", "memory_mib", "machine", "command", "curves")
+        for name in fields:
+            result[name]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the result of a run ({error}): remove it to run it again") from error
+    except KeyError as error:
+        raise ValueError(f"{path} is not the result of a run, it has no {error}: remove it to run it again") from error
+    return result

@@ -1,0 +1,147 @@
+"""Study 1: data in MNIST's form, runs that are cut off, and what a run records."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_chts import SparsityConfig, sparsify
+from hf_chts.studies import classification
+from hf_chts.studies.classification import Settings, active, mlp, train
+from hf_chts.studies.images import DATA_VARIABLE, load_images
+from hf_chts.studies.study import Run
+from hf_chts.studies.tasks import parsed
+
+SPARSE = {
+    "method": "chts", "sparsity": 0.9, "storage": "links", "initial_topology": "correlated", "update_until": 1.0,
+    "removal": "relative_importance", "drop_fraction": 0.3, "drop_schedule": "constant", "initial_weights": "swi",
+}  # fmt: skip
+SMALL = {"data": "digits", "epochs": 6, "hidden": 64, "layers": 2, "checkpoint_epochs": 2}
+
+
+def run(folder, seed=0, **settings):
+    folder.mkdir(exist_ok=True)
+    return Run("classification", "row", seed, {"sparsity": SPARSE} | SMALL | settings, folder)
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture
+def idx(tmp_path, monkeypatch):
+    """A folder with 100 and 20 random images of 28 by 28 in MNIST's files, and the arrays."""
+    folder = tmp_path / "data" / "fashion_mnist"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 100), ("t10k", 20)):
+        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        arrays[split] = (images, labels)
+        head = struct.pack(">4B3i", 0, 0, 8, 3, count, 28, 28)
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(head + images.tobytes()))
+        head = struct.pack(">4Bi", 0, 0, 8, 1, count)
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())  # packed or not
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "data"))
+    return arrays
+
+
+def test_images_of_idx_files(idx):
+    images = load_images("fashion_mnist")
+    expected = (idx["train"][0].reshape(100, 784).astype(np.float64) / 255 - 0.2860) / 0.3530
+    assert images.train.dtype == torch.float32
+    assert np.abs(images.train.numpy() - expected).max() < 1e-5
+    assert images.test.shape == (20, 784)
+    assert images.train_labels.tolist() == [number % 10 for number in range(100)]
+    assert images.classes == 10
+
+
+def test_a_file_that_was_cut_off_is_named(idx, tmp_path):
+    path = tmp_path / "data" / "fashion_mnist" / "t10k-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(OSError, match="t10k-labels-idx1-ubyte is not a whole IDX file"):
+        load_images("fashion_mnist")
+
+
+def test_data_that_is_nowhere_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    with pytest.raises(OSError, match=rf"mnist is neither in {tmp_path}/mnist, .* {DATA_VARIABLE}"):
+        load_images("mnist")
+    with pytest.raises(ValueError, match="unknown data 'fashionmnist'; did you mean 'fashion_mnist'"):
+        load_images("fashionmnist")
+
+
+def test_a_run_that_was_cut_off_gives_the_same_figures(tmp_path, monkeypatch):
+    whole = train(run(tmp_path / "whole"), quiet)
+    steps = classification._Trained.train_epoch
+    calls = []
+
+    def stops(self, seed):
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        calls.append(self.epoch)
+        return steps(self, seed)
+
+    monkeypatch.setattr(classification._Trained, "train_epoch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(run(tmp_path / "cut"), quiet)
+    monkeypatch.setattr(classification._Trained, "train_epoch", steps)
+    said = []
+    again = train(run(tmp_path / "cut"), said.append)
+    assert said[0] == "goes on after epoch 4"
+    assert again.figures == whole.figures
+    assert again.curves == whole.curves
+    assert whole.figures["accuracy_last"] > 80
+
+
+def test_what_is_recorded_is_counted(tmp_path):
+    outcome = train(run(tmp_path, held_out=200), quiet)
+    curves, figures = outcome.curves, outcome.figures
+    assert curves["epoch"] == [1, 2, 3, 4, 5, 6]
+    assert figures["accuracy_best"] == max(curves["accuracy"])
+    chosen = curves["held_out"].index(max(curves["held_out"]))
+    assert figures["accuracy_chosen"] == curves["accuracy"][chosen]
+    assert figures["links"] == round(64 * 64 * 0.1) + round(64 * 64 * 0.1)
+    assert curves["itop"] == sorted(curves["itop"])
+    assert 0.1 < curves["itop"][0] <= 0.14  # 30% of the links are new, or were there before
+    assert outcome.seconds > 0
+
+
+def test_a_dense_run_has_all_links(tmp_path):
+    figures = train(run(tmp_path, epochs=1, sparsity={"method": "dense"}), quiet).figures
+    assert (figures["links"], figures["sparsity"], figures["itop"]) == (64 * 64 * 2, 0.0, 1.0)
+
+
+def test_the_rate_falls_to_its_end_and_stays(tmp_path):
+    settings = parsed(Settings, {"data": "digits", "epochs": 10, "hidden": 32, "layers": 1, "sparsity": SPARSE})
+    trained = classification._Trained(settings, load_images("digits"), 0)
+    rate = trained.scheduler.lr_lambdas[0]
+    end = int(0.9 * trained.max_steps)
+    assert rate(0) * 0.025 == pytest.approx(0.025)
+    assert rate(end // 2) * 0.025 == pytest.approx((0.025 + 2.5e-4) / 2, rel=1e-2)
+    assert rate(end) * 0.025 == rate(trained.max_steps) * 0.025 == pytest.approx(2.5e-4)
+    assert trained.sparse.config.update_interval == trained.per_epoch == 1438 // 32
+
+
+def test_active_neurons_by_hand():
+    model = mlp(3, 3, 2, 2)
+    masks = {"0": torch.zeros(3, 3, dtype=torch.bool), "2": torch.zeros(3, 3, dtype=torch.bool)}
+    # 0 → 1 → 2 is a path; neuron 0 of the middle has no output, and neuron 2 no input
+    masks["0"][1, 0] = masks["0"][0, 1] = masks["2"][2, 1] = masks["2"][0, 2] = True
+    sparse = sparsify(model, SparsityConfig("set", sparsity=7 / 9, target_modules=["0", "2"]), masks=masks)
+    assert active(sparse) == pytest.approx(4 / 12)  # one input and one output of each layer
+    assert isinstance(model[0], nn.Linear)
+
+
+def test_settings_that_are_wrong_are_named():
+    with pytest.raises(ValueError, match="unknown setting 'epoch'; did you mean 'epochs'"):
+        parsed(Settings, {"data": "digits", "epoch": 3})
+    with pytest.raises(ValueError, match="setting epochs is 'many'; it must be of type int"):
+        parsed(Settings, {"data": "digits", "epochs": "many"})
+    with pytest.raises(ValueError, match="settings: .*'data'"):
+        parsed(Settings, {})

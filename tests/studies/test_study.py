@@ -1,0 +1,233 @@
+"""A study's YAML, which runs it asks for, and that each is carried out once."""
+
+import json
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import filelock
+import pytest
+
+from hf_chts.commands.app import main
+from hf_chts.studies import running
+from hf_chts.studies.running import RunsFailed, check, missing, part_of, run_all, run_one
+from hf_chts.studies.study import Study, merge
+
+ROOT = Path(__file__).parents[2]
+
+
+def quiet(line):
+    pass
+
+
+class TestReading:
+    def test_settings_of_a_row_are_merged_into_those_of_the_study(self, made):
+        study = made.load()
+        rows = {row.name: row for row in study.rows}
+        assert rows["set"].settings == {"epochs": 2, "sparsity": {"method": "set", "sparsity": 0.9}}
+        assert rows["chts"].settings == {"epochs": 2, "base": 2, "sparsity": {"method": "chts", "sparsity": 0.9}}
+        assert (study.name, study.title, study.task, study.quick) == ("made", "A *made* study", "played", False)
+        assert (rows["set"].label, rows["set"].group, rows["set"].paper) == ("SET", "fixed density", (3.0,))
+        assert (rows["gmp"].label, rows["gmp"].paper, rows["gmp"].seeds) == ("gmp", (), (0,))
+
+    def test_merging_changes_neither(self):
+        base, over = {"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 5}, "d": {"e": 1}}
+        merged = merge(base, over)
+        assert merged == {"a": {"b": 5, "c": [1]}, "d": {"e": 1}}
+        merged["a"]["c"].append(2)
+        merged["d"]["e"] = 9
+        assert base == {"a": {"b": 1, "c": [1]}, "d": 2}
+        assert over == {"a": {"b": 5}, "d": {"e": 1}}
+
+    def test_runs_are_seed_by_seed_each_in_a_folder_of_its_own(self, made):
+        runs = made.load().runs(Path("scratch"))
+        assert [run.name for run in runs] == [
+            "dense-0", "set-0", "chts-0", "gmp-0", "dense-1", "set-1", "chts-1", "dense-2", "set-2", "chts-2"
+        ]  # fmt: skip
+        assert runs[1].folder == Path("scratch/set-0")
+
+    def test_the_short_form(self, made):
+        quick = {"seeds": [7], "rows": ["chts", "set"], "settings": {"epochs": 1, "sparsity": {"sparsity": 0.5}}}
+        study = made.write(quick=quick, reference=["dense", "set"]).load(quick=True)
+        assert [row.name for row in study.rows] == ["chts", "set"]
+        assert study.rows[0].settings == {"epochs": 1, "base": 2, "sparsity": {"method": "chts", "sparsity": 0.5}}
+        assert all(row.seeds == (7,) for row in study.rows)
+        assert study.quick
+        assert study.references == ("set",)  # dense is not in the short form
+        assert made.load().rows[0].settings["epochs"] == 2
+
+    def test_references(self, made):
+        assert made.load().references == ()
+        assert made.write(reference="set").load().references == ("set",)
+        assert made.write(reference=["set", "dense"]).load().references == ("set", "dense")
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"seed": [1]}, "unknown field of a study 'seed'; did you mean 'seeds'"),
+            ({"rows": {"a": {"labels": "A"}}}, "unknown field of row 'a' 'labels'; did you mean 'label'"),
+            ({"rows": {}}, "rows is {}; it must map names of rows"),
+            ({"seeds": [0, True]}, r"seeds is \[0, True\]; it must be a list of whole numbers"),
+            ({"seeds": 3}, "seeds is 3; it must be a list of whole numbers"),
+            ({"reference": "sett"}, "unknown row as reference 'sett'; did you mean 'set'"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, made, fields, message):
+        with pytest.raises(ValueError, match=f"made.yaml: .*{message}"):
+            made.write(**fields).load()
+
+    @pytest.mark.parametrize(
+        ("quick", "message"),
+        [
+            ({"rows": ["chtss"]}, "unknown row in quick 'chtss'; did you mean 'chts'"),
+            ({"row": ["chts"]}, "unknown field of quick 'row'; did you mean 'rows'"),
+        ],
+    )
+    def test_what_is_wrong_with_the_short_form_is_named(self, made, quick, message):
+        with pytest.raises(ValueError, match=message):
+            made.write(quick=quick).load(quick=True)
+
+    def test_a_study_without_a_short_form(self, made):
+        with pytest.raises(ValueError, match="it has no short form"):
+            made.load(quick=True)
+
+    def test_a_study_that_is_not_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no study at .*gone.yaml"):
+            Study.load(tmp_path / "gone.yaml")
+
+    def test_settings_that_the_task_does_not_have(self, made):
+        check(made.load())
+        with pytest.raises(ValueError, match="row 'dense': unknown setting 'epoch'; did you mean 'epochs'"):
+            check(made.write(settings={"epoch": 2}).load())
+        with pytest.raises(ValueError, match="row 'dense': setting epochs is 'two'; it must be of type int"):
+            check(made.write(settings={"epochs": "two"}).load())
+
+    @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+    def test_the_studies_of_the_repository(self, path):
+        check(Study.load(path))
+        check(Study.load(path, quick=True))
+
+
+class TestWhatToRun:
+    def test_parts_share_the_runs(self):
+        runs = list(range(10))
+        assert part_of(runs, "1/1") == runs
+        assert part_of(runs, "2/3") == [1, 4, 7]
+        assert sorted(run for k in range(1, 5) for run in part_of(runs, f"{k}/4")) == runs
+        assert part_of(runs, "11/12") == []
+
+    @pytest.mark.parametrize("only", ["0/3", "4/3", "2", "a/b", "1/0", "-1/3", ""])
+    def test_parts_that_are_none(self, only):
+        with pytest.raises(ValueError, match="it must be like 17/64"):
+            part_of([1], only)
+
+    def test_what_has_a_result_is_not_missing(self, made):
+        made.add("set-0", {})
+        made.add("dense-2", {})
+        study = made.load()
+        left = [run.name for run in missing(study, study.runs(made.folder), made.results)]
+        assert left == ["dense-0", "chts-0", "gmp-0", "dense-1", "set-1", "chts-1", "set-2", "chts-2"]
+
+    def test_results_of_other_settings_are_refused(self, made):
+        made.add("set-0", {})
+        study = made.write(settings={"epochs": 3, "sparsity": {"method": "chts", "sparsity": 0.9}}).load()
+        with pytest.raises(ValueError, match=r"set-0.json was run with other settings \(epochs\): remove it"):
+            missing(study, study.runs(made.folder), made.results)
+
+
+class TestRunning:
+    def share(self, made, runs, say=quiet):
+        return run_all(made.path, made.load(), runs, made.results, made.folder / "scratch", "hf-chts study", say)
+
+    @pytest.fixture
+    def played(self, made, monkeypatch):
+        """Runs in threads of this process, which has the task. The names of the runs that were begun."""
+        begun = []
+
+        def run(arguments, stdout, **options):
+            order = json.loads(arguments[-1])
+            begun.append(order["run"])
+            time.sleep(0.05)
+            study = made.load()
+            one = next(run for run in study.runs(Path(order["scratch"])) if run.name == order["run"])
+            try:
+                result = run_one(study, one, order["command"])
+            except ValueError as error:
+                print(f"ValueError: {error}", file=stdout)
+                return subprocess.CompletedProcess(arguments, 1)
+            Path(order["target"]).write_text(json.dumps(result), encoding="utf-8")
+            return subprocess.CompletedProcess(arguments, 0)
+
+        monkeypatch.setattr(running.subprocess, "run", run)
+        return begun
+
+    def test_a_result_has_all_that_the_page_needs(self, made):
+        study = made.load()
+        run = next(run for run in study.runs(made.folder) if run.name == "chts-1")
+        result = run_one(study, run, "hf-chts study made.yaml")
+        assert (result["row"], result["seed"], result["settings"]) == ("chts", 1, run.settings)
+        assert result["figures"] == {"score": 3, "loss": 1.0, "links": 1200.0}
+        assert (result["seconds"], result["processor_seconds"]) == (10.0, 8.0)
+        assert 0 < result["memory_mib"]["before_training"] <= result["memory_mib"]["peak"]
+        assert {"hf_chts", "torch"} <= set(result["machine"]["versions"])
+
+    def test_runs_leave_a_result_and_no_folder(self, made, played):
+        runs = made.load().runs(made.folder / "scratch")[:2]
+        done = self.share(made, runs)
+        assert done == [made.results / "dense-0.json", made.results / "set-0.json"]
+        assert not any(run.folder.exists() for run in runs)
+
+    def test_a_run_that_fails_leaves_its_log_and_no_result_and_the_others_go_on(self, made, played):
+        made.write(settings={"base": -1.0})
+        runs = [run for run in made.load().runs(made.folder / "scratch") if run.name in ("dense-0", "chts-0")]
+        log = runs[0].folder / "log.txt"
+        with pytest.raises(RunsFailed, match=f"1 of 2 runs failed .dense-0.; .* base is -1.0; .*{log.name}"):
+            self.share(made, runs)
+        assert "base is -1.0" in log.read_text(encoding="utf-8")
+        assert list(made.results.glob("*.json")) == [made.results / "chts-0.json"]  # it has a base of its own
+        assert played == ["dense-0", "chts-0"]
+
+    def test_two_share_the_runs(self, made, played):
+        runs = made.load().runs(made.folder / "scratch")
+        threads = [threading.Thread(target=self.share, args=(made, part)) for part in (runs, runs[::-1])]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(played) == sorted(run.name for run in runs)
+        assert len(list(made.results.glob("*.json"))) == len(runs)
+
+    def test_a_run_that_another_process_is_at_is_left_to_it(self, made, played):
+        runs = made.load().runs(made.folder / "scratch")[:2]
+        runs[0].folder.mkdir(parents=True)
+        told = []
+        with filelock.FileLock(runs[0].folder / "lock"):
+            assert self.share(made, runs, told.append) == [made.results / "set-0.json"]
+        assert "made dense-0: another process is at it" in told
+        assert runs[0].folder.exists()
+
+
+class TestCommand:
+    def call(self, *words):
+        main(["study", *map(str, words)])
+
+    def test_the_page_alone(self, made, capsys):
+        made.add("chts-0", {"score": 60.0, "loss": 1.0}, {"epoch": [1, 2], "score": [1.0, 2.0]})
+        self.call(made.path, "--page")
+        assert "| CHTs" in (made.results / "made.md").read_text(encoding="utf-8")
+        assert (made.results / "made.png").is_file()
+        assert str(made.results / "made.md") in capsys.readouterr().out
+
+    @pytest.mark.slow
+    def test_a_short_form_from_the_yaml_to_the_page(self, tmp_path):
+        words = [ROOT / "studies/classification.yaml", "--quick", "--scratch", tmp_path, "--row", "chts"]
+        self.call(*words)
+        folder = tmp_path / "classification-quick" / "results"
+        text = (folder / "classification-quick.md").read_text(encoding="utf-8")
+        assert "(short form)" in text
+        assert "1 of 1" in text
+        assert (folder / "classification-quick.png").is_file()
+        before = (folder / "chts-0.json").read_bytes()
+        self.call(*words)  # nothing is missing
+        assert (folder / "chts-0.json").read_bytes() == before
