@@ -11,9 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from hf_chts.files.atomic import write_whole
+from hf_chts.studies.images import DATA_VARIABLE
 
-# names a folder with data of studies, one folder for each data set, for machines without the Hub
-DATA_VARIABLE = "HF_CHTS_STUDY_DATA"
 PAD, END = 0, 1
 _SPECIAL = ("<pad>", "</s>")
 # as the files of Multi30k are called, and as splits of data sets of the Hub are

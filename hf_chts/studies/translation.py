@@ -19,6 +19,7 @@ from hf_chts.config import SparsityConfig
 from hf_chts.export import load_sparse
 from hf_chts.machine import on_cpu
 from hf_chts.sparse_model import SparsityHandle
+from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
 from hf_chts.studies.sentence_pairs import EncodedPairs, Vocabulary, load_pairs
 from hf_chts.studies.study import Outcome, Run
 from hf_chts.studies.tasks import Say, parsed
@@ -34,11 +35,20 @@ from hf_chts.studies.translation_trainer import (
 
 # and sacrebleu's version
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp"
+FIGURES = {
+    "bleu_last": Figure("BLEU", better="higher", papers=True),
+    "bleu_best": Figure("BLEU, best step", better="higher"),
+    "loss_last": Figure("validation loss", "nats", better="lower", digits=3),
+    "loss_best": Figure("validation loss, best step", "nats", better="lower", digits=3),
+    "step_best": Figure("best step", digits=0),
+    **TOPOLOGY,
+}
+CURVES = {"loss_validation": "validation loss, nats a token", **TOPOLOGY_CURVES}
 # of a topology update, as the Trainer logs them
 _OF_UPDATES = ("itop", "active_neurons", "sparsity")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     """The defaults are the paper's; what it does not say is OpenNMT's, as in its code.
 
@@ -55,7 +65,8 @@ class Settings:
         evaluate_every: steps between losses on the validation split, which are the checkpoints as well.
         beams, longest: of the search for translations, and their most tokens.
         sentences: how many of the test split are translated; 0: all.
-        sparsity: fields of SparsityConfig. The run's seed is the topology's too, unless it is among them.
+        threads: of the processor.
+        sparsity: fields of SparsityConfig; topology_seed is the run's seed.
 
     Raises:
         ValueError: the steps are not whole rounds of `evaluate_every`.
@@ -105,9 +116,11 @@ def train(run: Run, say: Say) -> Outcome:
     trainer.train(resume_from_checkpoint=checkpoint)
     clock, state = trainer.clock, trainer.state
     last, best = _checkpoint(trainer, state.max_steps), _checkpoint(trainer, state.best_global_step)
+    figures: dict[str, float] = {}
+    if layers := trainer.sparse.layers:
+        figures["links"] = float(sum(layer.links for layer in layers.values()))
     del trainer  # its moments take as much memory as two models
 
-    figures: dict[str, float] = {}
     references = [german for _, german in splits["test"]][: settings.sentences or None]
     for name, place in {"last": last, "best": best}.items():
         if name == "best" and best == last:
@@ -124,6 +137,7 @@ def train(run: Run, say: Say) -> Outcome:
     losses = dict(zip(curves["step"], curves["loss_validation"], strict=True))
     step_best = state.best_global_step or state.max_steps
     figures |= {"loss_last": losses[state.max_steps], "loss_best": losses[step_best], "step_best": float(step_best)}
+    figures |= {name: curves[name][-1] for name in ("itop", "active_neurons") if name in curves}
     say(f"BLEU {figures['bleu_last']:.2f}, {SIGNATURE}")
     return Outcome(figures, curves, clock.seconds, clock.processor_seconds)
 
@@ -168,7 +182,7 @@ def _trainer(settings: Settings, run: Run, encoded: Mapping[str, EncodedPairs], 
     trainer = TranslationTrainer(
         model=model,
         args=args,
-        sparsity=SparsityConfig(**({"topology_seed": run.seed} | settings.sparsity)),
+        sparsity=SparsityConfig(**(settings.sparsity | {"topology_seed": run.seed})),
         train_dataset=TrainingBatches(encoded["train"], settings.steps, settings.tokens, run.seed),
         data_collator=whole_batch,
         eval_dataset=encoded["validation"],
