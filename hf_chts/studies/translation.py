@@ -50,8 +50,8 @@ _OF_UPDATES = ("itop", "active_neurons", "sparsity")
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are the paper's Table 2. Glorot's weights, Adam's β2 and no clipping are as its code trains on IWSLT,
-    with OpenNMT; byte pairs, norms behind the layers (Marian's) and the learning rate are ours.
+    """The defaults are the paper's Table 2. Glorot's weights, Adam's β2 and no clipping are as its code trains on
+    IWSLT, with OpenNMT; byte pairs, norms behind the layers (Marian's) and the learning rate are ours.
 
     Attributes:
         data: see `load_pairs`.
