@@ -27,8 +27,8 @@ def initial_masks(
 
     Args:
         weights: (out, in) by name; read for an initial topology that is made of them, and see `layer_links`.
-        calibration: inputs of every layer, (samples, in) by name, or their norms over the samples, (in,), for an initial
-            topology that needs them; or one tensor for all layers.
+        calibration: inputs of every layer, (samples, in) by name, or their norms over the samples, (in,), for an
+            initial topology that needs them; or one tensor for all layers.
         blocks: the number of blocks of rows that get topologies of their own, by layer name; 1 where absent.
 
     Raises:
