@@ -1,4 +1,4 @@
-"""`--init weights`: runs that start with the weights of a model, as a user starts them, on models that train in seconds."""
+"""`--init weights`: runs that start with the weights of a model, as a user starts them, on models of seconds."""
 
 import json
 import shutil
@@ -110,7 +110,11 @@ def test_links_are_chosen_anew_or_given_up(made, run, tmp_path):
 
 @pytest.mark.parametrize("model", ["me/sparse", "me/packed", "me/dense"])
 def test_from_the_hub(made, run, hub, waits, tmp_path, monkeypatch, model):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    constants = "huggingface_hub.constants"
+    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
+    # made of the endpoint on import
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
     folder = {"me/sparse": "sparse/export", "me/packed": "packed", "me/dense": "dense/export"}[model]
     hub.create(model, {path.name: path.read_bytes() for path in (made / folder).iterdir() if path.is_file()})
     code, printed = run(model, *AT_80, *(("--initial_topology", "magnitude") if model == "me/dense" else ()))
@@ -134,6 +138,7 @@ def without_a_weight(directory):
 # the model, what is done to a copy of it, the options, and what the refusal says
 REFUSED = {
     "another tokenizer": ("dense/export", None, ("--tokenizer", "{other}"), "does not give the token ids that"),
+    "a larger tokenizer": ("dense/export", None, ("--tokenizer", "{other}"), "has 513 tokens, more than the model's"),
     "no tokenizer": ("dense/export", without_tokenizer, (), "has no tokenizer: name the one that it was trained with"),
     "new weights": ("dense/export", None, ("--initial_weights", "swi"), "initial_weights is 'swi'"),
     "a missing weight": ("dense/export", without_a_weight, (), "has no weights for model.layers.0.mlp.up_proj.weight"),
@@ -154,7 +159,10 @@ def test_what_is_refused_before_anything_is_trained(made, run, tmp_path, monkeyp
         change(model)
     if "{other}" in options:
         tokenizer = AutoTokenizer.from_pretrained(made / "dense/export")
-        tokenizer.add_tokens(["another"])
+        if reason == "a larger tokenizer":
+            tokenizer.add_tokens(["another"])
+        else:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(400)
         tokenizer.save_pretrained(tmp_path / "other")
     monkeypatch.setattr(SparseTrainer, "train", lambda *args, **kwargs: pytest.fail("it was trained"))
     code, _ = run(model, *(str(option).format(other=tmp_path / "other") for option in options))
