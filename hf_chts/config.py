@@ -13,7 +13,15 @@ from hf_chts.config_checks import check_types, check_values, unknown
 from hf_chts.config_file import read
 from hf_chts.methods import CHOICES, METHODS
 from hf_chts.schedule_plan import SchedulePlan
-from hf_chts.topology.parts import REGROWTH, REMOVAL, SPARSITY_SCHEDULES, Part, import_parts, modules_of
+from hf_chts.topology.parts import (
+    INITIAL_TOPOLOGIES,
+    REGROWTH,
+    REMOVAL,
+    SPARSITY_SCHEDULES,
+    Part,
+    import_parts,
+    modules_of,
+)
 
 CONFIG_NAME = "sparsity_config.json"
 # In a file beside the fields: the sparsity that the model has, where it differs from the one that was asked for
@@ -92,7 +100,8 @@ class SparsityConfig:
     initial_topology: str = _by_method(
         "erdos_renyi",
         f"Topology at step 0: {', '.join(CHOICES['initial_topology'])} (correlated, the paper's CSTI, needs "
-        "calibration inputs).",
+        "calibration inputs; magnitude, relative_importance and wanda prune the weights that a model has, wanda by "
+        "calibration inputs too).",
     )
     initial_weights: str = _option(
         "model",
@@ -295,6 +304,12 @@ class SparsityConfig:
         """`layer_sparsity` as a dict: final sparsity by pattern."""
         assert not isinstance(self.layer_sparsity, str), "__post_init__ reads JSON"
         return self.layer_sparsity or {}
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the first links depend on the weights that the model has: which ones, or how many in each layer."""
+        part = INITIAL_TOPOLOGIES[self.initial_topology]
+        return not self.is_dense and (self.allocation == "global" or "weight" in part.needs)
 
     @property
     def adapts_softness(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
 
 from hf_chts.methods import CHOICES
-from hf_chts.topology.parts import SPARSITY_SCHEDULES
+from hf_chts.topology.parts import INITIAL_TOPOLOGIES, SPARSITY_SCHEDULES
 
 _IN_WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 
@@ -39,6 +39,11 @@ def check_values(config: Any) -> None:
         raise ValueError(
             f"update_interval is {config.update_interval}; it must be a whole number of steps, at least 1, or a "
             "fraction of the run between 0 and 1"
+        )
+    if config.initial_weights != "model" and "weight" in INITIAL_TOPOLOGIES[config.initial_topology].needs:
+        raise ValueError(
+            f"initial_weights is {config.initial_weights!r}, which would overwrite the weights that initial_topology "
+            f"{config.initial_topology!r} chooses links by: leave initial_weights out, or choose another topology"
         )
     if config.compact_after_decay and (config.storage != "links" or config.allocation == "global"):
         raise ValueError(

@@ -7,7 +7,15 @@ default here).
 
 from collections.abc import Iterable, Mapping
 
-from hf_chts.topology import gmp, initial, link_prediction, link_sampling, schedules, scores  # noqa: F401 - they register
+from hf_chts.topology import (  # noqa: F401 - they register
+    from_weights,
+    gmp,
+    initial,
+    link_prediction,
+    link_sampling,
+    schedules,
+    scores,
+)
 from hf_chts.topology.allocation import ALLOCATIONS
 from hf_chts.topology.parts import INITIAL_TOPOLOGIES, METHODS, REGROWTH, REMOVAL, SPARSITY_SCHEDULES, register
 

@@ -21,8 +21,23 @@ class ModelArguments:
     model: str = field(
         default="configs/models/llama_demo.json",
         metadata={
-            "help": "Architecture, trained from random weights: a config JSON, a directory with a config.json, or a "
-            "Hub id. Default: configs/models/llama_demo.json."
+            "help": "Architecture: a config JSON, a directory with a config.json, or a Hub id; with init: weights, a "
+            "directory or a Hub id with weights. Default: configs/models/llama_demo.json."
+        },
+    )
+    init: str = field(
+        default="random",
+        metadata={
+            "help": "random: new weights. weights: those of `model` and its tokenizer; an export of a sparse model "
+            "goes on with its links, unless initial_topology chooses by weights, and a dense model is pruned by "
+            "initial_topology (magnitude, relative_importance, wanda). Default: random."
+        },
+    )
+    calibration_blocks: int = field(
+        default=128,
+        metadata={
+            "help": "With init: weights, how many training sequences an initial topology that looks at the layers' "
+            "inputs (wanda) is shown. Default: 128."
         },
     )
     attn_implementation: str = field(
@@ -43,6 +58,10 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.export not in ("plain", "packed"):
             raise ValueError(f"export is plain or packed, got {self.export!r}")
+        if self.init not in ("random", "weights"):
+            raise ValueError(f"init is random or weights, got {self.init!r}")
+        if self.calibration_blocks < 1:
+            raise ValueError(f"calibration_blocks is {self.calibration_blocks}; it must be at least 1 sequence")
 
 
 def load_config(args: ModelArguments) -> PreTrainedConfig:
@@ -91,7 +110,7 @@ def build_model(
         kind = args.attn_implementation
         return AutoModelForCausalLM.from_config(config, attn_implementation=kind, dtype=torch.float32)
 
-    if sparsity.storage == "links" and not sparsity.is_dense and sparsity.allocation != "global":
+    if sparsity.storage == "links" and not (sparsity.is_dense or sparsity.starts_from_weights):
         with torch.device("meta"):
             outline = build()
         if 4 * outline.num_parameters() > _LARGE:

@@ -21,6 +21,8 @@ CASES = {name: {"method": name} for name in METHODS if name not in ("dense", "st
     "mest, layers with their own sparsity": {"method": "mest", "layer_sparsity": {"down_proj": 0.8, "q_proj": 0.95}},
     "set, percolation": {"method": "set", "percolation": True, "sparsity": 0.97, "drop_fraction": 0.3},
     "set, as in its own paper": {"method": "set", "recipe": "original"},
+    "rigl, from the largest weights": {"method": "rigl", "initial_topology": "magnitude"},
+    "chtss, from the most important weights": {"method": "chtss", "initial_topology": "relative_importance"},
     "chts, regrowth by gradient": {"method": "chts", "regrowth": "gradient", "removal": "relative_importance"},
 }
 

@@ -1,6 +1,7 @@
 """Models that are evaluated with their weights packed."""
 
 import os
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ def packed_model(source: str, revision: str, device: str, dtype: str) -> PreTrai
     Raises:
         FileNotFoundError, ValueError: see `load_sparse`; or the model was never sparse.
     """
-    options = {} if os.path.isdir(source) else {"revision": revision}
+    options: dict[str, Any] = {} if os.path.isdir(source) else {"revision": revision}
     if dtype != "auto":
         options["dtype"] = getattr(torch, dtype)
     model = load_sparse(source, compute="sparse", **options)

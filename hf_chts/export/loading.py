@@ -27,7 +27,9 @@ Compute = Literal["dense", "sparse"]
 _QUANTIZING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 
 
-def load_sparse(source: str | Path, *, compute: Compute | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_sparse(
+    source: str | Path, *, compute: Compute | None = None, sparsity: SparsityConfig | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Load an export, plain or packed, or a checkpoint, with its masks, to train on or, packed, for inference.
 
     For inference with dense weights `from_pretrained` of an export is enough.
@@ -40,6 +42,7 @@ def load_sparse(source: str | Path, *, compute: Compute | None = None, **kwargs:
         source: a directory or a Hub id.
         compute: "sparse": for inference with packed weights, which take about the memory of a packed export, and
             decode at the speed of their bytes. Such a model cannot be trained or saved. None or "dense": to train on.
+        sparsity: the config to train on with, in place of the export's; of the same layers.
         kwargs: for `from_pretrained`; for a Hub id also revision, token and the like. Code in the directory only runs
             with trust_remote_code=True.
 
@@ -57,7 +60,7 @@ def load_sparse(source: str | Path, *, compute: Compute | None = None, **kwargs:
             )
     directory = local_directory(source, kwargs)
     contents = checked_config(directory)
-    config = SparsityConfig.load(directory)
+    config = sparsity or SparsityConfig.load(directory)
     packed = PackedFiles(directory) if is_packed(contents) else None
     masks: Mapping[str, Tensor] = {}
     slots: Mapping[str, Tensor] = {}

@@ -39,7 +39,7 @@ _NEEDS = {
     "removal": _SCORE_NEEDS,
     "regrowth": _SCORE_NEEDS,
     "selection": {*_SCORE_NEEDS, "links", "generator"},
-    "initial_topology": {"out_features", "in_features", "links", "generator", "inputs"},
+    "initial_topology": {"out_features", "in_features", "links", "generator", "inputs", "input_norms", "weight"},
     "sparsity_schedule": {"step", "start", "end", "initial", "final"},
 }
 
@@ -200,8 +200,10 @@ class Register:
     def initial_topology(self, name: str, *, options: _Options = _NO_OPTIONS) -> _Decorator:
         """A topology to start with.
 
-        The function takes `out_features`, `in_features`, `links`, `generator`, and `inputs` (samples, in) if it needs
-        calibration inputs, and returns bool (out, in) with exactly `links` links. It is drawn on the CPU.
+        The function takes any of `out_features`, `in_features`, `links`, `generator`; `weight` (out, in), at least
+        float32, of a model that has been trained; and, of calibration inputs, `inputs` (samples, in) or their norms
+        over the samples, `input_norms` (in,), float32. It returns bool (out, in) with exactly `links` links. It is
+        drawn on the CPU.
         """
         return _adding(INITIAL_TOPOLOGIES, "initial_topology", name, options)
 
