@@ -38,6 +38,7 @@ class TopologyCallback(TrainerCallback):
         warmup: optimizer steps over which the learning rate climbs back after an update; None before the
             learning-rate schedule is made.
         learning_rate: the same as a phrase, for the line about the plan.
+        scales_rate: whether the learning-rate schedule has its factor by density.
         record: writes each layer's updates into the run's folder; on rank 0, from the start of training.
         identity, run_dir: of the run, and where it writes; without a `run_dir`, into output_dir.
     """
@@ -56,6 +57,7 @@ class TopologyCallback(TrainerCallback):
         self.identity: RunIdentity | None = None
         self.run_dir: str | None = None
         self.warmup: int | None = None
+        self.scales_rate = False
         self.learning_rate = "the learning rate has no warm-up after them"
         self._restored: TopologyState | None = None
         self._earlier_steps = 0

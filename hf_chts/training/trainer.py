@@ -188,7 +188,7 @@ class SparseTrainerMixin(
                 self._refuse_adapters_alone()
             self._refuse_other_sizes()
             self.topology_callback.restore(None)
-            self.topology_callback.warmup = None
+            self.topology_callback.warmup, self.topology_callback.scales_rate = None, False
         if checkpoint is not None:
             check_state_is_there(checkpoint, deepspeed=self.is_deepspeed_enabled)
             self.data_state(checkpoint)  # raises for other data before anything is restored
