@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse
+from hf_chts.baseline import baseline_line, baseline_of, dense_baseline
 from hf_chts.checkpoint.run_folder import last_sealed, refuse_folder_of_another_run
 from hf_chts.commands import one_line_errors, refusal, without_fail
 from hf_chts.commands.options import parse_run
@@ -68,8 +69,10 @@ def train(argv: Sequence[str], program: str) -> None:
         )
         use_one_device(args)
         trainer = build_trainer(model_args, data_args, sparsity, args)
+    baseline = baseline_of(trainer.model.config)
     trainer.recipe = {
         "model": model_args.model,
+        **({"dense baseline": baseline} if baseline else {}),
         "dataset": data_args.dataset,
         "tokens per sequence": data_args.block_size,
     }
@@ -90,6 +93,13 @@ def build_trainer(
     """
     if args.max_steps > 0:
         sparsity.plan(args.max_steps)
+    config: Any = load_config(model_args)
+    if model_args.baseline != "none":
+        optimizer = str(getattr(args.optim, "value", args.optim))
+        config = dense_baseline(model_args.baseline, config, sparsity, max_steps=args.max_steps, optimizer=optimizer)
+        sparsity = SparsityConfig(method="dense")
+        if args.process_index == 0:
+            print(baseline_line(config), flush=True)
     if sparsity.is_dense and model_args.export == "packed":
         raise ValueError("export packed: a dense model has nothing to pack, leave export plain")
     if args.batch_eval_metrics:
@@ -100,7 +110,6 @@ def build_trainer(
         check_can_write(model_args.export_dir or output, "the directory of the export")
         if not checkpoint_to_resume(args):  # before the data are prepared; train() checks again
             refuse_folder_of_another_run(str(output), set(), overwrite=args.overwrite_output_dir)
-    config: Any = load_config(model_args)
     use_all_cores(args)
     if args.process_index == 0:
         print(f"Training on {place(args)}", flush=True)

@@ -69,12 +69,20 @@ def density_factor(step: int, plan: SchedulePlan) -> float:
 
 
 def add_density_factor(scheduler: LambdaLR, plan: SchedulePlan) -> None:
-    """Multiply the rates of a scheduler, a function of the step, by `density_factor`. In place, without state."""
+    """Multiply the rates of a scheduler, a function of the step, by `density_factor`. In place, without state.
+
+    The rate that the optimizer has now, for the next step, too.
+    """
 
     def scaled(rate: Callable[[int], float]) -> Callable[[int], float]:
         return lambda step: rate(step) * density_factor(step, plan)
 
     scheduler.lr_lambdas = [scaled(rate) for rate in scheduler.lr_lambdas]
+    rates = scheduler.get_last_lr()
+    for number, group in enumerate(scheduler.optimizer.param_groups):
+        group["lr"] = group["lr"] * density_factor(scheduler.last_epoch, plan)
+        rates[number] = group["lr"]
+    scheduler._last_lr = rates
 
 
 def add_end(scheduler: LambdaLR, end: int) -> None:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_chts.checkpoint import TopologyState
 from hf_chts.checkpoint.run_identity import RunIdentity
 from hf_chts.evolution.evolver import Evolver
+from hf_chts.evolution.update_figures import average_links
 from hf_chts.evolution.update_ranks import NotFinite
 from hf_chts.layers.sparse_layers import SparseLayers
 from hf_chts.records.run_record import RunRecord
@@ -115,10 +116,11 @@ class TopologyCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        sizes = self.sizes(state.global_step)
         self.restore(None)
         self.evolver.close()
         if self.record is not None:
-            self.record.end(state.global_step)
+            self.record.end(state.global_step, sizes)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -154,6 +156,19 @@ class TopologyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         control.should_log |= bool(self._waiting) and control.should_save
+
+    def sizes(self, steps: int) -> dict[str, float]:
+        """How large the model is after `steps` steps, and on the mean over them: its links, and its parameters, which
+        are these and all that is dense."""
+        sparse = self.evolver.sparse
+        links, dense = sparse.links(), sparse.dense_parameters()
+        average = round(average_links(self.evolver.history, links, steps), 2)
+        return {
+            "links": links,
+            "average_links": average,
+            "parameters": links + dense,
+            "average_parameters": average + dense,
+        }
 
     def take_figures(self) -> dict[str, Any]:
         """Return the figures to log with the loss of this step, and forget them."""
