@@ -142,8 +142,8 @@ def _links(shapes: Mapping[str, tuple[int, int]], config: SparsityConfig, sparsi
 def _average_links(shapes: Mapping[str, tuple[int, int]], config: SparsityConfig, max_steps: int) -> float:
     if max_steps <= 0:
         raise ValueError(
-            f"baseline same_average is the mean over a run's steps, and max_steps is {max_steps}: set it to the steps of "
-            "the sparse run"
+            f"baseline same_average is the mean over a run's steps, and max_steps is {max_steps}: set it to the steps "
+            "of the sparse run"
         )
     return config.plan(max_steps).average(lambda sparsity: _links(shapes, config, sparsity))
 

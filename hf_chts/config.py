@@ -347,8 +347,13 @@ class SparsityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, but those that earlier versions do not know only where they are not their defaults."""
-        new = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256, "initial_weights": "model"}
-        new |= {"regrown_warmup": 0.0, "rate_by_density": "none", "sparsity_schedule_from": 0.0}
+        new: dict[str, Any] = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256}
+        new |= {
+            "initial_weights": "model",
+            "regrown_warmup": 0.0,
+            "rate_by_density": "none",
+            "sparsity_schedule_from": 0.0,
+        }
         method = METHODS[self.method]
         set_by_method = {*method.settings, *(method.original or ())}  # left out, it would be the method's when read
         return {

@@ -15,7 +15,7 @@ CASES = {name: {"method": name} for name in METHODS if name not in ("dense", "st
     "chtss, per-weight Adam steps": {"method": "chtss", "regrown_adam": "per_weight_steps"},
     "smet, regrowth by gradient": {"method": "smet", "regrowth": "gradient", "regrown_warmup": 3},
     "chtss, warm-up of regrown links": {"method": "chtss", "regrown_warmup": 6, "rate_by_density": "inverse_sqrt"},
-    "gmp, from a quarter of the run": {"method": "gmp", "sparsity_schedule_from": 0.25},
+    "granet, from a quarter of the run": {"method": "granet", "sparsity_schedule_from": 0.25},
     "chts, per head": {"method": "chts", "per_head": True, "sparsity": 0.8},
     "rigl, historical weights": {"method": "rigl", "regrown_weights": "historical"},
     "gmp, global allocation": {"method": "gmp", "allocation": "global"},

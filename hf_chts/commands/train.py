@@ -11,6 +11,7 @@ import datasets
 import torch
 from transformers import (
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
@@ -69,7 +70,7 @@ def train(argv: Sequence[str], program: str) -> None:
         )
         use_one_device(args)
         trainer = build_trainer(model_args, data_args, sparsity, args)
-    baseline = baseline_of(trainer.model.config)
+    baseline = baseline_of(cast(PreTrainedModel, trainer.model).config)
     trainer.recipe = {
         "model": model_args.model,
         **({"dense baseline": baseline} if baseline else {}),
