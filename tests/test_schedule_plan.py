@@ -140,4 +140,4 @@ def test_beginnings_that_do_not_fit_are_refused(fields, message):
 
 def test_no_update_between_beginning_and_end_is_refused():
     with pytest.raises(ValueError, match="no topology update between them"):
-        SparsityConfig("gmp", sparsity_schedule_from=0.72, update_interval=50).plan(1000)
+        SparsityConfig("gmp", sparsity_schedule_from=0.72, update_interval=100).plan(1000)
