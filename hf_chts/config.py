@@ -140,10 +140,20 @@ class SparsityConfig:
         "Weight that a regrown link starts with: zero, or historical, the weight it had when it was removed (paper "
         "App. J).",
     )
-    regrown_adam: str = _option(
+    regrown_adam: str = _by_method(
         "global_steps",
         "Adam's bias correction of regrown links: global_steps, torch's own; per_weight_steps, counted for each link "
         "from the update that regrew it (takes two bytes a weight; torch's Adam and AdamW).",
+    )
+    regrown_warmup: float = _by_method(
+        0.0,
+        "Optimizer steps over which the steps of each regrown link grow to their full size; below 1, a fraction of "
+        "update_interval (torch's Adam and AdamW). 0: none.",
+    )
+    rate_by_density: str = _by_method(
+        "none",
+        "Factor on the learning rate: none; inverse_sqrt, 1/√density, with the density that the sparse layers have at "
+        "the time.",
     )
     pruning: str = _by_method(
         "magnitude", f"Score by which links are removed as sparsity rises: {', '.join(CHOICES['pruning'])}."
@@ -165,6 +175,9 @@ class SparsityConfig:
         "constant",
         f"How sparsity rises from initial_sparsity: {', '.join(CHOICES['sparsity_schedule'])}. elastic is MEST's EM&S: "
         "0.05 below the target, then 0.025.",
+    )
+    sparsity_schedule_from: float = _by_method(
+        0.0, "Fraction of the run until which sparsity stays at initial_sparsity, before it rises."
     )
     sparsity_schedule_until: float = _option(
         None,
@@ -319,7 +332,7 @@ class SparsityConfig:
     @property
     def ages_links(self) -> bool:
         """Whether the update that regrew each link is kept."""
-        return self.evolves and self.regrown_adam == "per_weight_steps"
+        return self.evolves and (self.regrown_adam == "per_weight_steps" or self.regrown_warmup > 0)
 
     @property
     def evolves(self) -> bool:
@@ -330,6 +343,11 @@ class SparsityConfig:
         """`update_interval` in optimizer steps, at least 1, in a run of `max_steps`."""
         given = self.update_interval
         return int(given) if given >= 1 else max(1, round(given * max_steps))
+
+    def link_warmup(self, max_steps: int) -> int:
+        """`regrown_warmup` in optimizer steps, in a run of `max_steps`."""
+        given = self.regrown_warmup
+        return round(given if given >= 1 else given * self.interval(max_steps))
 
     def plan(self, max_steps: int, **known: Any) -> SchedulePlan:
         """The schedules in steps, for a run of `max_steps` optimizer steps.
@@ -344,9 +362,19 @@ class SparsityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, but those that earlier versions do not know only where they are not their defaults."""
-        new = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256, "initial_weights": "model"}
+        new: dict[str, Any] = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256}
+        new |= {
+            "initial_weights": "model",
+            "regrown_warmup": 0.0,
+            "rate_by_density": "none",
+            "sparsity_schedule_from": 0.0,
+        }
+        method = METHODS[self.method]
+        set_by_method = {*method.settings, *(method.original or ())}  # left out, it would be the method's when read
         return {
-            name: value for name, value in dataclasses.asdict(self).items() if name not in new or value != new[name]
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in new or name in set_by_method or value != new[name]
         }
 
     @classmethod

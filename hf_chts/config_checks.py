@@ -29,7 +29,8 @@ def check_values(config: Any) -> None:
                 f"{name} is {value}; it is a share of missing links strictly between 0 and 1 "
                 "(0.9 keeps 10% of the links). For a dense model use method: dense"
             )
-    for name in ("brf_r", "bsw_beta", "drop_fraction", "update_until", "sparsity_schedule_until"):
+    shares = ("brf_r", "bsw_beta", "drop_fraction", "update_until", "sparsity_schedule_from", "sparsity_schedule_until")
+    for name in shares:
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must lie in [0, 1]")
     for name in ("softness_start", "softness_end"):
@@ -44,6 +45,11 @@ def check_values(config: Any) -> None:
         raise ValueError(
             f"initial_weights is {config.initial_weights!r}, which would overwrite the weights that initial_topology "
             f"{config.initial_topology!r} chooses links by: leave initial_weights out, or choose another topology"
+        )
+    if config.regrown_warmup < 0 or (config.regrown_warmup > 1 and config.regrown_warmup % 1):
+        raise ValueError(
+            f"regrown_warmup is {config.regrown_warmup}; it must be a whole number of steps, or a fraction of "
+            "update_interval between 0 and 1"
         )
     if config.compact_after_decay and (config.storage != "links" or config.allocation == "global"):
         raise ValueError(
@@ -76,6 +82,8 @@ def check_values(config: Any) -> None:
             f"sparsity_schedule_until is {config.sparsity_schedule_until} of the run, after the last topology update "
             f"at {config.update_until}: the target sparsity would never be reached. Lower it, or raise update_until"
         )
+    if config.sparsity_schedule_from:
+        _check_schedule_from(config)
     if config.selects and config.percolation:
         raise ValueError(
             f"percolation is true, but regrowth {config.regrowth!r} chooses all links at once, so that nothing is "
@@ -93,6 +101,20 @@ def check_values(config: Any) -> None:
             "soft, or softness_schedule: linear"
         )
     _check_patterns(config)
+
+
+def _check_schedule_from(config: Any) -> None:
+    start, end, schedule = config.sparsity_schedule_from, config.sparsity_schedule_until, config.sparsity_schedule
+    if "start" not in SPARSITY_SCHEDULES[schedule].needs:
+        raise ValueError(
+            f"sparsity_schedule_from is {start}, but sparsity_schedule {schedule!r} has no beginning of its own: leave "
+            "sparsity_schedule_from out, or choose another schedule"
+        )
+    if start >= end:
+        raise ValueError(
+            f"sparsity_schedule_from is {start} of the run, and sparsity_schedule_until {end}: sparsity must begin to "
+            "rise before it has risen. Lower the one, or raise the other"
+        )
 
 
 def _check_patterns(config: Any) -> None:

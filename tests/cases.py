@@ -13,6 +13,9 @@ STEPS, INTERVAL = 24, 4
 CASES = {name: {"method": name} for name in METHODS if name not in ("dense", "static")} | {
     "chts, adaptive softness": {"method": "chts", "softness_schedule": "adaptive", "drop_fraction": 0.3},
     "chtss, per-weight Adam steps": {"method": "chtss", "regrown_adam": "per_weight_steps"},
+    "smet, regrowth by gradient": {"method": "smet", "regrowth": "gradient", "regrown_warmup": 3},
+    "chtss, warm-up of regrown links": {"method": "chtss", "regrown_warmup": 6, "rate_by_density": "inverse_sqrt"},
+    "granet, from a quarter of the run": {"method": "granet", "sparsity_schedule_from": 0.25},
     "chts, per head": {"method": "chts", "per_head": True, "sparsity": 0.8},
     "rigl, historical weights": {"method": "rigl", "regrown_weights": "historical"},
     "gmp, global allocation": {"method": "gmp", "allocation": "global"},

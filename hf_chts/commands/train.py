@@ -12,6 +12,7 @@ import datasets
 import torch
 from transformers import (
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
@@ -21,6 +22,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse
+from hf_chts.baseline import baseline_line, baseline_of, dense_baseline
 from hf_chts.checkpoint.run_folder import last_sealed, refuse_folder_of_another_run
 from hf_chts.commands import one_line_errors, refusal, without_fail
 from hf_chts.commands.from_weights import KeepsResults, StartingModel
@@ -87,6 +89,13 @@ def build_trainer(
     """
     if args.max_steps > 0:
         sparsity.plan(args.max_steps)
+    config: Any = load_config(model_args)
+    if model_args.baseline != "none":
+        optimizer = str(getattr(args.optim, "value", args.optim))
+        config = dense_baseline(model_args.baseline, config, sparsity, max_steps=args.max_steps, optimizer=optimizer)
+        sparsity = SparsityConfig(method="dense")
+        if args.process_index == 0:
+            print(baseline_line(config), flush=True)
     if sparsity.is_dense and model_args.export == "packed":
         raise ValueError("export packed: a dense model has nothing to pack, leave export plain")
     if args.batch_eval_metrics:
@@ -98,7 +107,6 @@ def build_trainer(
         if not checkpoint_to_resume(args):  # before the data are prepared; train() checks again
             refuse_folder_of_another_run(str(output), set(), overwrite=args.overwrite_output_dir)
     start = StartingModel.of(model_args, sparsity)
-    config: Any = load_config(model_args)
     if start is not None:
         data_args = replace(data_args, tokenizer=start.tokenizer(data_args.tokenizer, config.vocab_size))
     use_all_cores(args)
@@ -130,8 +138,10 @@ def build_trainer(
         compute_metrics=compute_metrics,
     )
     trainer.made_of = made_of(model.config, data_args, data) | {"starting weights": weights}
+    baseline = baseline_of(model.config)
     trainer.recipe = {
         "model": model_args.model,
+        **({"dense baseline": baseline} if baseline else {}),
         "dataset": data_args.dataset,
         "tokens per sequence": data_args.block_size,
     }

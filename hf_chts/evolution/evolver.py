@@ -19,7 +19,7 @@ from hf_chts.evolution.half_precision import refuse_half_precision
 from hf_chts.evolution.regrown_adam import RegrownAdam
 from hf_chts.evolution.update_figures import LayerUpdate
 from hf_chts.evolution.update_ranks import UpdateOverRanks
-from hf_chts.evolution.update_warmup import add_update_warmup, warmup_steps
+from hf_chts.evolution.update_warmup import add_density_factor, add_update_warmup, warmup_steps
 from hf_chts.layers.block_weights import make_together
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.links import check_zeros
@@ -241,7 +241,8 @@ class Evolver:
 
         Args:
             scheduler: a `LambdaLR`, as all of transformers' `get_scheduler` are; changed in place.
-            steps: the length of the warm-up; None takes the paper's 20, or a fifth of update_interval if that is less.
+            steps: the length of the warm-up; None takes the paper's 20, or a fifth of update_interval if that is less,
+                and 0 where regrown links have a warm-up of their own (`regrown_warmup`).
 
         Returns:
             The number of steps.
@@ -250,16 +251,22 @@ class Evolver:
             ValueError: the scheduler is not a `LambdaLR`, or `steps` does not fit between two updates.
         """
         assert self.plan is not None
-        scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's
-        if not isinstance(scheduler, LambdaLR):
-            raise ValueError(
-                f"a warm-up after updates needs a LambdaLR scheduler, got {type(scheduler).__name__}: make one with "
-                "transformers.get_scheduler, or leave the warm-up out"
-            )
-        steps = warmup_steps(steps, self.plan.interval) if self.config.evolves else 0
+        scheduler = _function_of_step(scheduler, "a warm-up after updates")
+        by_link = self.config.regrown_warmup > 0
+        steps = warmup_steps(steps, self.plan.interval, by_link=by_link) if self.config.evolves else 0
         if steps:
             add_update_warmup(scheduler, self.plan, steps)
         return steps
+
+    def scale_rate(self, scheduler: Any) -> None:
+        """Multiply the learning rate as `rate_by_density` says, in a scheduler as `warm_up` takes it, in place.
+
+        Raises:
+            ValueError: the scheduler is not a `LambdaLR`.
+        """
+        assert self.plan is not None
+        if self.config.rate_by_density != "none":
+            add_density_factor(_function_of_step(scheduler, "a learning rate by density"), self.plan)
 
     def check(self) -> None:
         """Raises RuntimeError, naming layer and tensor, if anything on this rank is not 0 where there is no link."""
@@ -367,7 +374,13 @@ class Evolver:
         assert self.plan is not None
         state, layers = self._restored, self.sparse.layers
         if self.config.ages_links:
-            self.adam = RegrownAdam(layers, self.engine, self.plan.interval)
+            self.adam = RegrownAdam(
+                layers,
+                self.engine,
+                self.plan.interval,
+                restart=self.config.regrown_adam == "per_weight_steps",
+                warmup=self.config.link_warmup(self.plan.max_steps),
+            )
             self.adam.check_updates(self.plan.number_of_updates(self.plan.max_steps))
         for name, layer in layers.items():
             if self.config.stores_weights and self.engine.optimizes(layer):
@@ -623,6 +636,16 @@ def check_same_config(saved: SparsityConfig, current: SparsityConfig, where: str
             f"{where} was written with another sparsity config ({changed}): resume with that config, or start a new "
             "run from its weights"
         )
+
+
+def _function_of_step(scheduler: Any, what: str) -> LambdaLR:
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"{what} needs a LambdaLR scheduler, got {type(scheduler).__name__}: make one with "
+            "transformers.get_scheduler, or leave it out"
+        )
+    return scheduler
 
 
 def _stepped_on(optimizer: torch.optim.Optimizer) -> int:

@@ -11,6 +11,7 @@ from hf_chts.layers.links import check_zeros
 from hf_chts.layers.plain_weight import check_places, check_plain
 from hf_chts.layers.sparse_layer import SparseLayer
 from hf_chts.layers.wrappers import named_originals
+from hf_chts.sharding.partitions import weight_shape
 
 # the attribute of a sparse model that holds its handle
 HANDLE = "_hf_chts_sparse_model"
@@ -46,6 +47,11 @@ class SparseLayers:
     def links(self) -> int:
         """The number of links of all sparse layers."""
         return sum(layer.links for layer in self.layers.values())
+
+    def dense_parameters(self) -> int:
+        """The parameters of the model outside of its sparse layers' weights, whole ones where an engine splits them."""
+        mine = {id(layer.parameter) for layer in self.layers.values()}
+        return sum(weight_shape(p).numel() for p in self.model.parameters() if id(p) not in mine)
 
     def masks(self) -> dict[str, Tensor]:
         """The masks by layer name: bool (out_features, in_features), read only."""

@@ -13,7 +13,7 @@ from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.evolution.update_figures import LayerUpdate, overall_figures
 from hf_chts.files.reading import read_json
 from hf_chts.names import shortest_endings
-from hf_chts.records.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, read_lines
+from hf_chts.records.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, SIZES_NAME, read_lines
 from hf_chts.records.snapshots import LayerSnapshot, load_snapshot, snapshot_paths
 from hf_chts.schedule_plan import SchedulePlan
 
@@ -51,6 +51,7 @@ class Run:
         evaluation: eval_results.json; empty if there is none.
         model: config.json of its model; empty if there is none.
         records: of all layers; None if there are none.
+        sizes: links and parameters at the end of the run; empty before it.
         shown: the names of the layers to show by themselves.
         seconds: the lines of seconds.jsonl.
         snapshots: step → layer name → its snapshot.
@@ -71,6 +72,7 @@ class Run:
     snapshots: dict[int, dict[str, LayerSnapshot]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unread: bool = False
+    sizes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -154,6 +156,7 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
         evaluation=_first([directory], "eval_results.json", notes),
         model=_first([*places, directory / "export"], "config.json", notes),
         records=records,
+        sizes=_json(directory / RECORD_DIR / SIZES_NAME, notes) if records else {},
         shown=_shown(records, layers, directory) if records else (),
         seconds=seconds,
         snapshots={
