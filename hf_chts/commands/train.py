@@ -12,7 +12,6 @@ import datasets
 import torch
 from transformers import (
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
