@@ -7,7 +7,7 @@ default here).
 
 from collections.abc import Iterable, Mapping
 
-from hf_chts.topology import gmp, initial, link_prediction, link_sampling, schedules, scores  # noqa: F401 - they register
+from hf_chts.topology import gmp, initial, largest, link_prediction, link_sampling, schedules, scores  # noqa: F401 - they register
 from hf_chts.topology.allocation import ALLOCATIONS
 from hf_chts.topology.parts import INITIAL_TOPOLOGIES, METHODS, REGROWTH, REMOVAL, SPARSITY_SCHEDULES, register
 
@@ -49,7 +49,7 @@ register.method(
 )
 
 # the order in which they are shown
-for _name in ("dense", "static", "set", "rigl", "mest", "gmp", "granet", "cht", "chts", "chtss"):
+for _name in ("dense", "static", "set", "rigl", "mest", "gmp", "granet", "cht", "chts", "chtss", "topk"):
     METHODS[_name] = METHODS.pop(_name)
 
 # by field; registered parts may be added later

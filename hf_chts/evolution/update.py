@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_chts.config import SparsityConfig
+from hf_chts.layers.neurons import neuron_dimension
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.topology.allocation import block_links
 from hf_chts.topology.evolution import Choice, LayerEvolution, Removal, counts_of, joined, regrow, remove, selected
@@ -59,7 +60,7 @@ class TopologyUpdate:
 
         Args:
             names: with each layer, those that are coupled to it.
-            weights: (out, in) by name, 0 off the mask; read only.
+            weights: (out, in) by name, 0 off the mask unless the config `trains_missing`; read only.
         """
         # junctions may include layers that do not train; those keep all their links
         junctions = [junction for junction in self.junctions if set(junction.layers) & set(names)]
@@ -105,7 +106,7 @@ class TopologyUpdate:
         part = self._part("regrowth")
         whole = {"grad": self.gradients, "stored": self.stored}
         given = {name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs}
-        given |= {"mask": piece.mask, "weight": weight[piece.rows]}
+        given |= {"mask": piece.mask, "weight": weight[piece.rows], "neurons": neuron_dimension(piece.layer)}
         generator = generator_of(self._seed("pruning", piece), piece.mask.device)
         chosen = part(self.plan.config, **given, links=piece.links, generator=generator)
         return selected(piece.mask, part.check(chosen, tuple(piece.mask.shape), piece.links))

@@ -56,6 +56,23 @@ def add_update_warmup(scheduler: LambdaLR, plan: SchedulePlan, warmup_steps: int
     scheduler.lr_lambdas = [with_warmup(rate) for rate in scheduler.lr_lambdas]
 
 
+def rate_by_links(step: int, plan: SchedulePlan) -> float:
+    """The factor on the learning rate of optimizer step `step`, counted from 0: 1/√density (arXiv 2511.13653).
+
+    The fewer links a matrix has, the larger the steps that they need and bear.
+    """
+    return float((1 - plan.sparsity(plan.latest_update(step))) ** -0.5)
+
+
+def add_rate_by_links(scheduler: LambdaLR, plan: SchedulePlan) -> None:
+    """Add this factor to a scheduler whose rate is a function of the step, in place."""
+
+    def by_links(rate: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: rate(step) * rate_by_links(step, plan)
+
+    scheduler.lr_lambdas = [by_links(rate) for rate in scheduler.lr_lambdas]
+
+
 def add_end(scheduler: LambdaLR, end: int) -> None:
     """Have a scheduler whose rate is a function of the step stay, from step `end` on, at its rate there. In place."""
 

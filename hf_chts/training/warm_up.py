@@ -6,7 +6,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_chts.config import SparsityConfig
-from hf_chts.evolution.update_warmup import PAPER_WARMUP, add_end, add_update_warmup, warmup_steps
+from hf_chts.evolution.update_warmup import PAPER_WARMUP, add_end, add_rate_by_links, add_update_warmup, warmup_steps
 from hf_chts.sparse_model import SparsityHandle
 from hf_chts.training.any_trainer import AnyTrainer
 from hf_chts.training.callback import TopologyCallback
@@ -67,6 +67,11 @@ class WarmsUpAfterUpdates(AnyTrainer):
             obstacle = "the learning-rate schedule is not the Trainer's own"
         elif not isinstance(scheduler, LambdaLR):
             obstacle = f"the schedule {self.args.lr_scheduler_type!r} is not a function of the step"
+        by_links = self.sparse.config.learning_rate_by_links
+        if obstacle and by_links:
+            raise ValueError(
+                f"learning_rate_by_links is true, but {obstacle}: set it to false, or choose another lr_scheduler_type"
+            )
         if obstacle and asked:
             raise ValueError(
                 f"update_warmup_steps is {asked}, but {obstacle}: set update_warmup_steps to 0, or choose another "
@@ -88,3 +93,6 @@ class WarmsUpAfterUpdates(AnyTrainer):
         if steps:
             add_update_warmup(scheduler, plan, steps)
             topology.learning_rate = f"the learning rate climbs back over {steps} steps after each{why}"
+        if by_links:
+            add_rate_by_links(scheduler, plan)
+            topology.learning_rate += "; it is divided by the square root of the density"
