@@ -22,6 +22,11 @@ def check_values(config: Any) -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise ValueError(unknown(name, getattr(config, name), choices))
+    if not 0 < config.activation_topk <= 1 or (config.is_dense and config.activation_topk < 1):
+        raise ValueError(
+            f"activation_topk is {config.activation_topk}, with method {config.method!r}; it must lie in (0, 1], where 1 "
+            "keeps all activations, and be 1 for a dense model"
+        )
     if config.is_dense:
         return
     for name in ("sparsity", "initial_sparsity"):
@@ -97,8 +102,6 @@ def _check_missing_links(config: Any) -> None:
     """Check what concerns methods whose missing links train, or those alone."""
     if config.neuron_links < 0:
         raise ValueError(f"neuron_links is {config.neuron_links}; it must be at least 0, which sets no floor")
-    if not 0 < config.activation_topk <= 1:
-        raise ValueError(f"activation_topk is {config.activation_topk}; it must lie in (0, 1], where 1 keeps all")
     if config.learning_rate_by_links and not config.evolves:
         raise ValueError(
             f"learning_rate_by_links is true, but method {config.method!r} never changes its number of links: set "
