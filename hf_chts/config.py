@@ -166,9 +166,9 @@ class SparsityConfig:
     sigmoid_k: float = _option(6.0, "Steepness of the sigmoid schedule.")
     neuron_links: int = _by_method(
         0,
-        "With regrowth largest: links that each neuron keeps, be they among the largest or not; where a layer has too few "
-        "for that, an equal share of them. Neurons are a layer's outputs, or the inputs of layers that write to the "
-        "residual stream (o_proj, down_proj, …).",
+        "With regrowth largest: links that each neuron keeps, be they among the largest or not; where a layer has too "
+        "few for that, an equal share of them. Neurons are a layer's outputs, or the inputs of layers that write to "
+        "the residual stream (o_proj, down_proj, …).",
     )
     also_sparse: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
         None,

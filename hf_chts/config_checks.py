@@ -24,8 +24,8 @@ def check_values(config: Any) -> None:
             raise ValueError(unknown(name, getattr(config, name), choices))
     if not 0 < config.activation_topk <= 1 or (config.is_dense and config.activation_topk < 1):
         raise ValueError(
-            f"activation_topk is {config.activation_topk}, with method {config.method!r}; it must lie in (0, 1], where 1 "
-            "keeps all activations, and be 1 for a dense model"
+            f"activation_topk is {config.activation_topk}, with method {config.method!r}; it must lie in (0, 1], where "
+            "1 keeps all activations, and be 1 for a dense model"
         )
     if config.is_dense:
         return
@@ -114,8 +114,8 @@ def _check_missing_links(config: Any) -> None:
         if others or (config.neuron_links and config.evolves):
             name, value = ("also_sparse", others) if others else ("neuron_links", config.neuron_links)
             raise ValueError(
-                f"{name} is {value!r}, which needs missing links that train, and method {config.method!r} with regrowth "
-                f"{config.regrowth!r} keeps them still: use method topk, or leave {name} out"
+                f"{name} is {value!r}, which needs missing links that train, and method {config.method!r} with "
+                f"regrowth {config.regrowth!r} keeps them still: use method topk, or leave {name} out"
             )
         return
     if config.storage != "masked":
@@ -125,8 +125,8 @@ def _check_missing_links(config: Any) -> None:
         )
     if config.regrown_weights != "zero" or config.regrown_adam != "global_steps":
         raise ValueError(
-            f"regrown_weights is {config.regrown_weights!r} and regrown_adam {config.regrown_adam!r}, but with regrowth "
-            f"{config.regrowth!r} links come with the weight and the moments that training gave them: leave both out"
+            f"regrown_weights is {config.regrown_weights!r} and regrown_adam {config.regrown_adam!r}, but with "
+            f"regrowth {config.regrowth!r} links come with the weight and the moments that training gave them: leave both out"
         )
 
 

@@ -109,8 +109,8 @@ class SchedulePlan:
         return 0 < step <= self.window_end and step % self.interval == 0 and step not in self.idle
 
     def is_told(self, step: int) -> bool:
-        """Whether the figures of an update at `step` are kept: of each one, but where updates follow every step of a long
-        run, of the last one and some hundreds before it."""
+        """Whether the figures of an update at `step` are kept: those of each update, but where one follows every step
+        of a long run, those of the last one and of some hundreds before it."""
         if not self.is_update(step):
             return False
         every = -(-self.number_of_updates(self.last_update) // _TOLD) if self.config.trains_missing else 1

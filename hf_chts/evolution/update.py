@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,8 +105,9 @@ class TopologyUpdate:
     def _select(self, piece: "_Piece", weight: Tensor) -> LayerEvolution:
         part = self._part("regrowth")
         whole = {"grad": self.gradients, "stored": self.stored}
-        given = {name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs}
-        given |= {"mask": piece.mask, "weight": weight[piece.rows], "neurons": neuron_dimension(piece.layer)}
+        given: dict[str, Any] = {"mask": piece.mask, "weight": weight[piece.rows]}
+        given |= {name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs}
+        given["neurons"] = neuron_dimension(piece.layer)
         generator = generator_of(self._seed("pruning", piece), piece.mask.device)
         chosen = part(self.plan.config, **given, links=piece.links, generator=generator)
         return selected(piece.mask, part.check(chosen, tuple(piece.mask.shape), piece.links))

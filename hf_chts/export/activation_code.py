@@ -1,4 +1,4 @@
-"""Models of which only the largest activations stay (AbsTopK) need this package's code, which packed exports ask for."""
+"""Models of which only the largest activations stay (AbsTopK) need this package's code: their exports are packed."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def refuse_plain(share: float, instead: str) -> None:
     """
     if share < 1:
         raise ValueError(
-            f"activation_topk is {share}: without the code of hf_chts transformers would keep all activations of a plain "
-            f"directory, and compute something else. Packed directories are refused by it until hf_chts is imported: use "
+            f"activation_topk is {share}: without the code of hf_chts transformers would keep all activations of a "
+            "plain directory, and compute something else. It refuses packed ones until hf_chts is imported: use "
             f"{instead}"
         )

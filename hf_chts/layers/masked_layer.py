@@ -64,7 +64,8 @@ class MaskedLayer(SparseLayer):
     """A layer with one weight of two dimensions and a bool buffer `mask` of the weight's shape; True is a link.
 
     The buffer is not persistent, so state dicts have the keys of the plain layer. Weight, gradient and optimizer
-    moments are 0 off the mask at every step; while its storage `trains_missing`, the weight alone is. `mask`, `dense_gradient` and moments have the weight's layout.
+    moments are 0 off the mask at every step; while its storage `trains_missing`, the weight alone is. `mask`,
+    `dense_gradient` and moments have the weight's layout.
     """
 
     parameter_name = "weight"

@@ -2,8 +2,8 @@
 
 # layers whose inputs are neurons or attention channels, and whose outputs are added to the residual stream
 WRITES = (
-    "o_proj", "down_proj", "out_proj", "c_proj", "wo", "w2", "fc2", "fc_out", "fc_o", "dense_4h_to_h", "attention.dense",
-    "self_attention.dense", "output.dense",
+    "o_proj", "down_proj", "out_proj", "c_proj", "wo", "w2", "fc2", "fc_out", "fc_o", "dense_4h_to_h",
+    "attention.dense", "self_attention.dense", "output.dense",
 )  # fmt: skip
 
 

@@ -201,8 +201,8 @@ class Register:
         (out, in) with exactly `links` links. See `hf_chts.topology.gmp`.
 
         Args:
-            trains_missing: missing links have gradients and moments too, so that `weight` is that of all of them, as the
-                optimizer's step left it; they are 0 again after the update. See `hf_chts.topology.largest`.
+            trains_missing: missing links have gradients and moments too, so that `weight` is that of all of them, as
+                the optimizer's step left it; they are 0 again after the update. See `hf_chts.topology.largest`.
         """
         return _adding(REGROWTH, "selection", name, options, cost=cost, trains_missing=trains_missing)
 

@@ -13,6 +13,7 @@ from hf_chts import SparsityConfig, SparsityHandle, export_sparse, load_sparse, 
 from hf_chts.layers.activations import abs_top_k, keep_largest_activations
 from hf_chts.layers.neurons import neuron_dimension
 from hf_chts.layers.other_weights import keep_largest
+from hf_chts.sharding.replicated import ReplicatedWeights
 from hf_chts.topology.allocation import links_at
 from hf_chts.topology.largest import largest
 
@@ -227,6 +228,15 @@ def test_a_floor_of_no_links_is_kept_in_files(tmp_path):
     made.save(tmp_path)
     assert SparsityConfig.load(tmp_path) == made
     assert "neuron_links" not in SparsityConfig(method="set").to_dict()
+
+
+def test_engines_that_split_weights_are_refused(monkeypatch):
+    monkeypatch.setattr(ReplicatedWeights, "sharded", True)
+    model = tiny_llama()
+    sparse = sparsify(model, config())
+    with pytest.raises(ValueError, match="regrowth 'largest' .* train in one process or with DDP"):
+        sparse.evolver(torch.optim.AdamW(model.parameters()), 24)
+    assert not any(layer.storage.trains_missing for layer in sparse.layers.values())
 
 
 def test_what_there_is_none_of_is_refused():
