@@ -126,7 +126,8 @@ def _check_missing_links(config: Any) -> None:
     if config.regrown_weights != "zero" or config.regrown_adam != "global_steps":
         raise ValueError(
             f"regrown_weights is {config.regrown_weights!r} and regrown_adam {config.regrown_adam!r}, but with "
-            f"regrowth {config.regrowth!r} links come with the weight and the moments that training gave them: leave both out"
+            f"regrowth {config.regrowth!r} links come with the weight and the moments that training gave them: leave "
+            "both out"
         )
 
 

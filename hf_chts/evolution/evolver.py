@@ -565,8 +565,8 @@ class Evolver:
             raise ValueError(
                 f"regrowth {self.config.regrowth!r} lets the optimizer move missing links and chooses among all "
                 "weights after each step, which is known for weights that are whole on each rank, and here the engine "
-                "splits them or their moments: train in one process or with DDP (configs/accelerate/ddp.yaml), or choose "
-                "another method"
+                "splits them or their moments: train in one process or with DDP (configs/accelerate/ddp.yaml), or "
+                "choose another method"
             )
         self._others = other_weights(self.sparse.model, self.config.also_sparse or [])
 

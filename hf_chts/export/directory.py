@@ -91,7 +91,8 @@ def export_sparse(
 
     Raises:
         ValueError: the model was never sparsified, is dense and should be packed, keeps only its largest activations
-            and should not be packed, has adapters without a choice in `adapters`, is quantized, or a weight was replaced by something else. Nothing is written then.
+            and should not be packed, has adapters without a choice in `adapters`, is quantized, or a weight was
+            replaced by something else. Nothing is written then.
         FloatingPointError: a weight is NaN or infinite. Nothing is written then.
         NotADirectoryError: `directory` is a file.
         FileNotFoundError: a figure is missing. Nothing is written then.

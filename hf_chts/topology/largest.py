@@ -1,7 +1,7 @@
 """Weight-sparse training (arXiv 2511.13653): after every optimizer step the largest weights of each matrix stay.
 
 The optimizer steps on all weights, with dense gradients and moments, and what is not among the largest is 0 again
-before the next forward. So a missing link comes in with the weight that a single step gives it, if that is large enough.
+before the next forward. So a missing link comes in with the weight that one step gives it, if that is large enough.
 """
 
 import torch
@@ -12,7 +12,7 @@ from hf_chts.topology.sampling import choose
 
 
 def neuron_floor(neurons: int, links: int, least: int) -> int:
-    """The links that each of `neurons` keeps: `least`, or an equal share of `links` where there are too few for that."""
+    """The links that each of `neurons` keeps: `least`, or an equal share of `links` where those are too few."""
     return min(least, links // neurons)
 
 
