@@ -15,6 +15,7 @@ from hf_chts.files.reading import read_json
 from hf_chts.names import shortest_endings
 from hf_chts.records.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, read_lines
 from hf_chts.records.snapshots import LayerSnapshot, load_snapshot, snapshot_paths
+from hf_chts.report.circuit import Circuit, read_circuit
 from hf_chts.schedule_plan import SchedulePlan
 
 TRAINER_STATE = "trainer_state.json"
@@ -54,6 +55,7 @@ class Run:
         shown: the names of the layers to show by themselves.
         seconds: the lines of seconds.jsonl.
         snapshots: step → layer name → its snapshot.
+        circuit: of a prompt, if one was traced.
         notes: a sentence for each thing that is missing or could not be read.
     """
 
@@ -69,6 +71,7 @@ class Run:
     shown: tuple[str, ...] = ()
     seconds: list[dict[str, Any]] = field(default_factory=list)
     snapshots: dict[int, dict[str, LayerSnapshot]] = field(default_factory=dict)
+    circuit: Circuit | None = None
     notes: tuple[str, ...] = ()
     unread: bool = False
 
@@ -160,6 +163,7 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
             step: {name: one for name, one in snapshot.items() if fnmatchcase(name, layers)}
             for step, snapshot in snapshots.items()
         },
+        circuit=read_circuit(directory / RECORD_DIR),
     )
     return Run(**{**vars(run), "notes": (*notes, *_gaps(run))})
 

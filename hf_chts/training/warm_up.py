@@ -82,7 +82,7 @@ class WarmsUpAfterUpdates(AnyTrainer):
             why = " (use SparseTrainingArguments to have one)"
         elif obstacle and asked is None:
             steps, why = 0, f": {obstacle}"
-        elif asked is None and steps < PAPER_WARMUP:
+        elif asked is None and steps < PAPER_WARMUP and interval > 1:
             why = f", a fifth of update_interval ({interval}), where the paper's {PAPER_WARMUP} would be too many"
         plan = topology.evolver.plan_from(self.state.global_step, num_training_steps)
         own = self.args.get_warmup_steps(num_training_steps) if fresh else 0
