@@ -34,8 +34,8 @@ def circuit(run: Run) -> Drawing | None:
         "Circuit of a prompt",
         f"For the last token of the prompt {found.prompt!r}{at}, from the bottom upwards: the neurons of each "
         "attention and MLP that add most to the residual stream, the strongest links by which they read it (for "
-        "attentions those of their values), and by which they write to it. Wider lines carry more. Left to right is the number of the "
-        "channel or neuron.",
+        "attentions those of their values), and by which they write to it. Wider lines carry more. Left to right is "
+        "the number of the channel or neuron.",
         words(found),
         figure,
     )
