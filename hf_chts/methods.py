@@ -11,6 +11,7 @@ from hf_chts.topology import (  # noqa: F401 - they register
     from_weights,
     gmp,
     initial,
+    largest,
     link_prediction,
     link_sampling,
     schedules,
@@ -65,7 +66,7 @@ register.method(
 )
 
 # the order in which they are shown
-for _name in ("dense", "static", "set", "rigl", "smet", "mest", "gmp", "granet", "cht", "chts", "chtss"):
+for _name in ("dense", "static", "set", "rigl", "smet", "mest", "gmp", "granet", "cht", "chts", "chtss", "topk"):
     METHODS[_name] = METHODS.pop(_name)
 
 # by field; registered parts may be added later

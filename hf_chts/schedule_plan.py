@@ -10,6 +10,9 @@ from hf_chts.topology import schedules
 from hf_chts.topology.parts import SPARSITY_SCHEDULES
 from hf_chts.topology.softness import temperature
 
+# Updates whose figures are kept, of a run that has one after each step
+_TOLD = 400
+
 
 @dataclass(frozen=True)
 class SchedulePlan:
@@ -115,6 +118,14 @@ class SchedulePlan:
 
     def is_update(self, step: int) -> bool:
         return 0 < step <= self.window_end and step % self.interval == 0 and step not in self.idle
+
+    def is_told(self, step: int) -> bool:
+        """Whether the figures of an update at `step` are kept: those of each update, but where one follows every step
+        of a long run, those of the last one and of some hundreds before it."""
+        if not self.is_update(step):
+            return False
+        every = -(-self.number_of_updates(self.last_update) // _TOLD) if self.config.trains_missing else 1
+        return step == self.last_update or self.number_of_updates(step) % every == 0
 
     def latest_update(self, step: int) -> int:
         """The step of the last update when `step` is finished; 0 if there was none."""

@@ -30,6 +30,7 @@ from hf_chts.config_file import PRESETS_ROOT
 from hf_chts.data import BlockStream, DataArguments, LoadedData, load_data, token_byte_lengths
 from hf_chts.evaluation import language_modeling_metrics
 from hf_chts.export import push_directory
+from hf_chts.export.activation_code import refuse_plain
 from hf_chts.machine import check_can_write, device_line, on_cpu
 from hf_chts.model_arguments import ModelArguments, build_model, load_config
 from hf_chts.plain_text import print_anything
@@ -97,6 +98,8 @@ def build_trainer(
             print(baseline_line(config), flush=True)
     if sparsity.is_dense and model_args.export == "packed":
         raise ValueError("export packed: a dense model has nothing to pack, leave export plain")
+    if model_args.export == "plain":
+        refuse_plain(sparsity.activation_topk, "--export packed")
     if args.batch_eval_metrics:
         raise ValueError("batch_eval_metrics: perplexity and bits per byte need all tokens at once, leave it out")
     output = Path(str(args.output_dir))

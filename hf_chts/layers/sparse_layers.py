@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hf_chts.config import SparsityConfig
 from hf_chts.files.reading import LazyMapping
+from hf_chts.layers.activations import keep_largest_activations
 from hf_chts.layers.links import check_zeros
 from hf_chts.layers.plain_weight import check_places, check_plain
 from hf_chts.layers.sparse_layer import SparseLayer
@@ -87,6 +88,8 @@ class SparseLayers:
     def unsparsify(self) -> nn.Module:
         """Make every layer a plain dense one again, with the weights as they are, and return the model.
 
+        Where only the largest activations stayed (activation_topk), all of them do again.
+
         Raises:
             ValueError: a weight is held in another form. Nothing is changed then.
         """
@@ -95,6 +98,8 @@ class SparseLayers:
             check_plain(name, layer)
         for layer in layers.values():
             layer.revert()
+        if self.config.activation_topk < 1:
+            keep_largest_activations(self.model, 1.0)
         self.layers = {}
         if hasattr(self.model, HANDLE):
             delattr(self.model, HANDLE)

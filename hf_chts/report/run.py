@@ -15,6 +15,7 @@ from hf_chts.files.reading import read_json
 from hf_chts.names import shortest_endings
 from hf_chts.records.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, SIZES_NAME, read_lines
 from hf_chts.records.snapshots import LayerSnapshot, load_snapshot, snapshot_paths
+from hf_chts.report.circuit import Circuit, read_circuit
 from hf_chts.schedule_plan import SchedulePlan
 
 TRAINER_STATE = "trainer_state.json"
@@ -55,6 +56,7 @@ class Run:
         shown: the names of the layers to show by themselves.
         seconds: the lines of seconds.jsonl.
         snapshots: step → layer name → its snapshot.
+        circuit: of a prompt, if one was traced.
         notes: a sentence for each thing that is missing or could not be read.
     """
 
@@ -70,6 +72,7 @@ class Run:
     shown: tuple[str, ...] = ()
     seconds: list[dict[str, Any]] = field(default_factory=list)
     snapshots: dict[int, dict[str, LayerSnapshot]] = field(default_factory=dict)
+    circuit: Circuit | None = None
     notes: tuple[str, ...] = ()
     unread: bool = False
     sizes: dict[str, Any] = field(default_factory=dict)
@@ -163,6 +166,7 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
             step: {name: one for name, one in snapshot.items() if fnmatchcase(name, layers)}
             for step, snapshot in snapshots.items()
         },
+        circuit=read_circuit(directory / RECORD_DIR),
     )
     return Run(**{**vars(run), "notes": (*notes, *_gaps(run))})
 
@@ -300,7 +304,8 @@ def _gaps(run: Run) -> list[str]:
     else:
         logged = {entry["step"] for entry in run.log if is_update(entry)}
         missing = sorted(logged - run.records.updates.keys())
-        if missing:
+        every_step = run.config is not None and run.config.trains_missing  # records have only some of these
+        if missing and not every_step:
             gaps.append(
                 f"{len(missing)} updates, from step {missing[0]} to {missing[-1]}, are not in {RECORD_DIR}/"
                 f"{LAYERS_NAME}: the run was resumed from another directory, or could not write there."

@@ -136,7 +136,7 @@ class TopologyCallback(TrainerCallback):
             figures |= (updated := evolver.step(step))
         except NotFinite as error:
             raise diverged(step, error.names, args.output_dir, "the topology is not updated by them") from None
-        if updated and self.record is not None:
+        if updated and self.record is not None and (evolver.plan.is_told(step) or step in self.record.steps):
             softness = evolver.softness if evolver.config.adapts_softness else {}
             seconds = updated["topology_seconds"]
             self.record.update(step, evolver.last_update, evolver.sparse.topologies(), seconds, softness)
@@ -150,7 +150,8 @@ class TopologyCallback(TrainerCallback):
         self._waiting |= figures
         # the losses around an update wait for the next log, or for the next checkpoint or the end if that comes first
         last = control.should_save or step >= state.max_steps
-        control.should_log |= bool(self._waiting) and (last or evolver.plan.is_update(step))
+        every_step = evolver.config.trains_missing and evolver.plan.interval == 1  # too often for lines of their own
+        control.should_log |= bool(self._waiting) and (last or (evolver.plan.is_update(step) and not every_step))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

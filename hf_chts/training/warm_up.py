@@ -107,7 +107,7 @@ class WarmsUpAfterUpdates(AnyTrainer):
         elif asked is None and self.sparse.config.regrown_warmup:
             own_steps = self.sparse.config.link_warmup(num_training_steps)
             why = f", but each regrown link has its own, over {own_steps} steps"
-        elif asked is None and steps < PAPER_WARMUP:
+        elif asked is None and steps < PAPER_WARMUP and interval > 1:
             why = f", a fifth of update_interval ({interval}), where the paper's {PAPER_WARMUP} would be too many"
         plan = topology.evolver.plan_from(self.state.global_step, num_training_steps)
         own = self.args.get_warmup_steps(num_training_steps) if fresh else 0
