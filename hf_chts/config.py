@@ -14,6 +14,7 @@ from hf_chts.config_file import read
 from hf_chts.methods import CHOICES, METHODS
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.topology.parts import REGROWTH, REMOVAL, SPARSITY_SCHEDULES, Part, import_parts, modules_of
+from hf_chts.topology.patterns import NONE, Pattern, pattern_of
 
 CONFIG_NAME = "sparsity_config.json"
 # In a file beside the fields: the sparsity that the model has, where it differs from the one that was asked for
@@ -88,6 +89,11 @@ class SparsityConfig:
     )
     per_head: bool = _option(
         False, "Give each attention head's rows of q, k and v a topology of their own, with the same number of links."
+    )
+    pattern: str = _option(
+        "none",
+        "Numbers of links that every choice keeps to, at every update: fan_in, the same for each output, to within "
+        "one; N:M such as 2:4, N of every M neighbouring inputs, with sparsity 1 − N/M throughout; none.",
     )
     initial_topology: str = _by_method(
         "erdos_renyi",
@@ -225,6 +231,8 @@ class SparsityConfig:
 
     def _set_defaults(self) -> None:
         own = {item.name: item.metadata["default"] for item in dataclasses.fields(self)}
+        if self.sparsity is None and self.pattern is not None and (pattern := pattern_of(self.pattern)) is not None:
+            self._set("sparsity", pattern.sparsity)  # the only one that there is
         for name in ("method", "recipe"):
             if getattr(self, name) is None:
                 self._set(name, own[name])
@@ -286,6 +294,11 @@ class SparsityConfig:
         return [choices[getattr(self, name)] for name, choices in CHOICES.items() if isinstance(choices, dict)]
 
     @property
+    def links_pattern(self) -> Pattern | None:
+        """The pattern that choices of links are put under; None without one."""
+        return pattern_of(self.pattern)
+
+    @property
     def stores_weights(self) -> bool:
         """Whether the weights of removed links are kept."""
         return self.evolves and self.regrown_weights == "historical"
@@ -330,6 +343,7 @@ class SparsityConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields, but those that earlier versions do not know only where they are not their defaults."""
         new = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256, "initial_weights": "model"}
+        new["pattern"] = NONE
         return {
             name: value for name, value in dataclasses.asdict(self).items() if name not in new or value != new[name]
         }

@@ -5,18 +5,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_chts.config import SparsityConfig
 from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.topology import evolution, patterned_evolution
 from hf_chts.topology.allocation import block_links
-from hf_chts.topology.evolution import Choice, LayerEvolution, Removal, counts_of, joined, regrow, remove, selected
+from hf_chts.topology.evolution import Choice, LayerEvolution, Removal, counts_of, joined, selected
 from hf_chts.topology.parts import REGROWTH, REMOVAL, Part
+from hf_chts.topology.patterns import choose_in_runs
 from hf_chts.topology.percolation import Junction, percolate
-from hf_chts.topology.random_streams import generator_of, random_seed
+from hf_chts.topology.random_streams import generator_of, number_from, random_seed
+from hf_chts.topology.sampling import choose
 from hf_chts.topology.softness import temperature
 
 # Layers that are evolved at the same time in one process; each takes several copies of itself in memory
@@ -104,9 +107,20 @@ class TopologyUpdate:
     def _select(self, piece: "_Piece", weight: Tensor) -> LayerEvolution:
         part = self._part("regrowth")
         whole = {"grad": self.gradients, "stored": self.stored}
-        given = {name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs}
+        given: dict[str, Any] = {
+            name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs
+        }
         given |= {"mask": piece.mask, "weight": weight[piece.rows]}
         generator = generator_of(self._seed("pruning", piece), piece.mask.device)
+
+        def highest(scores: Tensor) -> Tensor:
+            every = torch.ones_like(piece.mask)
+            if (pattern := self.plan.config.links_pattern) is None:
+                return choose(scores, piece.links, every, soft=False, generator=generator)
+            numbers = pattern.numbers([piece.links], *piece.mask.shape, piece.mask.device)
+            return choose_in_runs(scores[None], numbers, every[None], [number_from(generator)], soft=False)[0]
+
+        given["choose"] = highest
         chosen = part(self.plan.config, **given, links=piece.links, generator=generator)
         return selected(piece.mask, part.check(chosen, tuple(piece.mask.shape), piece.links))
 
@@ -114,6 +128,8 @@ class TopologyUpdate:
         config, plan = self.plan.config, self.plan
         of_layer = [self.softness.get(piece.layer) for piece in stack.pieces]
         temperatures = [plan.temperature(self.step) if one is None else temperature(one) for one in of_layer]
+        pattern = config.links_pattern
+        remove = evolution.remove if pattern is None else partial(patterned_evolution.remove, pattern=pattern)
         return remove(
             weights,
             stack.masks,
@@ -130,7 +146,8 @@ class TopologyUpdate:
         )
 
     def _regrow(self, stack: "_Stack", weights: Tensor, halves: Removal) -> tuple[Tensor, Tensor]:
-        part = self._part("regrowth")
+        part, pattern = self._part("regrowth"), self.plan.config.links_pattern
+        regrow = evolution.regrow if pattern is None else partial(patterned_evolution.regrow, pattern=pattern)
 
         def score(kept: Tensor) -> Tensor:
             return self._score("regrowth", stack, weights.where(kept, 0) if "weight" in part.needs else None, kept)
@@ -284,5 +301,6 @@ def in_batches(
 def update_cost(shape: tuple[int, int], config: SparsityConfig) -> float:
     """Roughly how many operations an update of a layer of `shape` (out, in) takes, to share layers out over ranks."""
     part = REGROWTH[config.regrowth]
-    drawn = config.regrowth_choice == "soft" and part.sampler is not None
+    # a sampler draws from the whole layer
+    drawn = config.regrowth_choice == "soft" and part.sampler is not None and config.links_pattern is None
     return (part.sampler_cost if drawn else part.cost)(*shape)

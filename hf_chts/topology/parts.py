@@ -38,7 +38,7 @@ _SCORE_NEEDS = {"mask", "weight", "grad", "stored"}
 _NEEDS = {
     "removal": _SCORE_NEEDS,
     "regrowth": _SCORE_NEEDS,
-    "selection": {*_SCORE_NEEDS, "links", "generator"},
+    "selection": {*_SCORE_NEEDS, "links", "generator", "choose"},
     "initial_topology": {"out_features", "in_features", "links", "generator", "inputs"},
     "sparsity_schedule": {"step", "start", "end", "initial", "final"},
 }
@@ -192,8 +192,9 @@ class Register:
     def selection(self, name: str, *, options: _Options = _NO_OPTIONS, cost: Cost = _one_sort) -> _Decorator:
         """A choice of all links at once, in place of removal and regrowth; the config's `regrowth` names it.
 
-        The function takes the same as a removal score, `links` (the number to choose) and `generator`, and returns the
-        new mask, bool (out, in) with exactly `links` links. See `hf_chts.topology.gmp`.
+        The function takes the same as a removal score, and returns the new mask, bool (out, in). It leaves the choice
+        to `choose` (floating point scores (out, in) → the mask of the highest), which keeps to a pattern; or it takes
+        `links`, the number to choose, and `generator`, and runs without a pattern alone. See `hf_chts.topology.gmp`.
         """
         return _adding(REGROWTH, "selection", name, options, cost=cost)
 
