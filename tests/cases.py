@@ -27,7 +27,6 @@ CASES = {name: {"method": name} for name in METHODS if name not in ("dense", "st
     "chts, fan-in per head": {"method": "chts", "pattern": "fan_in", "per_head": True},
     "chts, 2:4": {"method": "chts", "pattern": "2:4"},
     "rigl, 2:4": {"method": "rigl", "pattern": "2:4"},
-    "gmp, 2:4": {"method": "gmp", "pattern": "2:4", "sparsity_schedule": "constant"},
     "chts, regrowth by gradient": {"method": "chts", "regrowth": "gradient", "removal": "relative_importance"},
 }
 

@@ -47,8 +47,7 @@ def remove(
         return Removal(before, stay, stay, stayed, left)
     if pattern.of:
         scores = removal.score(weights, stay)
-        soft = {"soft": removal.soft, "temperature": removal.temperature}
-        kept = choose_each(scores, left, stay, seeds("removal"), **soft)
+        kept = choose_each(scores, left, stay, seeds("removal"), soft=removal.soft, temperature=removal.temperature)
     else:
         of_rows = stays - shares_of_runs(stays, dropped, seeds("removal of rows"))
         kept = _best(weights, stay, of_rows, removal, seeds("removal"))
