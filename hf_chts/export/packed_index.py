@@ -79,7 +79,7 @@ def packed_index(mask: Tensor, claimed: Sequence[int]) -> Tensor:
     if not of:
         return _positions(link_positions(mask).numpy(), kept, mask.numel())
     groups = (mask if inputs else mask.t()).reshape(-1, of)
-    codes = (groups.to(torch.int32) << torch.arange(of, dtype=torch.int32)).sum(1).numpy()
+    codes = groups.numpy() @ (1 << np.arange(of))
     numbers = _tables(kept, of)[0][codes]
     if numbers.min() < 0:
         raise ValueError(f"a mask does not have {kept} links in every group of {of}")
@@ -104,18 +104,18 @@ def index_bits(index: Tensor, claimed: Sequence[int], links: int) -> Tensor:
         return index
     rows, columns, kept, of, inputs = claimed
     if not of:
-        mask = torch.zeros(rows * columns, dtype=torch.bool)
-        mask[torch.from_numpy(_found(index.cpu().numpy(), kept, links, rows * columns))] = True
-        return pack_bits(mask)
+        mask = np.zeros(rows * columns, np.bool_)
+        mask[_found(index.cpu().numpy(), kept, links, rows * columns)] = True
+        return pack_bits(torch.from_numpy(mask))
     words, count = index.cpu().numpy().view("<i8"), rows * columns // of
     numbers = (words[:, None] // _powers(kept, of)) % math.comb(of, kept)
     if (words < 0).any() or numbers.reshape(-1)[count:].any():
         raise ValueError("an index that is damaged")
-    codes = torch.from_numpy(_tables(kept, of)[1][numbers.reshape(-1)[:count]])
-    mask = (codes[:, None] >> torch.arange(of, dtype=torch.int32)).bitwise_and_(1).bool()
-    if len(codes) * kept != links:
-        raise ValueError(f"{len(codes) * kept} links and {links} values")
-    return pack_bits(mask.view(rows, columns) if inputs else mask.view(columns, rows).t().contiguous())
+    if count * kept != links:
+        raise ValueError(f"{count * kept} links and {links} values")
+    codes = _tables(kept, of)[1][numbers.reshape(-1)[:count]]
+    groups = torch.from_numpy((codes[:, None] >> np.arange(of, dtype=np.int32)) & 1 > 0)
+    return pack_bits(groups.view(rows, columns) if inputs else groups.view(columns, rows).t().contiguous())
 
 
 @cache
