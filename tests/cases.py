@@ -25,7 +25,7 @@ CASES = {name: {"method": name} for name in METHODS if name not in ("dense", "st
     "chtss, fan-in": {"method": "chtss", "pattern": "fan_in"},
     "gmp, fan-in": {"method": "gmp", "pattern": "fan_in", "allocation": "global"},
     "chts, fan-in per head": {"method": "chts", "pattern": "fan_in", "per_head": True},
-    "chts, 2:4": {"method": "chts", "pattern": "2:4"},
+    "chts, 1:5 in attention": {"method": "chts", "pattern": "1:5", "target_modules": ["q_proj", "k_proj", "o_proj"]},
     "rigl, 2:4": {"method": "rigl", "pattern": "2:4"},
     "chts, regrowth by gradient": {"method": "chts", "regrowth": "gradient", "removal": "relative_importance"},
 }
