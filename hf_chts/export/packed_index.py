@@ -46,8 +46,8 @@ def header(shape: tuple[int, int], links: int, pattern: Pattern | None, transpos
 
 
 def check(claimed: Sequence[int]) -> None:
-    """Raises ValueError if `K_shape` holds what no index has; before anything of a claimed size is made."""
-    if len(claimed) not in (2, 5) or min(claimed[:2]) < 1:
+    """Raises ValueError if `K_shape` names no index that there is; before anything of a claimed size is made."""
+    if len(claimed) not in (2, 5):
         raise ValueError(f"a shape of {list(claimed)}")
     if len(claimed) == 5:
         kept, of, inputs = claimed[2:]
