@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from hf_chts.baseline import BASELINES
 from hf_chts.config import SparsityConfig
 from hf_chts.config_file import PRESETS_ROOT, find, read_mapping
 from hf_chts.export.packed_loading import forget_packing
@@ -21,8 +22,23 @@ class ModelArguments:
     model: str = field(
         default="configs/models/llama_demo.json",
         metadata={
-            "help": "Architecture, trained from random weights: a config JSON, a directory with a config.json, or a "
-            "Hub id. Default: configs/models/llama_demo.json."
+            "help": "Architecture: a config JSON, a directory with a config.json, or a Hub id; with init: weights, a "
+            "directory or a Hub id with weights. Default: configs/models/llama_demo.json."
+        },
+    )
+    init: str = field(
+        default="random",
+        metadata={
+            "help": "random: new weights. weights: those of `model` and its tokenizer; an export of a sparse model "
+            "goes on with its links, unless initial_topology chooses by weights, and a dense model is pruned by "
+            "initial_topology (magnitude, relative_importance, wanda). Default: random."
+        },
+    )
+    calibration_blocks: int = field(
+        default=128,
+        metadata={
+            "help": "With init: weights, how many training sequences an initial topology that looks at the layers' "
+            "inputs (wanda) is shown. Default: 128."
         },
     )
     attn_implementation: str = field(
@@ -40,9 +56,29 @@ class ModelArguments:
         },
     )
 
+    baseline: str = field(
+        default="none",
+        metadata={
+            "help": "Train a dense, narrower model of the same depth in place of the sparse one that the other options "
+            "describe, to compare it with: same_links, as many weights as that has links in the end; same_average, as "
+            "it has on the mean over the run; same_bytes, as many bytes of memory in training. Default: none."
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.export not in ("plain", "packed"):
             raise ValueError(f"export is plain or packed, got {self.export!r}")
+        if self.init not in ("random", "weights"):
+            raise ValueError(f"init is random or weights, got {self.init!r}")
+        if self.calibration_blocks < 1:
+            raise ValueError(f"calibration_blocks is {self.calibration_blocks}; it must be at least 1 sequence")
+        if self.baseline not in BASELINES:
+            raise ValueError(f"baseline is one of {', '.join(BASELINES)}, got {self.baseline!r}")
+        if self.baseline != "none" and self.init == "weights":
+            raise ValueError(
+                f"baseline is {self.baseline!r}, a model of another size that starts with random weights, and init is "
+                "weights: leave one of them out"
+            )
 
 
 def load_config(args: ModelArguments) -> PreTrainedConfig:
@@ -91,7 +127,7 @@ def build_model(
         kind = args.attn_implementation
         return AutoModelForCausalLM.from_config(config, attn_implementation=kind, dtype=torch.float32)
 
-    if sparsity.storage == "links" and not sparsity.is_dense and sparsity.allocation != "global":
+    if sparsity.storage == "links" and not (sparsity.is_dense or sparsity.starts_from_weights):
         with torch.device("meta"):
             outline = build()
         if 4 * outline.num_parameters() > _LARGE:

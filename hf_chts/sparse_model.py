@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_chts.config import SparsityConfig
 from hf_chts.evolution.evolver import Evolver
 from hf_chts.files.reading import LazyMapping
+from hf_chts.layers.activations import keep_largest_activations
 from hf_chts.layers.conversion import convert_layers, link_layers
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.heads import head_blocks
@@ -97,9 +98,10 @@ def sparsify(
         config: which layers become sparse and with which initial topology; none does with method "dense".
         masks: topologies to use instead of new ones, bool (out, in) by layer name, for exactly the target layers, or
             for those that an earlier version would have chosen by default.
-        calibration: for the initial topology "correlated", the inputs of every target layer over some samples,
-            (samples, in_features) by layer name; or the inputs of the model, (samples, features), whose correlations
-            are then tiled over all layers.
+        calibration: for the initial topologies "correlated" and "wanda", the inputs of every target layer over some
+            samples, (samples, in_features) by layer name; for "wanda" their norms over the samples, (in_features,),
+            will do (`layers.calibration.input_norms`). Or one tensor: the inputs of the model, (samples, features),
+            whose correlations are tiled over all layers, and whose norms fit layers with as many inputs.
 
     Returns:
         The handle; also found again with `SparsityHandle.of(model)`.
@@ -114,7 +116,7 @@ def sparsify(
         raise ValueError("the model is sparse already: call unsparsify() on its handle, SparsityHandle.of(model)")
     check_not_packed(model, "made sparse")
     targets = {} if config.is_dense else _targets(model, config, masks)
-    _refuse_meta(targets, config)
+    _refuse_meta(targets, config, new=masks is None)
     if config.percolation and targets:
         couplings(cast(PreTrainedModel, model), list(targets))  # refuses architectures whose coupling is not known
     shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
@@ -123,6 +125,8 @@ def sparsify(
     if targets:
         overrides(targets, config)
         check_links(shapes, weights, config, blocks)
+    if config.activation_topk < 1:
+        keep_largest_activations(model, config.activation_topk)
     new = masks is None
     if masks is None:
         masks = initial_masks(shapes, weights, config, calibration, blocks)
@@ -190,7 +194,7 @@ def _earlier(model: nn.Module, config: SparsityConfig, masks: Mapping[str, Tenso
     return earlier if set(earlier) == set(masks) else None
 
 
-def _refuse_meta(targets: Mapping[str, nn.Module], config: SparsityConfig) -> None:
+def _refuse_meta(targets: Mapping[str, nn.Module], config: SparsityConfig, new: bool) -> None:
     """Raises ValueError for weights without data: what fills them later knows nothing of masks."""
     remedy = (
         "give the model its weights first (from_pretrained, or to_empty and init_weights on a real device; where FSDP "
@@ -213,6 +217,11 @@ def _refuse_meta(targets: Mapping[str, nn.Module], config: SparsityConfig) -> No
             raise ValueError(
                 f"{name} is on the meta device, and allocation 'global' compares weights: {remedy}, or choose another "
                 "allocation"
+            )
+        if new and config.starts_from_weights:
+            raise ValueError(
+                f"{name} is on the meta device, and initial_topology {config.initial_topology!r} chooses links by "
+                f"their weights: {remedy}, or choose another initial_topology"
             )
 
 

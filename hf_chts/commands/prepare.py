@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_chts.commands.from_weights import StartingModel
 from hf_chts.commands.options import parse_run
 from hf_chts.config import SparsityConfig
 from hf_chts.data.arguments import DataArguments
@@ -16,7 +17,7 @@ from hf_chts.training.arguments import SparseTrainingArguments
 # A config may set them for training. The tokens do not depend on them.
 _FOR_TRAINING = (
     "streaming", "shuffle_buffer", "block_size", "packing", "max_eval_tokens", "attn_implementation", "export_dir",
-    "export",
+    "export", "calibration_blocks",
 )  # fmt: skip
 
 
@@ -50,11 +51,14 @@ def prepare(argv: Sequence[str], program: str) -> None:
         only_in_file=_FOR_TRAINING,
     )
     config: Any = load_config(model_args)
+    tokenizer = data_args.tokenizer or "embedded"
+    if start := StartingModel.of(model_args, SparsityConfig("dense")):
+        tokenizer = start.tokenizer(data_args.tokenizer, config.vocab_size)
     index = prepare_tokens(
         load_corpus(data_args, args.seed),
-        load_tokenizer(data_args.tokenizer, config.vocab_size),
+        load_tokenizer(tokenizer, config.vocab_size),
         args.out,
-        tokenizer_name=data_args.tokenizer,
+        tokenizer_name=tokenizer,
         on_bad_document=data_args.on_bad_document or "error",
         workers=args.workers,
         progress=lambda line: print(line, flush=True),

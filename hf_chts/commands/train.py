@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,13 +21,16 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse
+from hf_chts.baseline import baseline_line, baseline_of, dense_baseline
 from hf_chts.checkpoint.run_folder import last_sealed, refuse_folder_of_another_run
 from hf_chts.commands import one_line_errors, refusal, without_fail
+from hf_chts.commands.from_weights import KeepsResults, StartingModel
 from hf_chts.commands.options import parse_run
 from hf_chts.config_file import PRESETS_ROOT
 from hf_chts.data import BlockStream, DataArguments, LoadedData, load_data, token_byte_lengths
 from hf_chts.evaluation import language_modeling_metrics
 from hf_chts.export import push_directory
+from hf_chts.export.activation_code import refuse_plain
 from hf_chts.machine import check_can_write, device_line, on_cpu
 from hf_chts.model_arguments import ModelArguments, build_model, load_config
 from hf_chts.plain_text import print_anything
@@ -68,11 +72,6 @@ def train(argv: Sequence[str], program: str) -> None:
         )
         use_one_device(args)
         trainer = build_trainer(model_args, data_args, sparsity, args)
-    trainer.recipe = {
-        "model": model_args.model,
-        "dataset": data_args.dataset,
-        "tokens per sequence": data_args.block_size,
-    }
     fit(trainer, program)
     finish(trainer, model_args, program)
     if torch.distributed.is_initialized():
@@ -90,8 +89,17 @@ def build_trainer(
     """
     if args.max_steps > 0:
         sparsity.plan(args.max_steps)
+    config: Any = load_config(model_args)
+    if model_args.baseline != "none":
+        optimizer = str(getattr(args.optim, "value", args.optim))
+        config = dense_baseline(model_args.baseline, config, sparsity, max_steps=args.max_steps, optimizer=optimizer)
+        sparsity = SparsityConfig(method="dense")
+        if args.process_index == 0:
+            print(baseline_line(config), flush=True)
     if sparsity.is_dense and model_args.export == "packed":
         raise ValueError("export packed: a dense model has nothing to pack, leave export plain")
+    if model_args.export == "plain":
+        refuse_plain(sparsity.activation_topk, "--export packed")
     if args.batch_eval_metrics:
         raise ValueError("batch_eval_metrics: perplexity and bits per byte need all tokens at once, leave it out")
     output = Path(str(args.output_dir))
@@ -100,21 +108,26 @@ def build_trainer(
         check_can_write(model_args.export_dir or output, "the directory of the export")
         if not checkpoint_to_resume(args):  # before the data are prepared; train() checks again
             refuse_folder_of_another_run(str(output), set(), overwrite=args.overwrite_output_dir)
-    config: Any = load_config(model_args)
+    start = StartingModel.of(model_args, sparsity)
+    if start is not None:
+        data_args = replace(data_args, tokenizer=start.tokenizer(data_args.tokenizer, config.vocab_size))
     use_all_cores(args)
     if args.process_index == 0:
         print(f"Training on {place(args)}", flush=True)
     with args.main_process_first(desc="preparing the data"):
         data = load_data(data_args, vocab_size=config.vocab_size, seed=args.seed, shuffle_seed=args.data_seed)
-    config.bos_token_id = data.tokenizer.bos_token_id
-    config.eos_token_id = data.tokenizer.eos_token_id
-    config.pad_token_id = data.tokenizer.pad_token_id
     set_seed(args.seed)
-    preprocess_logits, compute_metrics = language_modeling_metrics(
-        token_byte_lengths(data.tokenizer, config.vocab_size)
-    )
-    # several ranks split or copy what is on the CPU, as their engines do it
-    model, sparse = build_model(model_args, config, sparsity, args.device if args.world_size == 1 else "cpu")
+    byte_lengths = token_byte_lengths(data.tokenizer, config.vocab_size)
+    preprocess_logits, compute_metrics = language_modeling_metrics(byte_lengths)
+    weights = "random"
+    if start is None:
+        config.bos_token_id = data.tokenizer.bos_token_id
+        config.eos_token_id = data.tokenizer.eos_token_id
+        config.pad_token_id = data.tokenizer.pad_token_id
+        # several ranks split or copy what is on the CPU, as their engines do it
+        model, sparse = build_model(model_args, config, sparsity, args.device if args.world_size == 1 else "cpu")
+    else:
+        model, sparse, weights = start.make(model_args, data, byte_lengths, args)
     trainer = SparseTrainer(
         model=model,
         args=args,
@@ -126,7 +139,17 @@ def build_trainer(
         preprocess_logits_for_metrics=preprocess_logits,
         compute_metrics=compute_metrics,
     )
-    trainer.made_of = made_of(config, data_args, data)
+    trainer.made_of = made_of(model.config, data_args, data) | {"starting weights": weights}
+    baseline = baseline_of(model.config)
+    trainer.recipe = {
+        "model": model_args.model,
+        **({"dense baseline": baseline} if baseline else {}),
+        "dataset": data_args.dataset,
+        "tokens per sequence": data_args.block_size,
+    }
+    if start is not None:
+        trainer.recipe |= start.facts
+        trainer.add_callback(KeepsResults(start))
     return trainer
 
 

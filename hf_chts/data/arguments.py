@@ -66,11 +66,11 @@ class DataArguments:
     )
 
     # --- tokens ---
-    tokenizer: str = field(
-        default="embedded",
+    tokenizer: str | None = field(
+        default=None,
         metadata={
-            "help": "'embedded' (default): a byte-level BPE with the model's vocabulary size, trained on the "
-            "embedded corpus and cached. Otherwise a directory or a Hub id."
+            "help": "'embedded': a byte-level BPE with the model's vocabulary size, trained on the embedded corpus and "
+            "cached. Otherwise a directory or a Hub id. Default: the model's own with init: weights, else 'embedded'."
         },
     )
     block_size: int = field(default=256, metadata={"help": "Length of a training sequence, in tokens. Default: 256."})

@@ -57,7 +57,7 @@ def load_data(args: DataArguments, *, vocab_size: int, seed: int, shuffle_seed: 
     Raises:
         FileNotFoundError, ValueError: something is wrong with the corpus or the tokenizer.
     """
-    tokenizer = load_tokenizer(args.tokenizer, vocab_size)
+    tokenizer = load_tokenizer(args.tokenizer or "embedded", vocab_size)
     max_blocks = None if args.max_eval_tokens is None else args.max_eval_tokens // args.block_size
     directory = Path(args.dataset).expanduser()
     if args.dataset != "embedded" and (directory / INDEX_NAME).is_file():

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from hf_chts.config import SparsityConfig
+from hf_chts.layers.neurons import neuron_dimension
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.topology import evolution, patterned_evolution
 from hf_chts.topology.allocation import block_links
 from hf_chts.topology.evolution import Choice, LayerEvolution, Removal, counts_of, joined, selected
 from hf_chts.topology.parts import REGROWTH, REMOVAL, Part
-from hf_chts.topology.patterns import choose_in_runs
+from hf_chts.topology.patterns import highest
 from hf_chts.topology.percolation import Junction, percolate
-from hf_chts.topology.random_streams import generator_of, number_from, random_seed
-from hf_chts.topology.sampling import choose
+from hf_chts.topology.random_streams import generator_of, random_seed
 from hf_chts.topology.softness import temperature
 
 # Layers that are evolved at the same time in one process; each takes several copies of itself in memory
@@ -62,7 +62,7 @@ class TopologyUpdate:
 
         Args:
             names: with each layer, those that are coupled to it.
-            weights: (out, in) by name, 0 off the mask; read only.
+            weights: (out, in) by name, 0 off the mask unless the config `trains_missing`; read only.
         """
         # junctions may include layers that do not train; those keep all their links
         junctions = [junction for junction in self.junctions if set(junction.layers) & set(names)]
@@ -107,20 +107,11 @@ class TopologyUpdate:
     def _select(self, piece: "_Piece", weight: Tensor) -> LayerEvolution:
         part = self._part("regrowth")
         whole = {"grad": self.gradients, "stored": self.stored}
-        given: dict[str, Any] = {
-            name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs
-        }
-        given |= {"mask": piece.mask, "weight": weight[piece.rows]}
+        given: dict[str, Any] = {"mask": piece.mask, "weight": weight[piece.rows]}
+        given |= {name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs}
+        given["neurons"] = neuron_dimension(piece.layer)
         generator = generator_of(self._seed("pruning", piece), piece.mask.device)
-
-        def highest(scores: Tensor) -> Tensor:
-            every = torch.ones_like(piece.mask)
-            if (pattern := self.plan.config.links_pattern) is None:
-                return choose(scores, piece.links, every, soft=False, generator=generator)
-            numbers = pattern.numbers([piece.links], *piece.mask.shape, piece.mask.device)
-            return choose_in_runs(scores[None], numbers, every[None], [number_from(generator)], soft=False)[0]
-
-        given["choose"] = highest
+        given["choose"] = highest(self.plan.config.links_pattern, piece.links, generator)
         chosen = part(self.plan.config, **given, links=piece.links, generator=generator)
         return selected(piece.mask, part.check(chosen, tuple(piece.mask.shape), piece.links))
 

@@ -18,6 +18,7 @@ from hf_chts.export.packed_format import is_packed
 from hf_chts.export.packed_inference import InferenceConfig, pack_model
 from hf_chts.export.sources import architecture, checked_config, local_directory
 from hf_chts.export.weight_files import PLAIN_STEM, WeightFiles
+from hf_chts.layers.activations import keep_largest_activations
 from hf_chts.layers.linked_layer import LinkedLayer
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.names import listed
@@ -27,7 +28,9 @@ Compute = Literal["dense", "sparse"]
 _QUANTIZING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 
 
-def load_sparse(source: str | Path, *, compute: Compute | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_sparse(
+    source: str | Path, *, compute: Compute | None = None, sparsity: SparsityConfig | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Load an export, plain or packed, or a checkpoint, with its masks, to train on or, packed, for inference.
 
     For inference with dense weights `from_pretrained` of an export is enough.
@@ -40,6 +43,7 @@ def load_sparse(source: str | Path, *, compute: Compute | None = None, **kwargs:
         source: a directory or a Hub id.
         compute: "sparse": for inference with packed weights, which take about the memory of a packed export, and
             decode at the speed of their bytes. Such a model cannot be trained or saved. None or "dense": to train on.
+        sparsity: the config to train on with, in place of the export's; of the same layers.
         kwargs: for `from_pretrained`; for a Hub id also revision, token and the like. Code in the directory only runs
             with trust_remote_code=True.
 
@@ -57,7 +61,7 @@ def load_sparse(source: str | Path, *, compute: Compute | None = None, **kwargs:
             )
     directory = local_directory(source, kwargs)
     contents = checked_config(directory)
-    config = SparsityConfig.load(directory)
+    config = sparsity or SparsityConfig.load(directory)
     packed = PackedFiles(directory) if is_packed(contents) else None
     masks: Mapping[str, Tensor] = {}
     slots: Mapping[str, Tensor] = {}
@@ -86,6 +90,7 @@ def load_sparse(source: str | Path, *, compute: Compute | None = None, **kwargs:
         options["config"].quantization_config = InferenceConfig(directory, packed, masks)
         model, info = loader.from_pretrained(directory, **options)
         _check_class(directory, model, architecture(contents), info)
+        keep_largest_activations(model, config.activation_topk)
         return model
     into_slots = by_layers and _can_fill_slots(config, kwargs)
     if into_slots:
@@ -100,6 +105,7 @@ def load_sparse(source: str | Path, *, compute: Compute | None = None, **kwargs:
         )
     model, info = loader.from_pretrained(directory, **options)
     _check_class(directory, model, architecture(contents), info)
+    keep_largest_activations(model, config.activation_topk)
     if into_slots:
         return pack_model(model) if compute == "sparse" else model
     layers: dict[str, nn.Module] = {

@@ -113,7 +113,7 @@ class PackedFiles:
         except ValueError as error:
             raise DamagedFile(bits.path, f"{key} has {error}") from error
         # Python integers do not overflow; after this check the product is in proportion to the file's bytes
-        if bits.shape != (packed_index.size(claimed, values.shape[0]),):
+        if min(rows, columns) < 1 or bits.shape != (packed_index.size(claimed, values.shape[0]),):
             raise DamagedFile(bits.path, f"{key} claims {rows} × {columns}, and has {bits.shape[0]} bytes of bits")
         if values.shape[0] > rows * columns:
             raise DamagedFile(values.path, f"{key} has {values.shape[0]} values for {rows} × {columns} weights")

@@ -42,19 +42,20 @@ def correlated(
         raise ValueError(f"a correlation takes at least two calibration samples; got {samples}")
     in_features = features if in_features is None else in_features
     total = check_links(out_features, in_features, links)
-    values = inputs.detach().to(generator.device, torch.float64)
-    if not torch.isfinite(values).all():
+    values = inputs.detach().to(generator.device, torch.float64, copy=True)  # the one copy; the rest is done in place
+    low, high = values.aminmax(dim=0)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise ValueError(
             f"{int((~torch.isfinite(values)).sum())} of the {values.numel()} calibration inputs are not finite: "
             "leave those samples out"
         )
 
     # compared by value: the deviations of a constant from its mean are rounding errors, which correlate with anything
-    constant = (values == values[0]).all(0)
-    values = values / values.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)  # against overflow of squares
-    values = values - values.mean(0)
-    values = values / values.norm(dim=0)
-    values[:, constant] = 0  # (samples, in), each feature of mean 0 and length 1
+    constant = low == high
+    values /= torch.maximum(low.abs(), high.abs()).clamp(min=torch.finfo(torch.float64).tiny)  # no square overflows
+    values -= values.mean(0)
+    values /= values.norm(dim=0)
+    values[:, constant] = 0  # (samples, features), each feature of mean 0 and length 1
 
     scores = torch.empty(min(out_features, features), features, dtype=torch.float32, device=generator.device)
     for start in range(0, len(scores), _BLOCK_ROWS):

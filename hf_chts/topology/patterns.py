@@ -11,13 +11,15 @@ torch's operations alone, so that they are the same in a stack, on a device, and
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_chts.topology.hashed_numbers import fractions, hashed, race_keys, seeds_on
+from hf_chts.topology.random_streams import number_from
+from hf_chts.topology.sampling import choose
 
 NONE, FAN_IN = "none", "fan_in"
 # Candidates to sort at a time: keys and orders of a large layer would take sixteen times the mask
@@ -110,6 +112,25 @@ def pattern_of(name: str) -> Pattern | None:
 def links_of_runs(masks: Tensor, width: int) -> Tensor:
     """The number of links of each run: bool (layers, out, in) → int64 (layers, runs)."""
     return masks.reshape(len(masks), -1, width).sum(2)
+
+
+def highest(pattern: Pattern | None, links: int, generator: torch.Generator) -> Callable[..., Tensor]:
+    """A function of scores, floating point (out, in), that gives the mask of the `links` highest under a pattern.
+
+    With `by_row` every output gets the same number of links also where there is no pattern. Among equal scores the
+    choice is uniformly random.
+    """
+
+    def chosen(scores: Tensor, *, by_row: bool = False) -> Tensor:
+        every = torch.ones_like(scores, dtype=torch.bool)
+        kept = Pattern() if pattern is None and by_row else pattern
+        if kept is None:
+            return choose(scores, links, every, soft=False, generator=generator)
+        rows, columns = scores.shape
+        numbers = kept.numbers([links], rows, columns, scores.device)
+        return choose_in_runs(scores[None], numbers, every[None], [number_from(generator)], soft=False)[0]
+
+    return chosen
 
 
 def under_pattern(mask: Tensor, pattern: Pattern, links: int, seed: int) -> Tensor:

@@ -97,7 +97,7 @@ def test_damage():
             except ValueError:
                 continue
             assert found.shape == ((32 * 96 + 7) // 8,)
-    for bad in [(0, 4), (4, 4, 4), (4, 8, 2, 17, 1), (4, 8, 3, 3, 1), (4, 8, 2, 4, 2), (4, 7, 2, 4, 1), (4, 4, 0, 0, 0),
+    for bad in [(4, 4, 4), (4, 8, 2, 17, 1), (4, 8, 3, 3, 1), (4, 8, 2, 4, 2), (4, 7, 2, 4, 1), (4, 4, 0, 0, 0),
                 (4, 4, 7, 0, 0), (4, 4, -1, 0, 0), (4, 4, 3, 0, 1)]:  # fmt: skip
         with pytest.raises(ValueError, match="a shape of"):
             packed_index.check(bad)

@@ -62,6 +62,21 @@ def test_a_selection_takes_the_largest_of_each_run(pattern):
     )
 
 
+@pytest.mark.parametrize("pattern", ["fan_in", "2:4"])
+@pytest.mark.parametrize("scores", ["magnitude", "wanda"])
+def test_a_dense_model_is_pruned_to_the_best_of_each_run(pattern, scores):
+    model = tiny_llama()
+    weight = model.model.layers[0].mlp.up_proj.weight.detach().abs()
+    norms = torch.rand(weight.shape[1], generator=random_stream(1))
+    config = case_config("static", pattern=pattern, sparsity=0.5, initial_topology=scores, target_modules=["up_proj"])
+    mask = next(iter(sparsify(model, config, calibration=norms).masks().values()))
+    check_pattern(pattern, mask)
+    size = weight * norms if scores == "wanda" else weight
+    kept, width = (2, 4) if pattern == "2:4" else (20, 40)
+    runs = size.view(-1, width)
+    assert mask.view(-1, width).equal(runs >= runs.sort(1, descending=True).values[:, kept - 1 : kept])
+
+
 def test_refused_before_the_model_is_changed():
     model = tiny_llama()
     before = copy.deepcopy(model.state_dict())
@@ -69,6 +84,8 @@ def test_refused_before_the_model_is_changed():
         sparsify(model, case_config("chts", pattern="3:7"))
     with pytest.raises(ValueError, match=r"would have \d+ links at sparsity 0.98, fewer than outputs"):
         sparsify(model, case_config("chts", pattern="fan_in", sparsity=0.98))
+    with pytest.raises(ValueError, match="'largest' chooses links without `choose`"):
+        case_config("topk", pattern="fan_in")
     masks = sparsify(copy.deepcopy(model), case_config("chts", sparsity=0.5, initial_topology="erdos_renyi")).masks()
     for pattern in ("fan_in", "2:4"):
         with pytest.raises(ValueError, match=f"q_proj does not have the pattern '{pattern}' of the config"):
