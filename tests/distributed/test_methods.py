@@ -27,9 +27,12 @@ MORE = [
     "rigl, historical weights",
     "granet",
     "cht",
+    "rigl, fan-in",
+    "chts, 1:5 in attention",
 ]
 SLOTS = [
-    f"{case}{IN_SLOTS}" for case in ("rigl, historical weights, frozen", "gmp, global allocation", "chts, per head")
+    f"{case}{IN_SLOTS}"
+    for case in ("rigl, historical weights, frozen", "gmp, global allocation", "chts, fan-in per head")
 ]
 ENGINES = {
     "cpu_ddp": "ReplicatedWeights",
@@ -80,12 +83,28 @@ def check_export(directory):
         (
             "cpu_fsdp2",
             3,
-            [*MORE, "set, percolation", "chts, adaptive softness", "chtss, per-weight Adam steps", *SLOTS],
+            [
+                *MORE,
+                "set, percolation",
+                "rigl, fan-in",
+                f"chts, 2:4{IN_SLOTS}",
+                "chts, adaptive softness",
+                "chtss, per-weight Adam steps",
+                *SLOTS,
+            ],
         ),
         (
             "cpu_zero3",
             3,
-            [*MORE, "set, Erdos-Renyi allocation", "chts, per head", "chtss, per-weight Adam steps", *SLOTS],
+            [
+                *MORE,
+                "set, Erdos-Renyi allocation",
+                "chts, fan-in per head",
+                f"rigl, 2:4{IN_SLOTS}",
+                "chts, per head",
+                "chtss, per-weight Adam steps",
+                *SLOTS,
+            ],
         ),
     ],
 )
