@@ -112,7 +112,7 @@ def test_links_are_chosen_anew_or_given_up(made, run, tmp_path):
 def test_from_the_hub(made, run, hub, waits, tmp_path, monkeypatch, model):
     constants = "huggingface_hub.constants"
     monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
-    # made of the endpoint on import
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # of an earlier endpoint
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
     folder = {"me/sparse": "sparse/export", "me/packed": "packed", "me/dense": "dense/export"}[model]
