@@ -32,7 +32,7 @@ MORE = [
 ]
 SLOTS = [
     f"{case}{IN_SLOTS}"
-    for case in ("rigl, historical weights, frozen", "gmp, global allocation", "chts, fan-in per head")
+    for case in ("rigl, historical weights, frozen", "gmp, global allocation", "chts, per head", "chtss, fan-in")
 ]
 ENGINES = {
     "cpu_ddp": "ReplicatedWeights",
@@ -83,28 +83,12 @@ def check_export(directory):
         (
             "cpu_fsdp2",
             3,
-            [
-                *MORE,
-                "set, percolation",
-                "rigl, fan-in",
-                f"chts, 2:4{IN_SLOTS}",
-                "chts, adaptive softness",
-                "chtss, per-weight Adam steps",
-                *SLOTS,
-            ],
+            [*MORE, "set, percolation", "chts, adaptive softness", "chtss, per-weight Adam steps", *SLOTS],
         ),
         (
             "cpu_zero3",
             3,
-            [
-                *MORE,
-                "set, Erdos-Renyi allocation",
-                "chts, fan-in per head",
-                f"rigl, 2:4{IN_SLOTS}",
-                "chts, per head",
-                "chtss, per-weight Adam steps",
-                *SLOTS,
-            ],
+            [*MORE, "set, Erdos-Renyi allocation", "chts, per head", "chtss, per-weight Adam steps", *SLOTS],
         ),
     ],
 )
