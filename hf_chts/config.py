@@ -132,7 +132,8 @@ class SparsityConfig:
     regrowth: str = _by_method(
         "random",
         f"Score by which links are regrown: {', '.join(CHOICES['regrowth'])}. With stored (GMP) the links are the "
-        "largest of all present and stored weights, and ζ does not count.",
+        "largest of all present and stored weights, and with largest (topk) those of all weights after each optimizer "
+        "step, which moves missing links too; ζ does not count then.",
     )
     regrowth_choice: str = _by_method("hard", "hard takes the highest scores; soft samples by score.")
     regrown_weights: str = _by_method(
@@ -140,15 +141,25 @@ class SparsityConfig:
         "Weight that a regrown link starts with: zero, or historical, the weight it had when it was removed (paper "
         "App. J).",
     )
-    regrown_adam: str = _option(
+    regrown_adam: str = _by_method(
         "global_steps",
         "Adam's bias correction of regrown links: global_steps, torch's own; per_weight_steps, counted for each link "
         "from the update that regrew it (takes two bytes a weight; torch's Adam and AdamW).",
     )
+    regrown_warmup: float = _by_method(
+        0.0,
+        "Optimizer steps over which the steps of each regrown link grow to their full size; below 1, a fraction of "
+        "update_interval (torch's Adam and AdamW). 0: none.",
+    )
+    rate_by_density: str = _by_method(
+        "none",
+        "Factor on the learning rate: none; inverse_sqrt, 1/√density, with the density that the sparse layers have at "
+        "the time.",
+    )
     pruning: str = _by_method(
         "magnitude", f"Score by which links are removed as sparsity rises: {', '.join(CHOICES['pruning'])}."
     )
-    update_interval: float = _option(
+    update_interval: float = _by_method(
         100,
         "Optimizer steps between topology updates (ΔT); below 1, a fraction of the run, so that 0.01 is every epoch of "
         "100.",
@@ -166,12 +177,32 @@ class SparsityConfig:
         f"How sparsity rises from initial_sparsity: {', '.join(CHOICES['sparsity_schedule'])}. elastic is MEST's EM&S: "
         "0.05 below the target, then 0.025.",
     )
+    sparsity_schedule_from: float = _by_method(
+        0.0, "Fraction of the run until which sparsity stays at initial_sparsity, before it rises."
+    )
     sparsity_schedule_until: float = _option(
         None,
         "Fraction of the run at which `sparsity` is reached.",
-        shown="update_until, and half of it for the sigmoid (same training FLOPs, paper App. I)",
+        shown="update_until, and half of it for the sigmoid (same training FLOPs, paper App. I) and topk",
     )
     sigmoid_k: float = _option(6.0, "Steepness of the sigmoid schedule.")
+    neuron_links: int = _by_method(
+        0,
+        "With regrowth largest: links that each neuron keeps, be they among the largest or not; where a layer has too "
+        "few for that, an equal share of them. Neurons are a layer's outputs, or the inputs of layers that write to "
+        "the residual stream (o_proj, down_proj, …).",
+    )
+    also_sparse: list[str] | None = _option(  # noqa: RUF009 - _option calls field()
+        None,
+        "With regrowth largest: other weights of which only the largest stay, each tensor at the sparsity of the run: "
+        "embeddings (of tokens, and lm_head), biases, norms. They are not counted among the links.",
+    )
+    activation_topk: float = _option(
+        1.0,
+        "Share of the activations, in (0, 1], that stay in each block of a LLaMA-like model: those of the largest "
+        "magnitude (AbsTopK) after norms and q, k, v, between the MLP's layers, and before the residual stream. The "
+        "paper of topk has 0.25. Exports of such a model are packed.",
+    )
     topology_seed: int = _option(0, "Seed of everything random in the topology.")
     storage: str = _option(
         "masked",
@@ -206,7 +237,7 @@ class SparsityConfig:
     version: int = _option(VERSION, "Version of this config's format.")
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "parts"):
+        for name in ("target_modules", "exclude_modules", "also_sparse", "parts"):
             if isinstance(getattr(self, name), str):
                 self._set(name, [getattr(self, name)])
         if isinstance(self.layer_sparsity, str):
@@ -284,6 +315,11 @@ class SparsityConfig:
         """Whether sparsity has a schedule; else it is the same at every step."""
         return SPARSITY_SCHEDULES[self.sparsity_schedule].starts_below != 0
 
+    @property
+    def trains_missing(self) -> bool:
+        """Whether optimizer steps move missing links too, which are 0 again before the next forward."""
+        return self.evolves and REGROWTH[self.regrowth].trains_missing
+
     def scores(self) -> list[Part]:
         """The parts that updates use."""
         if self.selects:
@@ -319,7 +355,7 @@ class SparsityConfig:
     @property
     def ages_links(self) -> bool:
         """Whether the update that regrew each link is kept."""
-        return self.evolves and self.regrown_adam == "per_weight_steps"
+        return self.evolves and (self.regrown_adam == "per_weight_steps" or self.regrown_warmup > 0)
 
     @property
     def evolves(self) -> bool:
@@ -330,6 +366,11 @@ class SparsityConfig:
         """`update_interval` in optimizer steps, at least 1, in a run of `max_steps`."""
         given = self.update_interval
         return int(given) if given >= 1 else max(1, round(given * max_steps))
+
+    def link_warmup(self, max_steps: int) -> int:
+        """`regrown_warmup` in optimizer steps, in a run of `max_steps`."""
+        given = self.regrown_warmup
+        return round(given if given >= 1 else given * self.interval(max_steps))
 
     def plan(self, max_steps: int, **known: Any) -> SchedulePlan:
         """The schedules in steps, for a run of `max_steps` optimizer steps.
@@ -344,9 +385,22 @@ class SparsityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, but those that earlier versions do not know only where they are not their defaults."""
-        new = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256, "initial_weights": "model"}
+        new: dict[str, Any] = {"parts": None, "storage": "masked", "compute": "dense", "dense_mib": 256}
+        new |= {
+            "initial_weights": "model",
+            "regrown_warmup": 0.0,
+            "rate_by_density": "none",
+            "sparsity_schedule_from": 0.0,
+            "neuron_links": 0,
+            "also_sparse": None,
+            "activation_topk": 1.0,
+        }
+        method = METHODS[self.method]
+        set_by_method = {*method.settings, *(method.original or ())}  # left out, it would be the method's when read
         return {
-            name: value for name, value in dataclasses.asdict(self).items() if name not in new or value != new[name]
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in new or name in set_by_method or value != new[name]
         }
 
     @classmethod

@@ -8,6 +8,8 @@ from typing import Any, get_args, get_type_hints
 from hf_chts.methods import CHOICES
 from hf_chts.topology.parts import INITIAL_TOPOLOGIES, SPARSITY_SCHEDULES
 
+# kinds of weights outside sparse layers that topk can make sparse as well (hf_chts/layers/other_weights.py)
+OTHER_WEIGHTS = ("embeddings", "biases", "norms")
 _IN_WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 
 
@@ -20,6 +22,11 @@ def check_values(config: Any) -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise ValueError(unknown(name, getattr(config, name), choices))
+    if not 0 < config.activation_topk <= 1 or (config.is_dense and config.activation_topk < 1):
+        raise ValueError(
+            f"activation_topk is {config.activation_topk}, with method {config.method!r}; it must lie in (0, 1], where "
+            "1 keeps all activations, and be 1 for a dense model"
+        )
     if config.is_dense:
         return
     for name in ("sparsity", "initial_sparsity"):
@@ -29,7 +36,8 @@ def check_values(config: Any) -> None:
                 f"{name} is {value}; it is a share of missing links strictly between 0 and 1 "
                 "(0.9 keeps 10% of the links). For a dense model use method: dense"
             )
-    for name in ("brf_r", "bsw_beta", "drop_fraction", "update_until", "sparsity_schedule_until"):
+    shares = ("brf_r", "bsw_beta", "drop_fraction", "update_until", "sparsity_schedule_from", "sparsity_schedule_until")
+    for name in shares:
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must lie in [0, 1]")
     for name in ("softness_start", "softness_end"):
@@ -44,6 +52,11 @@ def check_values(config: Any) -> None:
         raise ValueError(
             f"initial_weights is {config.initial_weights!r}, which would overwrite the weights that initial_topology "
             f"{config.initial_topology!r} chooses links by: leave initial_weights out, or choose another topology"
+        )
+    if config.regrown_warmup < 0 or (config.regrown_warmup > 1 and config.regrown_warmup % 1):
+        raise ValueError(
+            f"regrown_warmup is {config.regrown_warmup}; it must be a whole number of steps, or a fraction of "
+            "update_interval between 0 and 1"
         )
     if config.compact_after_decay and (config.storage != "links" or config.allocation == "global"):
         raise ValueError(
@@ -76,6 +89,9 @@ def check_values(config: Any) -> None:
             f"sparsity_schedule_until is {config.sparsity_schedule_until} of the run, after the last topology update "
             f"at {config.update_until}: the target sparsity would never be reached. Lower it, or raise update_until"
         )
+    if config.sparsity_schedule_from:
+        _check_schedule_from(config)
+    _check_missing_links(config)
     if config.selects and config.percolation:
         raise ValueError(
             f"percolation is true, but regrowth {config.regrowth!r} chooses all links at once, so that nothing is "
@@ -93,6 +109,48 @@ def check_values(config: Any) -> None:
             "soft, or softness_schedule: linear"
         )
     _check_patterns(config)
+
+
+def _check_schedule_from(config: Any) -> None:
+    start, end, schedule = config.sparsity_schedule_from, config.sparsity_schedule_until, config.sparsity_schedule
+    if "start" not in SPARSITY_SCHEDULES[schedule].needs:
+        raise ValueError(
+            f"sparsity_schedule_from is {start}, but sparsity_schedule {schedule!r} has no beginning of its own: leave "
+            "sparsity_schedule_from out, or choose another schedule"
+        )
+    if start >= end:
+        raise ValueError(
+            f"sparsity_schedule_from is {start} of the run, and sparsity_schedule_until {end}: sparsity must begin to "
+            "rise before it has risen. Lower the one, or raise the other"
+        )
+
+
+def _check_missing_links(config: Any) -> None:
+    """Check what concerns methods whose missing links train, or those alone."""
+    if config.neuron_links < 0:
+        raise ValueError(f"neuron_links is {config.neuron_links}; it must be at least 0, which sets no floor")
+    others = config.also_sparse or []
+    if unknown_kind := next((kind for kind in others if kind not in OTHER_WEIGHTS), None):
+        raise ValueError(unknown("also_sparse", unknown_kind, OTHER_WEIGHTS))
+    if not config.trains_missing:
+        if others or (config.neuron_links and config.evolves):
+            name, value = ("also_sparse", others) if others else ("neuron_links", config.neuron_links)
+            raise ValueError(
+                f"{name} is {value!r}, which needs missing links that train, and method {config.method!r} with "
+                f"regrowth {config.regrowth!r} keeps them still: use method topk, or leave {name} out"
+            )
+        return
+    if config.storage != "masked":
+        raise ValueError(
+            f"storage is {config.storage!r}, but with regrowth {config.regrowth!r} missing links have gradients and "
+            "moments too, for which links storage has no room: set storage: masked"
+        )
+    if config.regrown_weights != "zero" or config.regrown_adam != "global_steps":
+        raise ValueError(
+            f"regrown_weights is {config.regrown_weights!r} and regrown_adam {config.regrown_adam!r}, but with "
+            f"regrowth {config.regrowth!r} links come with the weight and the moments that training gave them: leave "
+            "both out"
+        )
 
 
 def _check_patterns(config: Any) -> None:

@@ -11,6 +11,7 @@ from hf_chts.topology import (  # noqa: F401 - they register
     from_weights,
     gmp,
     initial,
+    largest,
     link_prediction,
     link_sampling,
     schedules,
@@ -40,6 +41,14 @@ register.method(
     original={"allocation": "erdos_renyi", "drop_fraction": 0.3},
     regrowth="gradient",
 )
+# SMET, arXiv 2606.00888: it keeps no gradient of missing links, so that regrowth is random
+register.method(
+    "smet",
+    regrowth_choice="soft",
+    regrown_adam="per_weight_steps",
+    regrown_warmup=0.2,
+    rate_by_density="inverse_sqrt",
+)
 register.method("mest", removal="mest", regrowth_choice="soft", sparsity_schedule="elastic")
 register.method("granet", regrowth="gradient", initial_sparsity=0.5, sparsity_schedule="cubic")
 register.method("cht", initial_topology="bipartite_receptive_field", regrowth="ch3_l3n")
@@ -57,7 +66,7 @@ register.method(
 )
 
 # the order in which they are shown
-for _name in ("dense", "static", "set", "rigl", "mest", "gmp", "granet", "cht", "chts", "chtss"):
+for _name in ("dense", "static", "set", "rigl", "smet", "mest", "gmp", "granet", "cht", "chts", "chtss", "topk"):
     METHODS[_name] = METHODS.pop(_name)
 
 # by field; registered parts may be added later
@@ -76,6 +85,7 @@ CHOICES: Mapping[str, Iterable[str]] = {
     "sparsity_schedule": SPARSITY_SCHEDULES,
     "regrown_weights": ("zero", "historical"),
     "regrown_adam": ("global_steps", "per_weight_steps"),
+    "rate_by_density": ("none", "inverse_sqrt"),
     "drop_schedule": tuple(schedules.DROP_SCHEDULES),
     "storage": ("masked", "links"),
     "compute": ("dense", "sparse", "auto"),

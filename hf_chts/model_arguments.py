@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from hf_chts.baseline import BASELINES
 from hf_chts.config import SparsityConfig
 from hf_chts.config_file import PRESETS_ROOT, find, read_mapping
 from hf_chts.export.packed_loading import forget_packing
@@ -55,6 +56,15 @@ class ModelArguments:
         },
     )
 
+    baseline: str = field(
+        default="none",
+        metadata={
+            "help": "Train a dense, narrower model of the same depth in place of the sparse one that the other options "
+            "describe, to compare it with: same_links, as many weights as that has links in the end; same_average, as "
+            "it has on the mean over the run; same_bytes, as many bytes of memory in training. Default: none."
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.export not in ("plain", "packed"):
             raise ValueError(f"export is plain or packed, got {self.export!r}")
@@ -62,6 +72,13 @@ class ModelArguments:
             raise ValueError(f"init is random or weights, got {self.init!r}")
         if self.calibration_blocks < 1:
             raise ValueError(f"calibration_blocks is {self.calibration_blocks}; it must be at least 1 sequence")
+        if self.baseline not in BASELINES:
+            raise ValueError(f"baseline is one of {', '.join(BASELINES)}, got {self.baseline!r}")
+        if self.baseline != "none" and self.init == "weights":
+            raise ValueError(
+                f"baseline is {self.baseline!r}, a model of another size that starts with random weights, and init is "
+                "weights: leave one of them out"
+            )
 
 
 def load_config(args: ModelArguments) -> PreTrainedConfig:

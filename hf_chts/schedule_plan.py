@@ -10,6 +10,9 @@ from hf_chts.topology import schedules
 from hf_chts.topology.parts import SPARSITY_SCHEDULES
 from hf_chts.topology.softness import temperature
 
+# Updates whose figures are kept, of a run that has one after each step
+_TOLD = 400
+
 
 @dataclass(frozen=True)
 class SchedulePlan:
@@ -19,6 +22,7 @@ class SchedulePlan:
         config: the SparsityConfig.
         window_end: the last multiple of the interval in the window of updates; 0 if nothing evolves.
         decay_end: the update that reaches the final sparsity; 0 if sparsity is constant.
+        decay_start: the last step with the initial sparsity.
         floor: the lowest sparsity; that of the model, if it is ahead of the schedule.
         idle: steps in the window without an update, because it could change nothing.
     """
@@ -29,6 +33,7 @@ class SchedulePlan:
     decay_end: int
     floor: float = 0.0
     idle: frozenset[int] = field(default=frozenset(), repr=False)
+    decay_start: int = 0
 
     @classmethod
     def of(
@@ -53,7 +58,7 @@ class SchedulePlan:
             return cls(config, max_steps, 0, 0)
         interval = config.interval(max_steps)
         window_end = _whole_intervals(config.update_until * max_steps, interval)
-        decay_end = 0
+        decay_start, decay_end = 0, 0
         if window_end and config.changes_sparsity:
             # sparsity changes only at updates, so the schedule must end at one
             decay_end = _whole_intervals(config.sparsity_schedule_until * max_steps, interval)
@@ -63,7 +68,14 @@ class SchedulePlan:
                     f"steps, before the first topology update at step {interval}: lower update_interval, train longer, "
                     "or raise sparsity_schedule_until"
                 )
-        plan = cls(config, max_steps, window_end, decay_end)
+            decay_start = _whole_intervals(config.sparsity_schedule_from * max_steps, interval)
+            if decay_start >= decay_end:
+                raise ValueError(
+                    f"the sparsity schedule goes from step {config.sparsity_schedule_from * max_steps:g} to "
+                    f"{config.sparsity_schedule_until * max_steps:g}, with no topology update between them "
+                    f"(every {interval} steps): lower update_interval or sparsity_schedule_from, or train longer"
+                )
+        plan = cls(config, max_steps, window_end, decay_end, decay_start=decay_start)
         # a drop fraction of 0 is allowed on purpose; that a layer is too small for one is not an error either
         if not window_end or (config.drop_fraction and window_end == interval and plan._idle_steps(None)):
             end = config.update_until * max_steps
@@ -77,8 +89,6 @@ class SchedulePlan:
 
     def _idle_steps(self, links: Callable[[float], Sequence[int]] | None) -> frozenset[int]:
         config, interval = self.config, self.interval
-        if config.selects:  # ζ does not matter: weights grow past each other
-            return frozenset()
         # these move links between layers, or away from dead neurons, even if ζ is 0
         moves = config.percolation or config.allocation == "global"
         most = lru_cache(lambda sparsity: max(links(sparsity)) if links else 10**9)
@@ -87,8 +97,12 @@ class SchedulePlan:
             sparsity = self.sparsity(step)
             if sparsity != self.sparsity(step - interval):
                 return False
+            if config.selects:  # ζ does not matter: weights grow past each other, where there are any that left
+                return sparsity == 0
             # links regrown after the last step are never trained
-            return step == self.max_steps or (not moves and round(self.drop_fraction(step) * most(sparsity)) == 0)
+            if step == self.max_steps or sparsity == 0:
+                return True
+            return not moves and round(self.drop_fraction(step) * most(sparsity)) == 0
 
         return frozenset(step for step in range(interval, self.window_end + 1, interval) if idle(step))
 
@@ -104,6 +118,14 @@ class SchedulePlan:
 
     def is_update(self, step: int) -> bool:
         return 0 < step <= self.window_end and step % self.interval == 0 and step not in self.idle
+
+    def is_told(self, step: int) -> bool:
+        """Whether the figures of an update at `step` are kept: those of each update, but where one follows every step
+        of a long run, those of the last one and of some hundreds before it."""
+        if not self.is_update(step):
+            return False
+        every = -(-self.number_of_updates(self.last_update) // _TOLD) if self.config.trains_missing else 1
+        return step == self.last_update or self.number_of_updates(step) % every == 0
 
     def latest_update(self, step: int) -> int:
         """The step of the last update when `step` is finished; 0 if there was none."""
@@ -126,7 +148,16 @@ class SchedulePlan:
             return config.sparsity
         schedule = SPARSITY_SCHEDULES[config.sparsity_schedule]
         ends = {"initial": config.initial_sparsity, "final": config.sparsity}
-        return float(schedule(config, step=step, start=0, end=self.decay_end, **ends))
+        return float(schedule(config, step=step, start=self.decay_start, end=self.decay_end, **ends))
+
+    def sparsity_after(self, step: int) -> float:
+        """The sparsity that the optimizer step after `step` finished ones is taken with."""
+        return self.sparsity(self.number_of_updates(step) * self.interval)
+
+    def average(self, links: Callable[[float], float]) -> float:
+        """The mean over the run's optimizer steps of a number of links, given as a function of the sparsity."""
+        known = lru_cache(links)
+        return sum(known(self.sparsity_after(step)) for step in range(self.max_steps)) / self.max_steps
 
     def drop_fraction(self, step: int) -> float:
         """ζ at `step`; unless it is constant, it reaches 0 at `update_until` of the run."""

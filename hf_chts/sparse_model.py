@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_chts.config import SparsityConfig
 from hf_chts.evolution.evolver import Evolver
 from hf_chts.files.reading import LazyMapping
+from hf_chts.layers.activations import keep_largest_activations
 from hf_chts.layers.conversion import convert_layers, link_layers
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.heads import head_blocks
@@ -124,6 +125,8 @@ def sparsify(
     if targets:
         overrides(targets, config)
         check_links(shapes, weights, config, blocks)
+    if config.activation_topk < 1:
+        keep_largest_activations(model, config.activation_topk)
     new = masks is None
     if masks is None:
         masks = initial_masks(shapes, weights, config, calibration, blocks)

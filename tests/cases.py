@@ -13,6 +13,9 @@ STEPS, INTERVAL = 24, 4
 CASES = {name: {"method": name} for name in METHODS if name not in ("dense", "static")} | {
     "chts, adaptive softness": {"method": "chts", "softness_schedule": "adaptive", "drop_fraction": 0.3},
     "chtss, per-weight Adam steps": {"method": "chtss", "regrown_adam": "per_weight_steps"},
+    "smet, regrowth by gradient": {"method": "smet", "regrowth": "gradient", "regrown_warmup": 3},
+    "chtss, warm-up of regrown links": {"method": "chtss", "regrown_warmup": 6, "rate_by_density": "inverse_sqrt"},
+    "granet, from a quarter of the run": {"method": "granet", "sparsity_schedule_from": 0.25},
     "chts, per head": {"method": "chts", "per_head": True, "sparsity": 0.8},
     "rigl, historical weights": {"method": "rigl", "regrown_weights": "historical"},
     "gmp, global allocation": {"method": "gmp", "allocation": "global"},
@@ -23,8 +26,17 @@ CASES = {name: {"method": name} for name in METHODS if name not in ("dense", "st
     "set, as in its own paper": {"method": "set", "recipe": "original"},
     "rigl, from the largest weights": {"method": "rigl", "initial_topology": "magnitude"},
     "chtss, from the most important weights": {"method": "chtss", "initial_topology": "relative_importance"},
+    "topk, other weights and rate by density": {
+        "method": "topk",
+        "also_sparse": ["embeddings", "norms"],
+        "rate_by_density": "inverse_sqrt",
+        "neuron_links": 2,
+    },
     "chts, regrowth by gradient": {"method": "chts", "regrowth": "gradient", "removal": "relative_importance"},
 }
+
+# methods whose missing links train keep links in masks alone, whole on each rank
+IN_SLOTS = [name for name, fields in CASES.items() if not SparsityConfig(**fields).trains_missing]
 
 # without the rows that another row contains, as "rigl, historical weights" contains "rigl"
 VARIED = [name for name, fields in CASES.items() if not any(fields.items() < more.items() for more in CASES.values())]
@@ -158,13 +170,22 @@ class Invariants(TrainerCallback):
         run.add_callback(invariants)
         return invariants
 
+    @property
+    def trains_missing(self):
+        """Whether gradients and moments of missing links are what training makes of them, and only weights are 0."""
+        return self.trainer.sparse.config.trains_missing
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         for layer in self.trainer.sparse.layers.values():
-            assert layer.storage.matrix(layer.parameter.grad)[layer.topology].ne(0).any()
-            assert missing_are_zero(layer, layer.parameter.grad)
+            gradient = layer.storage.matrix(layer.parameter.grad)
+            assert gradient[layer.topology].ne(0).any()
+            assert missing_are_zero(layer, layer.parameter if self.trains_missing else layer.parameter.grad)
+            if self.trains_missing and not layer.topology.all():
+                assert gradient[~layer.topology].ne(0).any()
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.zero_off_mask(optimizer)
+        if not self.trains_missing:  # else the step moves all weights, and the update that follows reads them
+            self.zero_off_mask(optimizer)
         self.before = {name: mask.clone() for name, mask in self.trainer.sparse.masks().items()}
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
@@ -175,18 +196,35 @@ class Invariants(TrainerCallback):
         for name, mask in sparse.masks().items():
             fresh = mask & ~self.before[name]
             layer = sparse.layers[name]
+            changed += int((mask != self.before[name]).sum())
+            if self.trains_missing:
+                self.largest_stay(layer, fresh)
+                continue
             if sparse.config.regrown_weights == "zero":
                 assert layer.matrix(layer.weight)[fresh].eq(0).all()
             for moment in ("exp_avg", "exp_avg_sq"):
                 assert layer.storage.matrix(optimizer.state[layer.parameter][moment])[fresh].eq(0).all()
-            changed += int((mask != self.before[name]).sum())
         scheduled = plan.sparsity(state.global_step - state.global_step % sparse.config.update_interval)
         check_links(sparse, max(scheduled, self.floor))
         assert (changed > 0) <= plan.is_update(state.global_step)
         self.updates += plan.is_update(state.global_step) and changed > 0
 
+    def largest_stay(self, layer, fresh):
+        """That links come with the weight of the step, and that each neuron keeps its share of them."""
+        assert layer.matrix(layer.weight)[fresh].ne(0).all()
+        name = next(name for name, one in self.trainer.sparse.layers.items() if one is layer)
+        along = 0 if name.endswith(("o_proj", "down_proj")) else 1
+        degrees = layer.topology.sum(along)
+        least = min(self.trainer.sparse.config.neuron_links, layer.links // len(degrees))
+        assert degrees.min() >= least > 0
+
     def zero_off_mask(self, optimizer):
         for layer in self.trainer.sparse.layers.values():
             moments = optimizer.state[layer.parameter]
+            if self.trains_missing:
+                assert missing_are_zero(layer, layer.parameter)
+                if not layer.topology.all():
+                    assert not missing_are_zero(layer, moments["exp_avg"])
+                continue
             for tensor in (layer.parameter, moments["exp_avg"], moments["exp_avg_sq"]):
                 assert missing_are_zero(layer, tensor)

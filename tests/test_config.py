@@ -48,6 +48,7 @@ PAPERS = {
     },
     "rigl": {"allocation": "erdos_renyi", "drop_fraction": 0.3},
     "gmp": {"initial_sparsity": 0.0},
+    "topk": {"rate_by_density": "inverse_sqrt"},
     "dense": {}, "static": {}, "chts": {}, "chtss": {},
 }  # fmt: skip
 

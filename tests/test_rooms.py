@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "hf_chts"
 # as docs/architecture.md has them; rooms of one line do not import each other
 ORDER = [
-    ["kernels", "files", "lazy", "names", "plain_text", "text_table", "markdown", "plotting", "machine"],
+    ["kernels", "files", "lazy", "names", "plain_text", "text_table", "markdown", "plotting", "machine", "narrower"],
     ["topology"],
     ["methods", "schedule_plan", "config_file"],
     ["config_checks"],
@@ -17,7 +17,7 @@ ORDER = [
     ["layers"],
     ["checkpoint"],
     ["evolution"],
-    ["sparse_model", "records"],
+    ["sparse_model", "records", "baseline"],
     ["export"],
     ["data"],
     ["model_arguments"],

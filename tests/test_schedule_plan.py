@@ -111,3 +111,33 @@ def test_an_interval_below_1_is_a_fraction_of_the_run():
     assert SparsityConfig("set", update_interval=0.25).plan(10).interval == 2  # 2.5 rounds to even
     assert SparsityConfig(update_interval=100.0).update_interval == 100
     assert isinstance(SparsityConfig(update_interval=100.0).update_interval, int)
+
+
+def test_a_schedule_that_starts_later_stays_dense_without_updates_until_then():
+    config = SparsityConfig("gmp", sparsity=0.9, initial_sparsity=0.0, sparsity_schedule_from=0.25)
+    plan = config.plan(2000)
+    assert (plan.decay_start, plan.decay_end) == (500, 1500)
+    assert [plan.sparsity(step) for step in (0, 500, 1500)] == [0.0, 0.0, 0.9]
+    assert plan.sparsity(1000) == pytest.approx(0.9 - 0.9 * 0.5**3)
+    assert [step for step in range(1, 2001) if plan.is_update(step)][:2] == [600, 700]
+    # 600 steps dense, then by the updates of each 100 steps, and 500 at the end
+    density = [0.1 + 0.9 * (1 - n / 10) ** 3 for n in range(1, 10)]
+    assert plan.average(lambda sparsity: 1 - sparsity) == pytest.approx((600 + 100 * sum(density) + 50) / 2000)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "gmp", "sparsity_schedule_from": 0.8}, "sparsity_schedule_from is 0.8 .* sparsity_schedule_until"),
+        ({"method": "mest", "sparsity_schedule_from": 0.2}, "no beginning of its own"),
+        ({"method": "set", "sparsity_schedule_from": 0.2}, "no beginning of its own"),
+    ],
+)
+def test_beginnings_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SparsityConfig(**fields)
+
+
+def test_no_update_between_beginning_and_end_is_refused():
+    with pytest.raises(ValueError, match="no topology update between them"):
+        SparsityConfig("gmp", sparsity_schedule_from=0.72, update_interval=100).plan(1000)

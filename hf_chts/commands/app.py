@@ -324,8 +324,17 @@ def report(
         ),
     ] = None,
     layers: Annotated[str, Option(metavar="PATTERN", help="Layers to show one by one, such as '*.down_proj'.")] = "*",
+    circuit: Annotated[
+        str | None,
+        Option(metavar="PROMPT", help="Trace this text through each run's last checkpoint, and show the circuit."),
+    ] = None,
 ) -> None:
     """Write an HTML report of one or more runs."""
     from hf_chts.report import write_report
 
+    if circuit is not None:
+        from hf_chts.report.circuit import write_circuit
+
+        for run in runs:
+            print(f"circuit  {write_circuit(run, circuit)}")
     print(f"report  {write_report(runs, output, layers)}")

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse
+from hf_chts.baseline import baseline_line, baseline_of, dense_baseline
 from hf_chts.checkpoint.run_folder import last_sealed, refuse_folder_of_another_run
 from hf_chts.commands import one_line_errors, refusal, without_fail
 from hf_chts.commands.from_weights import KeepsResults, StartingModel
@@ -29,6 +30,7 @@ from hf_chts.config_file import PRESETS_ROOT
 from hf_chts.data import BlockStream, DataArguments, LoadedData, load_data, token_byte_lengths
 from hf_chts.evaluation import language_modeling_metrics
 from hf_chts.export import push_directory
+from hf_chts.export.activation_code import refuse_plain
 from hf_chts.machine import check_can_write, device_line, on_cpu
 from hf_chts.model_arguments import ModelArguments, build_model, load_config
 from hf_chts.plain_text import print_anything
@@ -87,8 +89,17 @@ def build_trainer(
     """
     if args.max_steps > 0:
         sparsity.plan(args.max_steps)
+    config: Any = load_config(model_args)
+    if model_args.baseline != "none":
+        optimizer = str(getattr(args.optim, "value", args.optim))
+        config = dense_baseline(model_args.baseline, config, sparsity, max_steps=args.max_steps, optimizer=optimizer)
+        sparsity = SparsityConfig(method="dense")
+        if args.process_index == 0:
+            print(baseline_line(config), flush=True)
     if sparsity.is_dense and model_args.export == "packed":
         raise ValueError("export packed: a dense model has nothing to pack, leave export plain")
+    if model_args.export == "plain":
+        refuse_plain(sparsity.activation_topk, "--export packed")
     if args.batch_eval_metrics:
         raise ValueError("batch_eval_metrics: perplexity and bits per byte need all tokens at once, leave it out")
     output = Path(str(args.output_dir))
@@ -98,7 +109,6 @@ def build_trainer(
         if not checkpoint_to_resume(args):  # before the data are prepared; train() checks again
             refuse_folder_of_another_run(str(output), set(), overwrite=args.overwrite_output_dir)
     start = StartingModel.of(model_args, sparsity)
-    config: Any = load_config(model_args)
     if start is not None:
         data_args = replace(data_args, tokenizer=start.tokenizer(data_args.tokenizer, config.vocab_size))
     use_all_cores(args)
@@ -130,8 +140,10 @@ def build_trainer(
         compute_metrics=compute_metrics,
     )
     trainer.made_of = made_of(model.config, data_args, data) | {"starting weights": weights}
+    baseline = baseline_of(model.config)
     trainer.recipe = {
         "model": model_args.model,
+        **({"dense baseline": baseline} if baseline else {}),
         "dataset": data_args.dataset,
         "tokens per sequence": data_args.block_size,
     }

@@ -13,6 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME
 from hf_chts.checkpoint.run_folder import RUN_NAME
 from hf_chts.checkpoint.seal import SEAL_NAME, verify_seal
+from hf_chts.export.activation_code import activations_of, refuse_plain
+from hf_chts.export.packed_format import is_packed
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -77,6 +79,8 @@ def check_model(
     if not unsealed:
         _check_seal(Path(name))
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if not is_packed(config.to_dict()):
+        refuse_plain(activations_of(name), f"`hf-chts pack {name} OUT`, and evaluate OUT")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{name} is a {config.model_type}, which is not a causal language model.")
     check_max_length(max_length, getattr(config, "max_position_embeddings", None), f" of {name}")

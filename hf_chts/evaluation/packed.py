@@ -1,13 +1,16 @@
-"""Models that are evaluated with their weights packed."""
+"""Models that are evaluated with their weights packed, and how many parameters models have."""
 
 import os
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_chts.export.loading import load_sparse
 from hf_chts.layers.packed_model import packed_layers
+from hf_chts.sparse_model import SparsityHandle
 
 
 def check_compute(compute: str) -> None:
@@ -37,3 +40,18 @@ def number_of_parameters(model: PreTrainedModel) -> int:
     """As a dense model has them, whether the weights are packed or not."""
     packed = sum(layer.shape[0] * layer.shape[1] for layer in packed_layers(model).values())
     return model.num_parameters() + packed
+
+
+def nonzero_parameters(model: PreTrainedModel) -> int:
+    """`number_of_parameters` without the zeros in the weights of linear layers, which are missing links."""
+    if (sparse := SparsityHandle.of(model)) is not None:
+        return sparse.links() + sparse.dense_parameters()
+    if packed := packed_layers(model):
+        return model.num_parameters() + sum(layer.links for layer in packed.values())
+    head = model.get_output_embeddings()
+    weights = {
+        id(module.weight): module.weight
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+    return model.num_parameters() - sum(w.numel() - int(w.count_nonzero()) for w in weights.values())

@@ -186,8 +186,22 @@ def _legend(entries: Sequence[dict[Row, dict[str, Any]]], baseline: str) -> list
     return legend
 
 
+def _sizes(results: Sequence[dict[str, Any]]) -> list[str]:
+    """How many parameters each of several models has, and which is a baseline; nothing of results without them."""
+    if len(results) < 2:
+        return []
+    sizes = []
+    for result in results:
+        config = result["config"]
+        if "nonzero_parameters" in config:
+            whole, nonzero = config["parameters"], config["nonzero_parameters"]
+            text = f"{result['model']} {nonzero:,}" + (f" of {whole:,}" if nonzero != whole else "")
+            sizes.append(text + (f" (dense baseline, {config['baseline']})" if config.get("baseline") else ""))
+    return [f"Parameters without missing links: {'; '.join(sizes)}."] if sizes else []
+
+
 def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
-    notes = []
+    notes = _sizes(results)
     limits = {result["config"]["limit"] for result in results}
     if limits != {None}:
         given = ", ".join("all" if limit is None else str(limit) for limit in sorted(limits, key=str))

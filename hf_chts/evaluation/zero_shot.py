@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_chts.baseline import baseline_of
 from hf_chts.evaluation.checks import check_max_length, check_model, check_options
 from hf_chts.evaluation.embedded_suite import EMBEDDED_TASKS, write_embedded_suite
-from hf_chts.evaluation.packed import check_compute, number_of_parameters, packed_model
+from hf_chts.evaluation.packed import check_compute, nonzero_parameters, number_of_parameters, packed_model
 from hf_chts.evaluation.suites import check_task_names, suite_averages, suite_tasks
 from hf_chts.machine import on_cpu, version_of
 
@@ -191,6 +192,8 @@ def evaluate_zero_shot(
             "device": str(lm.device),
             "processes": lm.world_size,
             "parameters": number_of_parameters(lm.model),
+            "nonzero_parameters": nonzero_parameters(lm.model),
+            "baseline": baseline_of(lm.model.config),
             "bootstrap_iters": bootstrap_iters,
         },
         "versions": {

@@ -19,10 +19,11 @@ from hf_chts.evolution.half_precision import refuse_half_precision
 from hf_chts.evolution.regrown_adam import RegrownAdam
 from hf_chts.evolution.update_figures import LayerUpdate
 from hf_chts.evolution.update_ranks import UpdateOverRanks
-from hf_chts.evolution.update_warmup import add_update_warmup, warmup_steps
+from hf_chts.evolution.update_warmup import add_density_factor, add_update_warmup, warmup_steps
 from hf_chts.layers.block_weights import make_together
 from hf_chts.layers.coupling import couplings
 from hf_chts.layers.links import check_zeros
+from hf_chts.layers.other_weights import keep_largest, other_weights
 from hf_chts.layers.plain_weight import check_places, check_plain
 from hf_chts.layers.shares import layer_links, sparsity_ahead
 from hf_chts.layers.slots import SlotStorage
@@ -90,6 +91,7 @@ class Evolver:
         self._say: Callable[[str], None] = _log.info
         self._alone = 0  # layers that multiply with their links alone, as was last said
         self._hooked = False  # whether the optimizer tells when it steps
+        self._others: list[Tensor] = []  # weights outside sparse layers that are to be sparse
         self._stepped: set[int] = set()  # what the optimizer has stepped on since the last call of `step`
         self._reset()
 
@@ -138,11 +140,16 @@ class Evolver:
         self._refuse_copies()
         if self.config.ages_links:
             RegrownAdam.check(optimizer)
+        trains_missing = self.config.trains_missing
+        if trains_missing:
+            self._take_others(engine)
         self.prepare(max_steps, engine, step)
-        if self._restored is None:  # the optimizer may have stepped on other masks: those of an earlier run
-            self.forget_missing()
-        check_zeros(layers, engine)
+        if self._restored is None and not trains_missing:
+            self.forget_missing()  # the optimizer may have stepped on other masks: those of an earlier run
+        self.check()
         self._attach(optimizer)
+        for layer in layers.values():
+            layer.storage.trains_missing = trains_missing
         devices = {layer.storage.device.type for layer in layers.values()}
         if self.config.storage == "links" and not engine.sharded and "cpu" not in devices:
             self._hooks += make_together(self.sparse.model)
@@ -203,6 +210,8 @@ class Evolver:
             self._after_optimizer_step()
         self.finished = finished
         figures = self.update(finished) if self.plan.is_update(finished) else {}
+        if self.config.trains_missing:
+            figures |= self._still_missing(updated=bool(figures))
         self._ask_gradients()
         return figures
 
@@ -227,7 +236,8 @@ class Evolver:
             adam=self.adam,
         )
         self.reached = self.plan.sparsity(step)
-        self.history.append({"step": step, **figures})
+        if self.plan.is_told(step) or not self.plan.is_update(step):
+            self.history.append({"step": step, **figures})
         if (now := alone(self.sparse)) != self._alone:
             self._alone = now
             if rank_and_world()[0] == 0:
@@ -241,7 +251,8 @@ class Evolver:
 
         Args:
             scheduler: a `LambdaLR`, as all of transformers' `get_scheduler` are; changed in place.
-            steps: the length of the warm-up; None takes the paper's 20, or a fifth of update_interval if that is less.
+            steps: the length of the warm-up; None takes the paper's 20, or a fifth of update_interval if that is less,
+                and 0 where regrown links have a warm-up of their own (`regrown_warmup`).
 
         Returns:
             The number of steps.
@@ -250,20 +261,29 @@ class Evolver:
             ValueError: the scheduler is not a `LambdaLR`, or `steps` does not fit between two updates.
         """
         assert self.plan is not None
-        scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's
-        if not isinstance(scheduler, LambdaLR):
-            raise ValueError(
-                f"a warm-up after updates needs a LambdaLR scheduler, got {type(scheduler).__name__}: make one with "
-                "transformers.get_scheduler, or leave the warm-up out"
-            )
-        steps = warmup_steps(steps, self.plan.interval) if self.config.evolves else 0
+        scheduler = _function_of_step(scheduler, "a warm-up after updates")
+        by_link = self.config.regrown_warmup > 0
+        steps = warmup_steps(steps, self.plan.interval, by_link=by_link) if self.config.evolves else 0
         if steps:
             add_update_warmup(scheduler, self.plan, steps)
         return steps
 
+    def scale_rate(self, scheduler: Any) -> None:
+        """Multiply the learning rate as `rate_by_density` says, in a scheduler as `warm_up` takes it, in place.
+
+        Raises:
+            ValueError: the scheduler is not a `LambdaLR`.
+        """
+        assert self.plan is not None
+        if self.config.rate_by_density != "none":
+            add_density_factor(_function_of_step(scheduler, "a learning rate by density"), self.plan)
+
     def check(self) -> None:
-        """Raises RuntimeError, naming layer and tensor, if anything on this rank is not 0 where there is no link."""
-        check_zeros(self.sparse.layers, self.engine)
+        """Raises RuntimeError, naming layer and tensor, if anything on this rank is not 0 where there is no link.
+
+        Where missing links train, that concerns the weights alone.
+        """
+        check_zeros(self.sparse.layers, None if self.config.trains_missing else self.engine)
 
     def close(self) -> None:
         """Remove the hooks from the optimizer. Another evolver may then take the model."""
@@ -272,7 +292,7 @@ class Evolver:
         self._hooks, self._hooked = [], False
         self._stepped.clear()
         for layer in self.sparse.layers.values():
-            layer.dense_gradient = None
+            layer.dense_gradient, layer.storage.trains_missing = None, False
         if _AT_WORK.get(self.sparse.model, lambda: None)() is self:
             del _AT_WORK[self.sparse.model]
 
@@ -367,7 +387,13 @@ class Evolver:
         assert self.plan is not None
         state, layers = self._restored, self.sparse.layers
         if self.config.ages_links:
-            self.adam = RegrownAdam(layers, self.engine, self.plan.interval)
+            self.adam = RegrownAdam(
+                layers,
+                self.engine,
+                self.plan.interval,
+                restart=self.config.regrown_adam == "per_weight_steps",
+                warmup=self.config.link_warmup(self.plan.max_steps),
+            )
             self.adam.check_updates(self.plan.number_of_updates(self.plan.max_steps))
         for name, layer in layers.items():
             if self.config.stores_weights and self.engine.optimizes(layer):
@@ -529,12 +555,51 @@ class Evolver:
     def _after_optimizer_step(self) -> None:
         assert self.engine is not None
         layers = self.sparse.layers
+        if self.config.trains_missing:  # `step` comes to it, after an update that reads what missing links have become
+            return
         if self.engine.moves_missing_links:
             for layer in layers.values():
                 layer.storage.clear(self.engine, skip=["gradient"])
         if self._first_step:
             self._first_step = False
             check_first_step(self.engine, layers)
+
+    def _take_others(self, engine: Engine) -> None:
+        """Take the weights outside sparse layers that are to be sparse, where missing links are to train.
+
+        Raises:
+            ValueError: the engine splits weights, or there are none of the other weights that are to be sparse.
+        """
+        if engine.sharded:
+            raise ValueError(
+                f"regrowth {self.config.regrowth!r} lets the optimizer move missing links and chooses among all "
+                "weights after each step, which is known for weights that are whole on each rank, and here the engine "
+                "splits them or their moments: train in one process or with DDP (configs/accelerate/ddp.yaml), or "
+                "choose another method"
+            )
+        self._others = other_weights(self.sparse.model, self.config.also_sparse or [])
+
+    def _still_missing(self, *, updated: bool) -> dict[str, float]:
+        """Set missing links to 0 after a step that moved them, and other weights that are to be sparse likewise.
+
+        Args:
+            updated: whether an update has done so, with the layers that train.
+
+        Returns:
+            A figure of the other weights, where an update has figures as well.
+        """
+        assert self.engine is not None
+        assert self.plan is not None
+        if not updated:
+            for layer in self.sparse.layers.values():
+                layer.storage.clear(self.engine)
+        if self._first_step:
+            self._first_step = False
+            check_first_step(self.engine, self.sparse.layers)
+        if not self._others:
+            return {}
+        kept, total = keep_largest(self._others, self.plan.sparsity(self.plan.latest_update(self.finished)))
+        return {"other_sparsity": 1 - kept / total} if updated else {}
 
     def _ask_gradients(self) -> None:
         """Keep dense gradients in the next step, if the update after it needs them."""
@@ -623,6 +688,16 @@ def check_same_config(saved: SparsityConfig, current: SparsityConfig, where: str
             f"{where} was written with another sparsity config ({changed}): resume with that config, or start a new "
             "run from its weights"
         )
+
+
+def _function_of_step(scheduler: Any, what: str) -> LambdaLR:
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"{what} needs a LambdaLR scheduler, got {type(scheduler).__name__}: make one with "
+            "transformers.get_scheduler, or leave it out"
+        )
+    return scheduler
 
 
 def _stepped_on(optimizer: torch.optim.Optimizer) -> int:

@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_chts.config import SparsityConfig
+from hf_chts.layers.neurons import neuron_dimension
 from hf_chts.schedule_plan import SchedulePlan
 from hf_chts.topology.allocation import block_links
 from hf_chts.topology.evolution import Choice, LayerEvolution, Removal, counts_of, joined, regrow, remove, selected
@@ -59,7 +60,7 @@ class TopologyUpdate:
 
         Args:
             names: with each layer, those that are coupled to it.
-            weights: (out, in) by name, 0 off the mask; read only.
+            weights: (out, in) by name, 0 off the mask unless the config `trains_missing`; read only.
         """
         # junctions may include layers that do not train; those keep all their links
         junctions = [junction for junction in self.junctions if set(junction.layers) & set(names)]
@@ -104,8 +105,9 @@ class TopologyUpdate:
     def _select(self, piece: "_Piece", weight: Tensor) -> LayerEvolution:
         part = self._part("regrowth")
         whole = {"grad": self.gradients, "stored": self.stored}
-        given = {name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs}
-        given |= {"mask": piece.mask, "weight": weight[piece.rows]}
+        given: dict[str, Any] = {"mask": piece.mask, "weight": weight[piece.rows]}
+        given |= {name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs}
+        given["neurons"] = neuron_dimension(piece.layer)
         generator = generator_of(self._seed("pruning", piece), piece.mask.device)
         chosen = part(self.plan.config, **given, links=piece.links, generator=generator)
         return selected(piece.mask, part.check(chosen, tuple(piece.mask.shape), piece.links))

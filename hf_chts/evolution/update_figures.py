@@ -1,6 +1,6 @@
 """The figures of a topology update, by layer and in total."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,3 +65,19 @@ def overall_figures(layers: Mapping[str, LayerUpdate], shapes: Mapping[str, Sequ
     if "active" in sums:
         figures["active_neurons"] = sums["active"] / sum(sum(shapes[name]) for name in layers)
     return figures | {f"links_{count}": sums[count] for count in ("removed", "regrown") if count in sums}
+
+
+def average_links(history: Iterable[Mapping[str, Any]], links: int, steps: int) -> float:
+    """The number of links that a step of a run was taken with, on the mean.
+
+    Args:
+        history: the figures of each update (`links_removed`, `links_regrown`) and its `step`, in order.
+        links: those after the last of them.
+        steps: of the run.
+    """
+    total, end = 0, steps
+    for update in reversed(list(history)):
+        total += links * (end - update["step"])
+        links += update["links_removed"] - update["links_regrown"]
+        end = update["step"]
+    return (total + links * end) / steps if steps else float(links)

@@ -14,6 +14,7 @@ from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME, MaskFile, mask_metadata
 from hf_chts.checkpoint.seal import SEAL_NAME
 from hf_chts.config import SparsityConfig
 from hf_chts.export import packed_format
+from hf_chts.export.activation_code import activations_of, refuse_plain
 from hf_chts.export.auto_class import empty_model
 from hf_chts.export.checksums import CHECKSUMS_NAME, verify_checksums, write_checksums
 from hf_chts.export.exported_values import check_stored, check_zeros
@@ -127,6 +128,7 @@ def unpack_directory(source: str | Path, target: str | Path, *, max_shard_size: 
     config = read_json(source / "config.json")
     if not is_packed(config):
         raise ValueError(f"{source} is not packed: its config.json has no quantization_config of hf_chts")
+    refuse_plain(activations_of(source), "load_sparse to load it, or train on with it")
     packed = PackedFiles(source)
     packed.check_contents()
     weights = [

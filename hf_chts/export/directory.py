@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_chts.checkpoint import MASKS_NAME, TopologyState, save_masks
 from hf_chts.config import CONFIG_NAME
+from hf_chts.export.activation_code import refuse_plain
 from hf_chts.export.adapters import Adapters, check_adapters, has_adapters, plain_model
 from hf_chts.export.checksums import forget_checksums, write_checksums
 from hf_chts.export.convert import SHARD_SIZE, copy_others, pack_directory
@@ -89,8 +90,9 @@ def export_sparse(
         The directory. Weights and zero-shot results of an earlier export in it are gone.
 
     Raises:
-        ValueError: the model was never sparsified, is dense and should be packed, has adapters without a choice in
-            `adapters`, is quantized, or a weight was replaced by something else. Nothing is written then.
+        ValueError: the model was never sparsified, is dense and should be packed, keeps only its largest activations
+            and should not be packed, has adapters without a choice in `adapters`, is quantized, or a weight was
+            replaced by something else. Nothing is written then.
         FloatingPointError: a weight is NaN or infinite. Nothing is written then.
         NotADirectoryError: `directory` is a file.
         FileNotFoundError: a figure is missing. Nothing is written then.
@@ -108,6 +110,8 @@ def export_sparse(
         )
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file: export to a directory")
+    if not packed:
+        refuse_plain(sparse.config.activation_topk, "export_sparse(…, packed=True), or --export packed")
     if packed and sparse.config.is_dense:
         raise ValueError("a dense model has nothing to pack: export it plain")
     settings: Any = getattr(sparse.model, "config", None)

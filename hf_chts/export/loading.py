@@ -18,6 +18,7 @@ from hf_chts.export.packed_format import is_packed
 from hf_chts.export.packed_inference import InferenceConfig, pack_model
 from hf_chts.export.sources import architecture, checked_config, local_directory
 from hf_chts.export.weight_files import PLAIN_STEM, WeightFiles
+from hf_chts.layers.activations import keep_largest_activations
 from hf_chts.layers.linked_layer import LinkedLayer
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.names import listed
@@ -89,6 +90,7 @@ def load_sparse(
         options["config"].quantization_config = InferenceConfig(directory, packed, masks)
         model, info = loader.from_pretrained(directory, **options)
         _check_class(directory, model, architecture(contents), info)
+        keep_largest_activations(model, config.activation_topk)
         return model
     into_slots = by_layers and _can_fill_slots(config, kwargs)
     if into_slots:
@@ -103,6 +105,7 @@ def load_sparse(
         )
     model, info = loader.from_pretrained(directory, **options)
     _check_class(directory, model, architecture(contents), info)
+    keep_largest_activations(model, config.activation_topk)
     if into_slots:
         return pack_model(model) if compute == "sparse" else model
     layers: dict[str, nn.Module] = {

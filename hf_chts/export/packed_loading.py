@@ -18,9 +18,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_chts.export.activation_code import activations_of
 from hf_chts.export.packed_files import PackedFiles
 from hf_chts.export.packed_format import KINDS, METHOD, VERSION, unpack_weight
 from hf_chts.export.weight_files import PACKED_STEM, find_shards, index_path
+from hf_chts.layers.activations import keep_largest_activations
 
 _UNPACK_FIRST = "Make a plain directory with `hf-chts unpack DIR OUT` and load that"
 
@@ -49,6 +51,7 @@ class PackedLoader(HfQuantizer):
     """Checks all files, and unpacks each sparse weight as it is loaded."""
 
     quantization_config: PackedWeightsConfig
+    _activations = 1.0  # the share that stays, which a plain model of the class knows nothing of
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -85,6 +88,7 @@ class PackedLoader(HfQuantizer):
         directory = _common_directory(checkpoint_files or [], model.config.name_or_path or "")
         packed = PackedFiles(directory)
         packed.check_contents()
+        self._activations = activations_of(directory)
         parameters, prefix = dict(model.named_parameters(remove_duplicate=False)), f"{model.base_model_prefix}."
         for key, weight in packed.weights.items():
             # transformers also loads a model with a head from one without, and vice versa
@@ -103,6 +107,7 @@ class PackedLoader(HfQuantizer):
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Remove all traces of the loading, so that the model trains and is saved as a plain one."""
+        keep_largest_activations(model, self._activations)
         self.remove_quantization_config(model)
         forget_packing(model.config)
         # save_pretrained reverts the conversions that are listed here

@@ -30,6 +30,10 @@ class LinkStorage(ABC):
 
     shape: tuple[int, int]
     version: int = 0
+    #: whether gradients and moments are those of all weights, as methods need that let optimizer steps move missing
+    #: links; only weights are 0 off the links then, between the update after a step and the next step. An evolver sets
+    #: it while it is at work, so that a model is never trained that way without one
+    trains_missing: bool = False
     foreign: bool = False  # whether the last restored checkpoint is of the other storage
     _count: tuple[int, int] = (-1, 0)  # the version that was counted, and its links
 
@@ -277,6 +281,10 @@ class MaskedStorage(LinkStorage):
             self.copy(topology)
             self.clear_weight()
             return
+        if self.trains_missing:
+            self.copy(topology)
+            self.clear(engine)
+            return
         layer, old = self._layer, self._mask
         new = self.values(topology).to(old.device)
         held, copies = engine.held(layer), engine.copies(layer)
@@ -339,11 +347,13 @@ class MaskedStorage(LinkStorage):
         return counts
 
     def _held(self, engine: Engine) -> list[tuple[str, Tensor, Tensor]]:
-        """(name, tensor, missing) for everything this rank holds; `missing` is flat, True where there is no link."""
+        """(name, tensor, missing) for everything this rank holds that is 0 off the links; `missing` is flat, True where
+        there is no link."""
         start, stop = engine.extent(self._layer)
         missing = ~self._mask.reshape(-1)
         here = [(name, tensor, missing[start:stop]) for name, tensor in engine.held(self._layer).items()]
-        return here + [(name, tensor, missing) for name, tensor in engine.copies(self._layer).items()]
+        found = here + [(name, tensor, missing) for name, tensor in engine.copies(self._layer).items()]
+        return [one for one in found if one[0] in ("weight", "working")] if self.trains_missing else found
 
     def _weight_parts(self) -> list[tuple[Tensor, Tensor]]:
         """(part, missing) for this rank's parts of the weight; `missing` is True where there is no link."""

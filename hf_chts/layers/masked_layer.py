@@ -64,7 +64,8 @@ class MaskedLayer(SparseLayer):
     """A layer with one weight of two dimensions and a bool buffer `mask` of the weight's shape; True is a link.
 
     The buffer is not persistent, so state dicts have the keys of the plain layer. Weight, gradient and optimizer
-    moments are 0 off the mask at every step. `mask`, `dense_gradient` and moments have the weight's layout.
+    moments are 0 off the mask at every step; while its storage `trains_missing`, the weight alone is. `mask`,
+    `dense_gradient` and moments have the weight's layout.
     """
 
     parameter_name = "weight"
@@ -129,6 +130,8 @@ class MaskedLayer(SparseLayer):
     def masked_weight(self) -> Tensor:
         """The weight for the forward; its gradient is masked exactly once."""
         weight = self.weight
+        if self.storage.trains_missing:
+            return weight
         return weight if self._is_hooked(weight) else keep_links(weight, self.mask, self.dense_gradient)
 
     def _is_hooked(self, weight: Tensor) -> bool:
@@ -174,6 +177,8 @@ class MaskedLayer(SparseLayer):
         self.mask_by_hook()  # a copy of a tensor has none of its hooks
 
     def _mask_gradient(self, grad: Tensor) -> Tensor:
+        if self.storage.trains_missing:
+            return grad
         if self.dense_gradient is not None:
             self.dense_gradient.add_(_value(grad))
         return torch.where(self.mask, grad, 0)

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from hf_chts.config import SparsityConfig
 from hf_chts.files.reading import LazyMapping
+from hf_chts.layers.activations import keep_largest_activations
 from hf_chts.layers.links import check_zeros
 from hf_chts.layers.plain_weight import check_places, check_plain
 from hf_chts.layers.sparse_layer import SparseLayer
 from hf_chts.layers.wrappers import named_originals
+from hf_chts.sharding.partitions import weight_shape
 
 # the attribute of a sparse model that holds its handle
 HANDLE = "_hf_chts_sparse_model"
@@ -47,6 +49,11 @@ class SparseLayers:
         """The number of links of all sparse layers."""
         return sum(layer.links for layer in self.layers.values())
 
+    def dense_parameters(self) -> int:
+        """The parameters of the model outside of its sparse layers' weights, whole ones where an engine splits them."""
+        mine = {id(layer.parameter) for layer in self.layers.values()}
+        return sum(weight_shape(p).numel() for p in self.model.parameters() if id(p) not in mine)
+
     def masks(self) -> dict[str, Tensor]:
         """The masks by layer name: bool (out_features, in_features), read only."""
         return dict(self.topologies())
@@ -81,6 +88,8 @@ class SparseLayers:
     def unsparsify(self) -> nn.Module:
         """Make every layer a plain dense one again, with the weights as they are, and return the model.
 
+        Where only the largest activations stayed (activation_topk), all of them do again.
+
         Raises:
             ValueError: a weight is held in another form. Nothing is changed then.
         """
@@ -89,6 +98,8 @@ class SparseLayers:
             check_plain(name, layer)
         for layer in layers.values():
             layer.revert()
+        if self.config.activation_topk < 1:
+            keep_largest_activations(self.model, 1.0)
         self.layers = {}
         if hasattr(self.model, HANDLE):
             delattr(self.model, HANDLE)

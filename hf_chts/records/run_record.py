@@ -5,6 +5,7 @@
 `plans.jsonl`: one line where training starts, and one wherever it is resumed with another plan: the step from which
 the plan holds, the length of the run, its last update, and the lower bound on sparsity (0: the schedule alone decides).
 `seconds.jsonl`: one line per update and one at the end, with the seconds since the last line, and those of the update.
+`sizes.json`: of a run that has ended, its last step, and the links and parameters then and on the mean over its steps.
 `snapshot-STEP.safetensors`: some layers before the first, after the middle and after the last update (snapshots.py).
 
 A run that is resumed from step s drops what was written after s and continues, so that its records end up the same as
@@ -28,7 +29,7 @@ from hf_chts.records.snapshots import save_snapshot, snapshot_layers, snapshot_p
 from hf_chts.schedule_plan import SchedulePlan
 
 RECORD_DIR = "topology"
-LAYERS_NAME, PLANS_NAME, SECONDS_NAME = "layers.jsonl", "plans.jsonl", "seconds.jsonl"
+LAYERS_NAME, PLANS_NAME, SECONDS_NAME, SIZES_NAME = "layers.jsonl", "plans.jsonl", "seconds.jsonl", "sizes.json"
 FORMAT = "hf_chts topology records, 1"
 
 _log = logging.getLogger(__name__)
@@ -87,8 +88,9 @@ class RunRecord:
         self._try(self._update, step, layers, masks, softness)
         self._try(self._add_seconds, step, seconds)
 
-    def end(self, step: int) -> None:
-        """Training ends after `step` finished steps."""
+    def end(self, step: int, sizes: Mapping[str, float]) -> None:
+        """Training ends after `step` finished steps, with these links and parameters."""
+        self._try(write_whole, self.directory / SIZES_NAME, _line({"step": step, **sizes}))
         if step > self._mark[0]:
             self._try(self._add_seconds, step, 0.0)
 
@@ -106,6 +108,7 @@ class RunRecord:
             )
 
     def _begin(self, step: int, masks: Mapping[str, Tensor]) -> None:
+        (self.directory / SIZES_NAME).unlink(missing_ok=True)
         lines = read_lines(self.directory / LAYERS_NAME)
         same_run = step > 0 and bool(lines) and self._is_mine(lines[0])
         kept = [line for line in lines[1:] if line["step"] <= step] if same_run else []

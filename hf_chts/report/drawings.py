@@ -6,6 +6,7 @@ Each function is called under `look()`, and returns None where the runs have not
 from collections.abc import Callable, Sequence
 
 from hf_chts.plotting import look
+from hf_chts.report.circuit_drawings import circuit
 from hf_chts.report.comparison_drawings import compared_bits_per_byte, compared_loss, compared_topology
 from hf_chts.report.drawing import Drawing
 from hf_chts.report.layer_drawings import layer_active_neurons, layer_itop, layer_overlap
@@ -24,6 +25,7 @@ OF_A_RUN: tuple[Callable[[Run], Drawing | None], ...] = (
     layer_active_neurons,
     adjacency,
     degrees,
+    circuit,
 )
 OF_SEVERAL_RUNS: tuple[Callable[[Sequence[Run]], Drawing | None], ...] = (
     compared_loss,

@@ -13,8 +13,9 @@ from hf_chts.config import CONFIG_NAME, SparsityConfig
 from hf_chts.evolution.update_figures import LayerUpdate, overall_figures
 from hf_chts.files.reading import read_json
 from hf_chts.names import shortest_endings
-from hf_chts.records.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, read_lines
+from hf_chts.records.run_record import FORMAT, LAYERS_NAME, RECORD_DIR, SECONDS_NAME, SIZES_NAME, read_lines
 from hf_chts.records.snapshots import LayerSnapshot, load_snapshot, snapshot_paths
+from hf_chts.report.circuit import Circuit, read_circuit
 from hf_chts.schedule_plan import SchedulePlan
 
 TRAINER_STATE = "trainer_state.json"
@@ -51,9 +52,11 @@ class Run:
         evaluation: eval_results.json; empty if there is none.
         model: config.json of its model; empty if there is none.
         records: of all layers; None if there are none.
+        sizes: links and parameters at the end of the run; empty before it.
         shown: the names of the layers to show by themselves.
         seconds: the lines of seconds.jsonl.
         snapshots: step → layer name → its snapshot.
+        circuit: of a prompt, if one was traced.
         notes: a sentence for each thing that is missing or could not be read.
     """
 
@@ -69,8 +72,10 @@ class Run:
     shown: tuple[str, ...] = ()
     seconds: list[dict[str, Any]] = field(default_factory=list)
     snapshots: dict[int, dict[str, LayerSnapshot]] = field(default_factory=dict)
+    circuit: Circuit | None = None
     notes: tuple[str, ...] = ()
     unread: bool = False
+    sizes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -154,12 +159,14 @@ def read_run(directory: str | Path, label: str | None = None, layers: str = "*")
         evaluation=_first([directory], "eval_results.json", notes),
         model=_first([*places, directory / "export"], "config.json", notes),
         records=records,
+        sizes=_json(directory / RECORD_DIR / SIZES_NAME, notes) if records else {},
         shown=_shown(records, layers, directory) if records else (),
         seconds=seconds,
         snapshots={
             step: {name: one for name, one in snapshot.items() if fnmatchcase(name, layers)}
             for step, snapshot in snapshots.items()
         },
+        circuit=read_circuit(directory / RECORD_DIR),
     )
     return Run(**{**vars(run), "notes": (*notes, *_gaps(run))})
 
@@ -297,7 +304,8 @@ def _gaps(run: Run) -> list[str]:
     else:
         logged = {entry["step"] for entry in run.log if is_update(entry)}
         missing = sorted(logged - run.records.updates.keys())
-        if missing:
+        every_step = run.config is not None and run.config.trains_missing  # records have only some of these
+        if missing and not every_step:
             gaps.append(
                 f"{len(missing)} updates, from step {missing[0]} to {missing[-1]}, are not in {RECORD_DIR}/"
                 f"{LAYERS_NAME}: the run was resumed from another directory, or could not write there."

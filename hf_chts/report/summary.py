@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_chts.baseline import ENTRY, baseline_of
 from hf_chts.report.drawing import Series
 from hf_chts.report.run import Run
 
@@ -41,8 +42,16 @@ def summary_rows(runs: Sequence[Run]) -> list[Row]:
         cells = [UNKNOWN if number is None else f"{number:{form}}" for number in values]
         return Row(name, cells, ["", *differences[1:]])
 
+    # rows that only some runs have, and only where one of those shown has it
+    sizes = [
+        numbers("Parameters without missing links", lambda run: _size(run, "parameters"), ",.0f"),
+        numbers("Links", lambda run: _size(run, "links"), ",.0f"),
+        numbers("Links on the mean over the run", lambda run: _size(run, "average_links"), ",.0f"),
+    ]
+    baseline = words("Dense baseline", lambda run: baseline_of(run.model) or UNKNOWN)
     return [
         words("Method", lambda run: run.method),
+        *(row for row in (baseline, *sizes) if any(cell != UNKNOWN for cell in row.cells)),
         words("Steps", lambda run: f"{run.step} of {run.max_steps}" if run.max_steps > run.step else f"{run.step}"),
         numbers("Sparsity", _sparsity, ".2%"),
         numbers("Training loss", lambda run: _last(run.log, "loss"), ".4f", compared=True),
@@ -62,6 +71,14 @@ def _sparsity(run: Run) -> float | None:
         return 0.0
     last = _last(run.updates(), "sparsity")
     return run.config.sparsity if last is None and run.config is not None and not run.config.evolves else last
+
+
+def _size(run: Run, key: str) -> float | None:
+    """As it was at the end of a run; of a dense baseline, as it was made."""
+    found = run.sizes.get(key, _last(run.log, key))
+    if found is None and run.is_dense and baseline_of(run.model):
+        return run.model[ENTRY].get(key)
+    return found
 
 
 def _topology_seconds(run: Run) -> float | None:

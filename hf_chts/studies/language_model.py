@@ -5,6 +5,7 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_chts.config import SparsityConfig
+from hf_chts.narrower import narrower
 from hf_chts.studies.language_data import VOCABULARY
 
 
@@ -16,22 +17,17 @@ def block_weights(width: int, ffn: int, layers: int) -> int:
 def same_links(width: int, ffn: int, layers: int, heads: int, sparsity: float) -> tuple[int, int]:
     """Width and ffn of a dense model whose blocks have as many weights as larger ones have links at `sparsity`.
 
-    The width is the nearest that its heads divide, each of an even width, as rotary positions take it. What is then
-    missing or too much is made up by ffn, so that the count is right within 3·layers·width.
+    The width is the nearest that its heads divide, each of an even width, as rotary positions take it; see `narrower`.
 
     Raises:
         ValueError: there is no such model.
     """
     links = (1 - sparsity) * block_weights(width, ffn, layers)
-    step = 2 * heads
-    narrow = max(step, round(width * (1 - sparsity) ** 0.5 / step) * step)
-    rest = round((links / layers - 4 * narrow * narrow) / (3 * narrow))
-    if rest < 1:
-        raise ValueError(
-            f"a model with {heads} heads cannot be so narrow as to have the {links:.0f} links of width {width} at "
-            f"sparsity {sparsity}: take fewer heads"
-        )
-    return narrow, rest
+
+    def count(width: int, ffn: int) -> int:
+        return block_weights(width, ffn, layers)
+
+    return narrower(width, ffn, links, count, heads=heads, step=2 * heads)
 
 
 def build_model(

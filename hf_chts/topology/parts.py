@@ -38,7 +38,7 @@ _SCORE_NEEDS = {"mask", "weight", "grad", "stored"}
 _NEEDS = {
     "removal": _SCORE_NEEDS,
     "regrowth": _SCORE_NEEDS,
-    "selection": {*_SCORE_NEEDS, "links", "generator"},
+    "selection": {*_SCORE_NEEDS, "links", "generator", "neurons"},
     "initial_topology": {"out_features", "in_features", "links", "generator", "inputs", "input_norms", "weight"},
     "sparsity_schedule": {"step", "start", "end", "initial", "final"},
 }
@@ -66,6 +66,7 @@ class Part:
         stack_sampler: `stack_sampler(masks, k, seeds)`: the same for a stack of layers.
         by_link: see `Register.removal`.
         stacks: see `Register.removal`.
+        trains_missing: see `Register.selection`.
         starts_below, until: of a sparsity schedule, see `Register.sparsity_schedule`.
     """
 
@@ -81,6 +82,7 @@ class Part:
     stack_sampler: Callable[..., Any] | None = None
     by_link: bool = False
     stacks: bool = False
+    trains_missing: bool = False
     starts_below: float | None = None
     until: float = 1.0
 
@@ -189,13 +191,20 @@ class Register:
 
         return add
 
-    def selection(self, name: str, *, options: _Options = _NO_OPTIONS, cost: Cost = _one_sort) -> _Decorator:
+    def selection(
+        self, name: str, *, options: _Options = _NO_OPTIONS, cost: Cost = _one_sort, trains_missing: bool = False
+    ) -> _Decorator:
         """A choice of all links at once, in place of removal and regrowth; the config's `regrowth` names it.
 
-        The function takes the same as a removal score, `links` (the number to choose) and `generator`, and returns the
-        new mask, bool (out, in) with exactly `links` links. See `hf_chts.topology.gmp`.
+        The function takes the same as a removal score, `links` (the number to choose), `generator`, and `neurons`
+        (the dimension of the weight that counts neurons, 0 or 1; None: neither), and returns the new mask, bool
+        (out, in) with exactly `links` links. See `hf_chts.topology.gmp`.
+
+        Args:
+            trains_missing: missing links have gradients and moments too, so that `weight` is that of all of them, as
+                the optimizer's step left it; they are 0 again after the update. See `hf_chts.topology.largest`.
         """
-        return _adding(REGROWTH, "selection", name, options, cost=cost)
+        return _adding(REGROWTH, "selection", name, options, cost=cost, trains_missing=trains_missing)
 
     def initial_topology(self, name: str, *, options: _Options = _NO_OPTIONS) -> _Decorator:
         """A topology to start with.

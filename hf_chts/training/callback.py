@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_chts.checkpoint import TopologyState
 from hf_chts.checkpoint.run_identity import RunIdentity
 from hf_chts.evolution.evolver import Evolver
+from hf_chts.evolution.update_figures import average_links
 from hf_chts.evolution.update_ranks import NotFinite
 from hf_chts.layers.sparse_layers import SparseLayers
 from hf_chts.records.run_record import RunRecord
@@ -38,6 +39,7 @@ class TopologyCallback(TrainerCallback):
         warmup: optimizer steps over which the learning rate climbs back after an update; None before the
             learning-rate schedule is made.
         learning_rate: the same as a phrase, for the line about the plan.
+        scales_rate: whether the learning-rate schedule has its factor by density.
         record: writes each layer's updates into the run's folder; on rank 0, from the start of training.
         identity, run_dir: of the run, and where it writes; without a `run_dir`, into output_dir.
     """
@@ -56,6 +58,7 @@ class TopologyCallback(TrainerCallback):
         self.identity: RunIdentity | None = None
         self.run_dir: str | None = None
         self.warmup: int | None = None
+        self.scales_rate = False
         self.learning_rate = "the learning rate has no warm-up after them"
         self._restored: TopologyState | None = None
         self._earlier_steps = 0
@@ -113,10 +116,11 @@ class TopologyCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        sizes = self.sizes(state.global_step)
         self.restore(None)
         self.evolver.close()
         if self.record is not None:
-            self.record.end(state.global_step)
+            self.record.end(state.global_step, sizes)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,7 +136,7 @@ class TopologyCallback(TrainerCallback):
             figures |= (updated := evolver.step(step))
         except NotFinite as error:
             raise diverged(step, error.names, args.output_dir, "the topology is not updated by them") from None
-        if updated and self.record is not None:
+        if updated and self.record is not None and (evolver.plan.is_told(step) or step in self.record.steps):
             softness = evolver.softness if evolver.config.adapts_softness else {}
             seconds = updated["topology_seconds"]
             self.record.update(step, evolver.last_update, evolver.sparse.topologies(), seconds, softness)
@@ -146,12 +150,26 @@ class TopologyCallback(TrainerCallback):
         self._waiting |= figures
         # the losses around an update wait for the next log, or for the next checkpoint or the end if that comes first
         last = control.should_save or step >= state.max_steps
-        control.should_log |= bool(self._waiting) and (last or evolver.plan.is_update(step))
+        every_step = evolver.config.trains_missing and evolver.plan.interval == 1  # too often for lines of their own
+        control.should_log |= bool(self._waiting) and (last or (evolver.plan.is_update(step) and not every_step))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         control.should_log |= bool(self._waiting) and control.should_save
+
+    def sizes(self, steps: int) -> dict[str, float]:
+        """How large the model is after `steps` steps, and on the mean over them: its links, and its parameters, which
+        are these and all that is dense."""
+        sparse = self.evolver.sparse
+        links, dense = sparse.links(), sparse.dense_parameters()
+        average = round(average_links(self.evolver.history, links, steps), 2)
+        return {
+            "links": links,
+            "average_links": average,
+            "parameters": links + dense,
+            "average_parameters": average + dense,
+        }
 
     def take_figures(self) -> dict[str, Any]:
         """Return the figures to log with the loss of this step, and forget them."""

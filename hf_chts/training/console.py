@@ -32,6 +32,10 @@ _END = {
     "train_samples_per_second": ("sequences per second", ".2f"),
     "train_steps_per_second": ("steps per second", ".3f"),
     "train_tokens_per_second": ("tokens per second", ".0f"),
+    "links": ("links", ",.0f"),
+    "average_links": ("on the mean", ",.0f"),
+    "parameters": ("parameters", ",.0f"),
+    "average_parameters": ("on the mean", ",.0f"),
 }
 # the same for keys after the name of the evaluated data, such as eval_loss
 _EVALUATION = {

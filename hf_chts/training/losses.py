@@ -24,7 +24,9 @@ class UpdateLosses:
 
     def begin(self, finished: int, plan: SchedulePlan) -> None:
         """Called when a step begins, after `finished` steps."""
-        self._adding = plan.is_update(finished + 1) or (self.before is not None and plan.is_update(finished))
+        every_step = plan.config.trains_missing and plan.interval == 1  # the loss changes with each of them anyway
+        after = self.before is not None and plan.is_update(finished)
+        self._adding = not every_step and (plan.is_update(finished + 1) or after)
         self._sum = None
 
     def add(self, loss: Tensor, unlabelled: Tensor | None = None) -> None:

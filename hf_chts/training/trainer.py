@@ -188,7 +188,7 @@ class SparseTrainerMixin(
                 self._refuse_adapters_alone()
             self._refuse_other_sizes()
             self.topology_callback.restore(None)
-            self.topology_callback.warmup = None
+            self.topology_callback.warmup, self.topology_callback.scales_rate = None, False
         if checkpoint is not None:
             check_state_is_there(checkpoint, deepspeed=self.is_deepspeed_enabled)
             self.data_state(checkpoint)  # raises for other data before anything is restored
@@ -273,9 +273,12 @@ class SparseTrainerMixin(
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`; the figures of a topology update go into the entry that has the loss of its step."""
+        """As `Trainer.log`; the figures of a topology update go into the entry that has the loss of its step, and the
+        sizes of the model into that of the run's end."""
         if self.topology_callback is not None and "loss" in logs:
             logs.update(self.topology_callback.take_figures())
+        elif self.topology_callback is not None and "train_loss" in logs:  # the last log of the run
+            logs.update(self.topology_callback.sizes(self.state.global_step))
         super().log(logs, *args, **kwargs)
 
     def _inspected(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The learning rate: when the Trainer's schedule ends, and a short warm-up on top of it after each topology update."""
+"""The learning rate: when the Trainer's schedule ends, a factor by density, and warm-ups after topology updates."""
 
 from typing import Any
 
@@ -6,7 +6,13 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_chts.config import SparsityConfig
-from hf_chts.evolution.update_warmup import PAPER_WARMUP, add_end, add_update_warmup, warmup_steps
+from hf_chts.evolution.update_warmup import (
+    PAPER_WARMUP,
+    add_density_factor,
+    add_end,
+    add_update_warmup,
+    warmup_steps,
+)
 from hf_chts.sparse_model import SparsityHandle
 from hf_chts.training.any_trainer import AnyTrainer
 from hf_chts.training.callback import TopologyCallback
@@ -21,9 +27,10 @@ def asked_warmup(args: Any, config: SparsityConfig, max_steps: int) -> int:
     asked = getattr(args, "update_warmup_steps", 0)
     if not config.evolves:
         return 0
+    by_link = config.regrown_warmup > 0
     if config.update_interval < 1 and max_steps <= 0:
-        return PAPER_WARMUP if asked is None else asked
-    return warmup_steps(asked, config.interval(max_steps))
+        return (0 if by_link else PAPER_WARMUP) if asked is None else asked
+    return warmup_steps(asked, config.interval(max_steps), by_link=by_link)
 
 
 class WarmsUpAfterUpdates(AnyTrainer):
@@ -51,9 +58,29 @@ class WarmsUpAfterUpdates(AnyTrainer):
                     "of the step: leave it out, or choose another lr_scheduler_type"
                 )
             add_end(scheduler, end)
+        if self.topology_callback is not None and self.sparse.config.rate_by_density != "none":
+            self._scale_by_density(scheduler, fresh, num_training_steps)
         if self.topology_callback is not None and self.sparse.config.evolves:
             self._warm_up_after_updates(scheduler, fresh, num_training_steps)
         return scheduler
+
+    def _scale_by_density(self, scheduler: Any, fresh: bool, num_training_steps: int) -> None:
+        topology = self.topology_callback
+        assert topology is not None
+        if not fresh and topology.scales_rate:  # by a copy of this trainer, under DeepSpeed
+            return
+        if not fresh or not isinstance(scheduler, LambdaLR):
+            obstacle = (
+                f"the schedule {self.args.lr_scheduler_type!r} is not a function of the step"
+                if fresh
+                else "the learning-rate schedule is not the Trainer's own"
+            )
+            raise ValueError(
+                f"rate_by_density is {self.sparse.config.rate_by_density!r}, but {obstacle}: set rate_by_density to "
+                "none and scale the rate yourself (evolver.scale_rate), or choose another lr_scheduler_type"
+            )
+        topology.scales_rate = True
+        add_density_factor(scheduler, topology.evolver.plan_from(self.state.global_step, num_training_steps))
 
     def _warm_up_after_updates(self, scheduler: Any, fresh: bool, num_training_steps: int) -> None:
         topology, interval = self.topology_callback, self.sparse.config.interval(num_training_steps)
@@ -77,7 +104,10 @@ class WarmsUpAfterUpdates(AnyTrainer):
             why = " (use SparseTrainingArguments to have one)"
         elif obstacle and asked is None:
             steps, why = 0, f": {obstacle}"
-        elif asked is None and steps < PAPER_WARMUP:
+        elif asked is None and self.sparse.config.regrown_warmup:
+            own_steps = self.sparse.config.link_warmup(num_training_steps)
+            why = f", but each regrown link has its own, over {own_steps} steps"
+        elif asked is None and steps < PAPER_WARMUP and interval > 1:
             why = f", a fifth of update_interval ({interval}), where the paper's {PAPER_WARMUP} would be too many"
         plan = topology.evolver.plan_from(self.state.global_step, num_training_steps)
         own = self.args.get_warmup_steps(num_training_steps) if fresh else 0

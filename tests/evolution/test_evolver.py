@@ -49,6 +49,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(groups, lr=run.args.learning_rate, fused=fused)
         self.evolver = self.sparse.evolver(self.optimizer, max_steps=STEPS)
         self.scheduler = get_scheduler("cosine", self.optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+        self.evolver.scale_rate(self.scheduler)
         if self.sparse.config.evolves:
             self.evolver.warm_up(self.scheduler, WARMUP)
         self.losses, self.figures = [], []

@@ -161,3 +161,53 @@ def test_amsgrad_and_too_many_updates_are_refused():
         RegrownAdam.check(torch.optim.AdamW([weight], amsgrad=True))
     with pytest.raises(ValueError, match="32768: raise update_interval"):
         one_layer([[0.0]], 1)[1].check_updates(32768)
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_steps_of_a_regrown_link_grow_to_their_full_size(restart):
+    def steps(warmup):
+        weight, regrown, optimizer = one_layer([[0.0]], 10, lr=1.0, weight_decay=0)
+        regrown.restart, regrown.warmup = restart, warmup
+        weight.grad = torch.zeros(1, 1)
+        for _ in range(10):
+            optimizer.step()
+        change(regrown, torch.ones(1, 1, dtype=torch.bool), 1)
+        taken = []
+        for step in range(11, 31):
+            before = weight.item()
+            weight.grad = torch.ones(1, 1)
+            optimizer.step()
+            regrown.correct(step)
+            taken.append(before - weight.item())
+        return taken
+
+    plain, warmed = steps(0), steps(15)
+    assert warmed == pytest.approx([step * min(1, n / 15) for n, step in enumerate(plain, start=1)], rel=1e-4)
+
+
+def test_smet_scales_the_rate_by_density_from_the_first_step(tmp_path):
+    def rates(**fields):
+        run = SparseTrainer(
+            model=tiny_llama(),
+            args=arguments(tmp_path, save_strategy="no", update_warmup_steps=None),
+            sparsity=case_config("smet", sparsity=0.75, **fields),
+            train_dataset=random_blocks(),
+        )
+        run.train()
+        return [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+
+    assert rates() == pytest.approx([2 * rate for rate in rates(rate_by_density="none")])
+    with pytest.raises(ValueError, match="rate_by_density is 'inverse_sqrt', but the schedule .*reduce"):
+        SparseTrainer(
+            model=tiny_llama(),
+            args=arguments(
+                tmp_path,
+                lr_scheduler_type="reduce_lr_on_plateau",
+                update_warmup_steps=0,
+                eval_steps=1,
+                eval_strategy="steps",
+            ),
+            sparsity=case_config("smet"),
+            train_dataset=random_blocks(),
+            eval_dataset=random_blocks(8),
+        ).train()

@@ -102,7 +102,7 @@ def test_an_interrupted_run_ends_with_the_records_of_one_that_was_not(tmp_path, 
     )
     names = {path.name for path in (whole / "topology").iterdir()}
     assert names == {
-        "layers.jsonl", "plans.jsonl", "seconds.jsonl",
+        "layers.jsonl", "plans.jsonl", "seconds.jsonl", "sizes.json",
         "snapshot-0.safetensors", "snapshot-8.safetensors", "snapshot-16.safetensors",
     }  # fmt: skip
     assert {path.name for path in (stopped / "topology").iterdir()} == names

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import CASES, Invariants, all_of, case_config, differences, losses, trainer, weights
+from cases import IN_SLOTS, Invariants, all_of, case_config, differences, losses, trainer, weights
 from tiny import tiny_llama
 
 from hf_chts import sparse_model, sparsify
@@ -32,7 +32,7 @@ def same(first, second):
     assert first.evolver.softness == second.evolver.softness
 
 
-@pytest.mark.parametrize("case", ["static", *CASES])
+@pytest.mark.parametrize("case", ["static", *IN_SLOTS])
 def test_both_storages_give_the_same_run(tmp_path, case):
     runs = {}
     for storage in ("masked", "links"):
@@ -165,7 +165,7 @@ def test_options_of_the_trainer(tmp_path, exact, options):
     assert losses(runs["links"]) == pytest.approx(losses(runs["masked"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if case_config(name).removal_choice == "hard"])
+@pytest.mark.parametrize("case", [name for name in IN_SLOTS if case_config(name).removal_choice == "hard"])
 def test_products_with_links_alone_give_the_same_run_within_rounding(tmp_path, case):
     pytest.importorskip("numba")
     runs = {}
