@@ -131,8 +131,8 @@ def _check_pattern(config: Any) -> None:
         return
     if abs(config.sparsity - pattern.sparsity) > 1e-9:
         raise ValueError(
-            f"sparsity is {config.sparsity}, but under pattern {config.pattern!r} it is {pattern.sparsity:g}: leave "
-            "sparsity out, or choose another pattern"
+            f"sparsity is {config.sparsity}, but under pattern {config.pattern!r} it is {pattern.sparsity:g}: set "
+            f"sparsity: {pattern.sparsity:g} or leave it out, or choose another pattern"
         )
     if config.changes_sparsity:
         raise ValueError(
