@@ -1,12 +1,13 @@
 """How small a packed export is, and how long it takes to load, beside the plain one.
 
-    python benchmarks/packed_size.py [--sparsities 0.7 0.8 0.9 0.95] [--repeats 9]
+    python benchmarks/packed_size.py [--sparsities 0.7 0.8 0.9 0.95] [--pattern fan_in] [--repeats 9]
 
 For each sparsity of a LLaMA in bfloat16 it prints one JSON line: the bytes of the packed directory over what the links'
 values, one bit for each weight of the sparse layers and the dense parts take; how long loading it takes over the plain
 directory (in turns, in one process, medians; the files are in the cache of the system); and whether both give the same
 logits, bit for bit. `from_pretrained` only maps a plain file into memory, and the first forward pass reads it: so the
-ratio is given without and with a forward pass over 64 tokens, and for `load_sparse`, which needs the values.
+ratio is given without and with a forward pass over 64 tokens, and for `load_sparse`, which needs the values. Under a
+pattern the index has fewer bits a weight than one: `index_bits`.
 """
 
 import json
@@ -21,15 +22,22 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from hf_chts import SparsityConfig, export_sparse, load_sparse, sparsify
+from hf_chts.export.packed_files import PackedFiles
 
 
 def directory_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def measure(model: str, sparsity: float, repeats: int, directory: Path) -> dict:
+def index_bits(packed: Path, weights: int) -> float:
+    """Bits of the index for each weight of the sparse layers."""
+    files = PackedFiles(packed)
+    return 8 * sum(files.files.entries[f"{key}_bits"].shape[0] for key in files.weights) / weights
+
+
+def measure(model: str, sparsity: float, pattern: str, repeats: int, directory: Path) -> dict:
     original = network(model, torch.bfloat16).eval()
-    sparse = sparsify(original, SparsityConfig(method="chts", sparsity=sparsity))
+    sparse = sparsify(original, SparsityConfig(method="chts", sparsity=sparsity, pattern=pattern))
     plain = export_sparse(original, directory / "plain")
     packed = export_sparse(original, directory / "packed", packed=True)
     weights = sum(mask.numel() for mask in sparse.masks().values())
@@ -60,6 +68,8 @@ def measure(model: str, sparsity: float, repeats: int, directory: Path) -> dict:
         "benchmark": "packed_size",
         "model": model,
         "sparsity": sparsity,
+        "pattern": pattern,
+        "index_bits": round(index_bits(packed, weights), 4),
         "packed_bytes": directory_bytes(packed),
         "over_formula": round(directory_bytes(packed) / formula, 4),
         "over_plain": round(directory_bytes(packed) / directory_bytes(plain), 4),
@@ -78,6 +88,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--sparsities", nargs="+", type=float, default=[0.7, 0.8, 0.9, 0.95], help="(default: 0.7 0.8 0.9 0.95)"
     )
+    parser.add_argument("--pattern", default="none", help="fan_in, or N:M with its sparsity (default: none)")
     parser.add_argument("--repeats", type=int, default=9, help="loads of each kind (default: 9)")
     parser.add_argument("--threads", type=int, default=1, help="of torch; loading is one thread's work (default: 1)")
     arguments = parser.parse_args()
@@ -85,4 +96,7 @@ if __name__ == "__main__":
     logging.disable_progress_bar()
     for sparsity in arguments.sparsities:
         with tempfile.TemporaryDirectory() as directory:
-            print(json.dumps(measure(arguments.model, sparsity, arguments.repeats, Path(directory))), flush=True)
+            print(
+                json.dumps(measure(arguments.model, sparsity, arguments.pattern, arguments.repeats, Path(directory))),
+                flush=True,
+            )

@@ -22,6 +22,7 @@ from hf_chts.topology.parts import (
     import_parts,
     modules_of,
 )
+from hf_chts.topology.patterns import NONE, Pattern, pattern_of
 
 CONFIG_NAME = "sparsity_config.json"
 # In a file beside the fields: the sparsity that the model has, where it differs from the one that was asked for
@@ -96,6 +97,11 @@ class SparsityConfig:
     )
     per_head: bool = _option(
         False, "Give each attention head's rows of q, k and v a topology of their own, with the same number of links."
+    )
+    pattern: str = _option(
+        "none",
+        "Numbers of links that every choice keeps to, at every update: fan_in, the same for each output, to within "
+        "one; N:M such as 2:4, N of every M neighbouring inputs, with sparsity 1 − N/M throughout; none.",
     )
     initial_topology: str = _by_method(
         "erdos_renyi",
@@ -265,6 +271,8 @@ class SparsityConfig:
 
     def _set_defaults(self) -> None:
         own = {item.name: item.metadata["default"] for item in dataclasses.fields(self)}
+        if self.sparsity is None and self.pattern is not None and (pattern := pattern_of(self.pattern)) is not None:
+            self._set("sparsity", pattern.sparsity)  # the only one that there is
         for name in ("method", "recipe"):
             if getattr(self, name) is None:
                 self._set(name, own[name])
@@ -331,6 +339,11 @@ class SparsityConfig:
         return [choices[getattr(self, name)] for name, choices in CHOICES.items() if isinstance(choices, dict)]
 
     @property
+    def links_pattern(self) -> Pattern | None:
+        """The pattern that choices of links are put under; None without one."""
+        return pattern_of(self.pattern)
+
+    @property
     def stores_weights(self) -> bool:
         """Whether the weights of removed links are kept."""
         return self.evolves and self.regrown_weights == "historical"
@@ -394,6 +407,7 @@ class SparsityConfig:
             "neuron_links": 0,
             "also_sparse": None,
             "activation_topk": 1.0,
+            "pattern": NONE,
         }
         method = METHODS[self.method]
         set_by_method = {*method.settings, *(method.original or ())}  # left out, it would be the method's when read

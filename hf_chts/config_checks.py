@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
 
 from hf_chts.methods import CHOICES
-from hf_chts.topology.parts import INITIAL_TOPOLOGIES, SPARSITY_SCHEDULES
+from hf_chts.topology.parts import INITIAL_TOPOLOGIES, REGROWTH, SPARSITY_SCHEDULES
 
 # kinds of weights outside sparse layers that topk can make sparse as well (hf_chts/layers/other_weights.py)
 OTHER_WEIGHTS = ("embeddings", "biases", "norms")
@@ -103,12 +103,49 @@ def check_values(config: Any) -> None:
             f"{stored[0].name!r} needs the weights of removed links, which regrown_weights "
             f"{config.regrown_weights!r} does not keep. Set regrown_weights: historical"
         )
+    _check_pattern(config)
     if config.softness_schedule == "adaptive" and config.removal_choice != "soft":
         raise ValueError(
             f"softness_schedule is 'adaptive', but removal_choice is {config.removal_choice!r}: set removal_choice: "
             "soft, or softness_schedule: linear"
         )
     _check_patterns(config)
+
+
+def _check_pattern(config: Any) -> None:
+    """Whether what else the config says leaves every output or group of inputs its number of links."""
+    pattern = config.links_pattern
+    if pattern is None:
+        return
+    if config.percolation:
+        raise ValueError(
+            f"percolation is true, with pattern {config.pattern!r}, under which every output keeps its number of "
+            "links: set percolation to false"
+        )
+    if config.selects and "choose" not in REGROWTH[config.regrowth].needs:
+        raise ValueError(
+            f"regrowth {config.regrowth!r} chooses links without `choose`, so that it cannot keep to pattern "
+            f"{config.pattern!r}: have it ask for choose, or set pattern: none"
+        )
+    if pattern.sparsity is None:
+        return
+    if abs(config.sparsity - pattern.sparsity) > 1e-9:
+        raise ValueError(
+            f"sparsity is {config.sparsity}, but under pattern {config.pattern!r} it is {pattern.sparsity:g}: set "
+            f"sparsity: {pattern.sparsity:g} or leave it out, or choose another pattern"
+        )
+    if config.changes_sparsity:
+        raise ValueError(
+            f"sparsity_schedule is {config.sparsity_schedule!r} (method {config.method!r}), but under pattern "
+            f"{config.pattern!r} the sparsity is constant: set sparsity_schedule: constant, or choose a method whose "
+            "sparsity is, such as chts"
+        )
+    if config.allocation != "uniform" or config.overrides:
+        raise ValueError(
+            f"allocation is {config.allocation!r} and layer_sparsity {config.layer_sparsity!r}, but under pattern "
+            f"{config.pattern!r} every layer has the sparsity {pattern.sparsity:g}: set allocation: uniform and leave "
+            "layer_sparsity out"
+        )
 
 
 def _check_schedule_from(config: Any) -> None:
@@ -182,6 +219,8 @@ def check_types(config: Any) -> None:
             object.__setattr__(config, name, float(value))  # a config is frozen
         elif hint in (float, int, str, bool) and type(value) is not hint:
             advice = ": leave out the quotes" if isinstance(value, str) else ""
+            if name == "pattern":
+                advice = ', in quotes in YAML: "2:4" (it reads 2:4 as the number 124)'
             raise ValueError(f"{name} is {value!r}; it must be {_IN_WORDS[hint]}{advice}")
         elif name == "layer_sparsity":
             if not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):

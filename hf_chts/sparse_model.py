@@ -131,7 +131,7 @@ def sparsify(
     if masks is None:
         masks = initial_masks(shapes, weights, config, calibration, blocks)
     else:
-        _check_masks(masks, shapes)
+        _check_masks(masks, shapes, config)
     sparse = SparsityHandle(model, config, _converted(targets, masks, config), blocks)
     if new:
         initialize_links(sparse.layers, config)
@@ -151,7 +151,7 @@ def follow_masks(sparse: SparsityHandle, masks: Mapping[str, Tensor]) -> None:
         return
     check_targets(sparse.model, {name: layer for name, layer in earlier.items() if name not in sparse.layers})
     shapes = {name: matrix_shape(layer) for name, layer in earlier.items()}
-    _check_masks(masks, shapes)
+    _check_masks(masks, shapes, sparse.config)
     blocks = head_blocks(sparse.model, shapes) if sparse.config.per_head else {}
     new = _converted(
         {name: layer for name, layer in earlier.items() if name not in sparse.layers}, masks, sparse.config
@@ -230,7 +230,7 @@ def _matrix(layer: nn.Module) -> Tensor:
     return masked_class(layer).matrix(whole_weight(layer.get_parameter("weight")))
 
 
-def _check_masks(masks: Mapping[str, Tensor], shapes: dict[str, tuple[int, int]]) -> None:
+def _check_masks(masks: Mapping[str, Tensor], shapes: dict[str, tuple[int, int]], config: SparsityConfig) -> None:
     if set(masks) != set(shapes):
         missing, extra = sorted(set(shapes) - set(masks)), sorted(set(masks) - set(shapes))
         raise ValueError(
@@ -240,3 +240,9 @@ def _check_masks(masks: Mapping[str, Tensor], shapes: dict[str, tuple[int, int]]
         shape = shapes[name]
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise ValueError(f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; the layer takes bool {shape}")
+        pattern = config.links_pattern
+        if pattern is not None and not pattern.kept_by(mask):
+            raise ValueError(
+                f"the mask of {name} does not have the pattern {pattern.name!r} of the config: set pattern: none, or "
+                "leave masks out for new ones under the pattern"
+            )

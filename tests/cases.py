@@ -24,6 +24,12 @@ CASES = {name: {"method": name} for name in METHODS if name not in ("dense", "st
     "mest, layers with their own sparsity": {"method": "mest", "layer_sparsity": {"down_proj": 0.8, "q_proj": 0.95}},
     "set, percolation": {"method": "set", "percolation": True, "sparsity": 0.97, "drop_fraction": 0.3},
     "set, as in its own paper": {"method": "set", "recipe": "original"},
+    "rigl, fan-in": {"method": "rigl", "pattern": "fan_in"},
+    "chtss, fan-in": {"method": "chtss", "pattern": "fan_in"},
+    "gmp, fan-in": {"method": "gmp", "pattern": "fan_in", "allocation": "global"},
+    "chts, fan-in per head": {"method": "chts", "pattern": "fan_in", "per_head": True},
+    "chts, 1:5 in attention": {"method": "chts", "pattern": "1:5", "target_modules": ["q_proj", "k_proj", "o_proj"]},
+    "rigl, 2:4": {"method": "rigl", "pattern": "2:4"},
     "rigl, from the largest weights": {"method": "rigl", "initial_topology": "magnitude"},
     "chtss, from the most important weights": {"method": "chtss", "initial_topology": "relative_importance"},
     "topk, other weights and rate by density": {
@@ -128,9 +134,22 @@ def check_links(sparse, sparsity):
     if config.allocation != "uniform":
         possible = sum(layer.topology.numel() for layer in sparse.layers.values())
         assert sparse.links() == links_at(possible, sparsity)
+    for name, layer in sparse.layers.items():
+        check_pattern(config.pattern, layer.topology, name)
     for name, blocks in sparse.blocks.items():
         parts = [int(rows.sum()) for rows in sparse.layers[name].topology.chunk(blocks)]
         assert max(parts) - min(parts) <= 1, name
+
+
+def check_pattern(pattern, mask, name=None):
+    """That a mask (out, in) has a pattern of the config, by counting."""
+    if pattern == "fan_in":
+        rows = [sum(row) for row in mask.tolist()]
+        assert max(rows) - min(rows) <= 1, name
+    elif pattern != "none":
+        kept, of = map(int, pattern.split(":"))
+        groups = [row[i : i + of] for row in mask.tolist() for i in range(0, len(row), of)]
+        assert {(sum(group), len(group)) for group in groups} == {(kept, of)}, name
 
 
 def missing_are_zero(layer, values):

@@ -16,7 +16,7 @@ CASES = {
     "decode": (lambda run, place: run["measure"]("llama_demo", 2, 0.9, 2, 1, 1), "over_dense_fp32"),
     "inference": (lambda run, place: run["measure"]("llama_demo", 1, (1, 8), 2), "generate_ratio"),
     "link_prediction": (lambda run, place: run["measure"]((16, 16), 0.2, "BRF", 1, 1), "milliseconds"),
-    "packed_size": (lambda run, place: run["measure"]("llama_demo", 0.9, 1, place), "over_formula"),
+    "packed_size": (lambda run, place: run["measure"]("llama_demo", 0.9, "none", 1, place), "over_formula"),
     "scaling": (lambda run, place: run["measure"]((32, 32), "rigl", 1), "seconds"),
     "topology_update": (lambda run, place: run["times"]("llama_demo", "rigl", 0.9, 16, 1), "plain_over_update"),
 }

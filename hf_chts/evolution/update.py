@@ -13,9 +13,11 @@ from torch import Tensor
 from hf_chts.config import SparsityConfig
 from hf_chts.layers.neurons import neuron_dimension
 from hf_chts.schedule_plan import SchedulePlan
+from hf_chts.topology import evolution, patterned_evolution
 from hf_chts.topology.allocation import block_links
-from hf_chts.topology.evolution import Choice, LayerEvolution, Removal, counts_of, joined, regrow, remove, selected
+from hf_chts.topology.evolution import Choice, LayerEvolution, Removal, counts_of, joined, selected
 from hf_chts.topology.parts import REGROWTH, REMOVAL, Part
+from hf_chts.topology.patterns import highest
 from hf_chts.topology.percolation import Junction, percolate
 from hf_chts.topology.random_streams import generator_of, random_seed
 from hf_chts.topology.softness import temperature
@@ -109,6 +111,7 @@ class TopologyUpdate:
         given |= {name: tensors[piece.layer][piece.rows] for name, tensors in whole.items() if name in part.needs}
         given["neurons"] = neuron_dimension(piece.layer)
         generator = generator_of(self._seed("pruning", piece), piece.mask.device)
+        given["choose"] = highest(self.plan.config.links_pattern, piece.links, generator)
         chosen = part(self.plan.config, **given, links=piece.links, generator=generator)
         return selected(piece.mask, part.check(chosen, tuple(piece.mask.shape), piece.links))
 
@@ -116,6 +119,8 @@ class TopologyUpdate:
         config, plan = self.plan.config, self.plan
         of_layer = [self.softness.get(piece.layer) for piece in stack.pieces]
         temperatures = [plan.temperature(self.step) if one is None else temperature(one) for one in of_layer]
+        pattern = config.links_pattern
+        remove = evolution.remove if pattern is None else partial(patterned_evolution.remove, pattern=pattern)
         return remove(
             weights,
             stack.masks,
@@ -132,7 +137,8 @@ class TopologyUpdate:
         )
 
     def _regrow(self, stack: "_Stack", weights: Tensor, halves: Removal) -> tuple[Tensor, Tensor]:
-        part = self._part("regrowth")
+        part, pattern = self._part("regrowth"), self.plan.config.links_pattern
+        regrow = evolution.regrow if pattern is None else partial(patterned_evolution.regrow, pattern=pattern)
 
         def score(kept: Tensor) -> Tensor:
             return self._score("regrowth", stack, weights.where(kept, 0) if "weight" in part.needs else None, kept)
@@ -286,5 +292,6 @@ def in_batches(
 def update_cost(shape: tuple[int, int], config: SparsityConfig) -> float:
     """Roughly how many operations an update of a layer of `shape` (out, in) takes, to share layers out over ranks."""
     part = REGROWTH[config.regrowth]
-    drawn = config.regrowth_choice == "soft" and part.sampler is not None
+    # a sampler draws from the whole layer
+    drawn = config.regrowth_choice == "soft" and part.sampler is not None and config.links_pattern is None
     return (part.sampler_cost if drawn else part.cost)(*shape)

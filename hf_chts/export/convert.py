@@ -1,6 +1,7 @@
 """Convert plain directories to packed ones and back, with one tensor in memory at a time."""
 
 import json
+import math
 import shutil
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 from hf_chts.checkpoint import HISTORY_NAME, MASKS_NAME, MaskFile, mask_metadata
 from hf_chts.checkpoint.seal import SEAL_NAME
 from hf_chts.config import SparsityConfig
-from hf_chts.export import packed_format
+from hf_chts.export import packed_format, packed_index
 from hf_chts.export.activation_code import activations_of, refuse_plain
 from hf_chts.export.auto_class import empty_model
 from hf_chts.export.checksums import CHECKSUMS_NAME, verify_checksums, write_checksums
@@ -36,6 +37,7 @@ from hf_chts.files.reading import LazyMapping
 from hf_chts.files.tensor_file import Planned, write_file
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
 from hf_chts.topology.bits import count_bits, pack_bits
+from hf_chts.topology.patterns import Pattern
 
 SHARD_SIZE = "50GB"  # as in save_pretrained
 
@@ -77,7 +79,8 @@ def pack_directory(
     if "quantization_config" in config:
         state = "packed" if is_packed(config) else "quantized"
         raise ValueError(f"{source} is {state} already: pack a plain export of a sparse model")
-    if SparsityConfig.load(source).is_dense:
+    sparsity = SparsityConfig.load(source)
+    if sparsity.is_dense:
         raise ValueError(f"{source} is a dense model, which cannot be packed: use it as it is")
     verify_checksums(source, PLAIN_STEM)
     masks, files = MaskFile(source), WeightFiles(source, PLAIN_STEM)
@@ -93,10 +96,11 @@ def pack_directory(
 
     def metadata(tensors: Sequence[Planned]) -> dict[str, str]:
         here = {tensor.key.removesuffix("_bits") for tensor in tensors}
-        return packed_format.metadata(key for key, name in layers.items() if name in transposed and key in here)
+        keys = (key for key, name in layers.items() if name in transposed and key in here)
+        return packed_format.metadata(keys, sparsity.links_pattern)
 
     groups = [
-        _packed(files, masks, key, layers[key], layers[key] in transposed)
+        _packed(files, masks, key, layers[key], layers[key] in transposed, sparsity.links_pattern)
         if key in layers
         else [_copied(files, key, check_finite=True)]
         for key in files.entries
@@ -104,7 +108,7 @@ def pack_directory(
     with whole_directory(target) as new:
         write_shards(new, PACKED_STEM, groups, max_shard_size=max_shard_size, metadata=metadata, single=False)
         write_checksums(new, PACKED_STEM)
-        copy_others(source, new, packed_config(config), packed=True)
+        copy_others(source, new, packed_config(config, sparsity.links_pattern), packed=True)
     return Path(target)
 
 
@@ -142,7 +146,7 @@ def unpack_directory(source: str | Path, target: str | Path, *, max_shard_size: 
         keys[f"{name}.mask"] = key
     masks = LazyMapping(lambda name: _mask_bits(packed, keys[name]), keys)
     mask_tensors = [
-        Planned(name, "U8", packed.files.entries[f"{key}_bits"].shape, partial(masks.__getitem__, name))
+        Planned(name, "U8", ((math.prod(packed.weights[key].shape) + 7) // 8,), partial(masks.__getitem__, name))
         for name, key in keys.items()
     ]
     with whole_directory(target) as new:
@@ -160,7 +164,9 @@ def unpack_directory(source: str | Path, target: str | Path, *, max_shard_size: 
     return Path(target)
 
 
-def _packed(files: WeightFiles, masks: MaskFile, key: str, name: str, transposed: bool) -> list[Planned]:
+def _packed(
+    files: WeightFiles, masks: MaskFile, key: str, name: str, transposed: bool, pattern: Pattern | None
+) -> list[Planned]:
     """The three packed tensors of a plain weight."""
     entry, shape = files.entries[key], masks.shapes[name]
     stored_shape = shape[::-1] if transposed else shape
@@ -180,14 +186,17 @@ def _packed(files: WeightFiles, masks: MaskFile, key: str, name: str, transposed
         check_stored(entry.path, {key: found})
         return found
 
-    def bits() -> Tensor:
-        return pack_bits(mask()) if transposed else masks.tensors[f"{name}.mask"]
-
-    packed_bits = masks.tensors[f"{name}.mask"]
+    links = count_bits(masks.tensors[f"{name}.mask"])
+    header = packed_index.header((stored_shape[0], stored_shape[1]), links, pattern, transposed)
     return [
-        Planned(f"{key}_bits", "U8", tuple(packed_bits.shape), bits),
-        Planned(f"{key}_values", entry.dtype, (count_bits(packed_bits),), values),
-        Planned(f"{key}_shape", "I64", (2,), lambda: torch.tensor(stored_shape)),
+        Planned(
+            f"{key}_bits",
+            "U8",
+            (packed_index.size(header, links),),
+            lambda: packed_index.packed_index(mask(), header),
+        ),
+        Planned(f"{key}_values", entry.dtype, (links,), values),
+        Planned(f"{key}_shape", "I64", (len(header),), lambda: torch.tensor(header)),
     ]
 
 

@@ -65,7 +65,7 @@ def export_sparse(
     harness load it without hf_chts. Beside them are the tokenizer, `sparsity_config.json`, `masks.safetensors` and a
     model card.
 
-    A packed export stores sparse weights as the bits of their masks and the values of their links (packed_format.py),
+    A packed export stores sparse weights as an index of their links and the values of their links (packed_format.py),
     without `masks.safetensors`. It loads with `load_sparse`, and with `from_pretrained` once hf_chts is imported;
     without it transformers raises. While it is written, a temporary plain copy takes space next to it.
 
@@ -231,7 +231,8 @@ class _Export:
                 self.write_plain(plain, weights=False)
                 self.linked.write(new, packed=True, max_shard_size=self.max_shard_size)
                 write_checksums(new, PACKED_STEM)
-                copy_others(plain, new, packed_config(read_json(plain / "config.json")), packed=True)
+                contents = packed_config(read_json(plain / "config.json"), self.sparse.config.links_pattern)
+                copy_others(plain, new, contents, packed=True)
             else:
                 self.write_plain(plain)
                 stored = WeightFiles(plain, PLAIN_STEM).entries

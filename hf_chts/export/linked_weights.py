@@ -15,13 +15,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from hf_chts.export import packed_format
+from hf_chts.export import packed_format, packed_index
 from hf_chts.export.weight_files import PACKED_STEM, PLAIN_STEM, write_shards
 from hf_chts.files.tensor_file import Planned, dtype_name
 from hf_chts.layers.linked_layer import LinkedLayer
 from hf_chts.layers.wrappers import original_name
 from hf_chts.sparse_model import SparsityHandle
-from hf_chts.topology.bits import pack_bits
 
 
 class LinkedWeights:
@@ -62,7 +61,8 @@ class LinkedWeights:
         def metadata(planned: Any) -> dict[str, str]:
             if not packed:
                 return {"format": "pt"}
-            return packed_format.metadata(transposed & {tensor.key.removesuffix("_bits") for tensor in planned})
+            keys = transposed & {tensor.key.removesuffix("_bits") for tensor in planned}
+            return packed_format.metadata(keys, self.sparse.config.links_pattern)
 
         groups = []
         for key, value in state.items():
@@ -113,16 +113,19 @@ class LinkedWeights:
 
     def _packed(self, key: str) -> list[Planned]:
         layer, value, name = self.layers[key], self.state[key], self._plain_key(key)
-        shape = tuple(layer.storage.weight_shape)
+        rows, columns = layer.storage.weight_shape
+        links, pattern = layer.links, self.sparse.config.links_pattern
+        header = packed_index.header((rows, columns), links, pattern, layer.transposed)
+        size = packed_index.size(header, links)
         return [
-            Planned(f"{name}_bits", "U8", ((shape[0] * shape[1] + 7) // 8,), partial(_bits, layer)),
-            Planned(f"{name}_values", dtype_name(value.dtype), (layer.links,), partial(_ordered, layer, value)),
-            Planned(f"{name}_shape", "I64", (2,), lambda: torch.tensor(shape)),
+            Planned(f"{name}_bits", "U8", (size,), partial(_index, layer, header)),
+            Planned(f"{name}_values", dtype_name(value.dtype), (links,), partial(_ordered, layer, value)),
+            Planned(f"{name}_shape", "I64", (len(header),), lambda: torch.tensor(header)),
         ]
 
 
-def _bits(layer: LinkedLayer) -> Tensor:
-    return pack_bits(layer.matrix(layer.topology)).cpu()
+def _index(layer: LinkedLayer, header: tuple[int, ...]) -> Tensor:
+    return packed_index.packed_index(layer.matrix(layer.topology).cpu(), header)
 
 
 def _ordered(layer: LinkedLayer, values: Tensor) -> Tensor:

@@ -6,20 +6,23 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hf_chts.export import packed_index
 from hf_chts.export.checksums import verify_checksums
-from hf_chts.export.packed_format import KINDS, METHOD, VERSION, unpack_weight
+from hf_chts.export.packed_format import KINDS, METHOD, VERSION, known_version, unpack_weight
 from hf_chts.export.weight_files import FLOATS, PACKED_STEM, DamagedFile, WeightFiles, unlisted_shards
 from hf_chts.topology.bits import count_bits, unpack_bits
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A sparse weight as the headers describe it. The shape is (in, out) if it is stored transposed."""
+    """A sparse weight as the headers describe it. The shape is (in, out) if it is stored transposed; `claimed` is
+    K_shape."""
 
     shape: tuple[int, int]
     dtype: str
     links: int
     transposed: bool
+    claimed: tuple[int, ...]
 
 
 class PackedFiles:
@@ -50,8 +53,16 @@ class PackedFiles:
             )
 
     def bits(self, key: str) -> Tensor:
-        """uint8: the bits of the mask, in the order in which the weight is stored."""
-        return self.files.read(f"{key}_bits")
+        """uint8 (ceil(n / 8),): the bits of the mask, in the order in which the weight is stored.
+
+        Raises:
+            DamagedFile: another index stands for no mask with a link for each value.
+        """
+        weight, name = self.weights[key], f"{key}_bits"
+        try:
+            return packed_index.index_bits(self.files.read(name), weight.claimed, weight.links)
+        except ValueError as error:
+            raise DamagedFile(self.files.entries[name].path, f"{key} has {error}") from error
 
     def mask(self, key: str) -> Tensor:
         """The mask of a layer, bool (out, in)."""
@@ -79,8 +90,8 @@ class PackedFiles:
             version, keys = said["version"], said["transposed"]
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedFile(path, "it has no metadata of packed weights") from error
-        if version != VERSION:
-            raise DamagedFile(path, f"its format is version {version!r}, upgrade hf_chts, which reads {VERSION}")
+        if not known_version(version):
+            raise DamagedFile(path, f"its format is version {version!r}, upgrade hf_chts, which reads 1 to {VERSION}")
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise DamagedFile(path, "its metadata has no list of transposed weights")
         return keys
@@ -91,17 +102,22 @@ class PackedFiles:
         if missing:
             raise DamagedFile(self.files.directory, f"{missing[0]} is missing")
         bits, values, shape = (entries[f"{key}_{kind}"] for kind in KINDS)
-        if (bits.dtype, shape.dtype, shape.shape) != ("U8", "I64", (2,)) or len(bits.shape) != 1:
+        if (bits.dtype, shape.dtype) != ("U8", "I64") or shape.shape not in ((2,), (5,)) or len(bits.shape) != 1:
             raise DamagedFile(bits.path, f"{key} has bits {bits.dtype} {bits.shape}, shape {shape.dtype} {shape.shape}")
         if values.dtype not in FLOATS or len(values.shape) != 1:
             raise DamagedFile(values.path, f"the values of {key} are {values.dtype} {values.shape}")
-        rows, columns = (int(size) for size in self.files.read(f"{key}_shape"))
-        # Python integers do not overflow; after this check the product is at most eight times the file's bytes
-        if min(rows, columns) < 1 or bits.shape != ((rows * columns + 7) // 8,):
+        claimed = tuple(int(size) for size in self.files.read(f"{key}_shape"))
+        rows, columns = claimed[:2]
+        try:
+            packed_index.check(claimed)
+        except ValueError as error:
+            raise DamagedFile(bits.path, f"{key} has {error}") from error
+        # Python integers do not overflow; after this check the product is in proportion to the file's bytes
+        if min(rows, columns) < 1 or bits.shape != (packed_index.size(claimed, values.shape[0]),):
             raise DamagedFile(bits.path, f"{key} claims {rows} × {columns}, and has {bits.shape[0]} bytes of bits")
         if values.shape[0] > rows * columns:
             raise DamagedFile(values.path, f"{key} has {values.shape[0]} values for {rows} × {columns} weights")
-        return PackedWeight((rows, columns), values.dtype, values.shape[0], transposed)
+        return PackedWeight((rows, columns), values.dtype, values.shape[0], transposed, claimed)
 
 
 def _is_part(key: str) -> bool:

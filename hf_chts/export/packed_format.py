@@ -1,10 +1,13 @@
-"""Packed checkpoints: how a sparse weight is stored, as bits and the values of its links.
+"""Packed checkpoints: how a sparse weight is stored, as an index and the values of its links.
 
 A weight `K` becomes three tensors of a safetensors file:
 
-    K_bits    uint8 (ceil(n / 8),)    the mask as in topology/bits.py, in the order in which the weight is stored
+    K_bits    uint8 (bytes,)          the mask in the order in which the weight is stored: a bit for each weight as in
+                                      topology/bits.py, or a smaller index that a pattern allows (packed_index.py)
     K_values  its own dtype (links,)  the weights of the links in the same order, zeros among them too
-    K_shape   int64 (2,)              the shape of the weight as it is stored
+    K_shape   int64 (2,) or (5,)      the shape of the weight as it is stored, and which index that is
+
+Version 1 has bits alone; files of models without a pattern are still written as version 1.
 
 A transposed weight stays (in, out), and so do its bits; its key is in the list "transposed" of the file's metadata.
 All other tensors are stored as they are. There is no masks.safetensors.
@@ -18,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_chts.topology.patterns import Pattern
+
 METHOD = "hf_chts"  # the quant_method in config.json
-VERSION = 1
+VERSION = 2
 KINDS = ("bits", "values", "shape")
 
 # config.json has it as transformers_weights, which is meant for a file name. Without hf_chts transformers fails and
@@ -64,14 +69,25 @@ def unpack_weight(bits: Tensor, values: Tensor, shape: tuple[int, int]) -> Tenso
     return weight
 
 
-def metadata(transposed: Iterable[str]) -> dict[str, str]:
+def version_for(pattern: Pattern | None) -> int:
+    """The version of the format for a model with this pattern; the earliest, so that earlier hf_chts read it."""
+    return 1 if pattern is None else VERSION
+
+
+def known_version(version: Any) -> bool:
+    """Whether this hf_chts reads a version."""
+    return type(version) is int and 1 <= version <= VERSION
+
+
+def metadata(transposed: Iterable[str], pattern: Pattern | None = None) -> dict[str, str]:
     """The metadata of a shard in which the weights with these keys are transposed."""
-    return {"format": "pt", METHOD: json.dumps({"version": VERSION, "transposed": sorted(transposed)})}
+    said = {"version": version_for(pattern), "transposed": sorted(transposed)}
+    return {"format": "pt", METHOD: json.dumps(said)}
 
 
-def packed_config(config: dict[str, Any]) -> dict[str, Any]:
+def packed_config(config: dict[str, Any], pattern: Pattern | None = None) -> dict[str, Any]:
     """The contents of config.json for a packed directory, made from the plain directory's."""
-    settings = {"quant_method": METHOD, "version": VERSION}
+    settings = {"quant_method": METHOD, "version": version_for(pattern)}
     return config | {"quantization_config": settings, "transformers_weights": NOTE}
 
 

@@ -20,7 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_chts.export.activation_code import activations_of
 from hf_chts.export.packed_files import PackedFiles
-from hf_chts.export.packed_format import KINDS, METHOD, VERSION, unpack_weight
+from hf_chts.export.packed_format import KINDS, METHOD, VERSION, known_version, unpack_weight
+from hf_chts.export.packed_index import index_bits
 from hf_chts.export.weight_files import PACKED_STEM, find_shards, index_path
 from hf_chts.layers.activations import keep_largest_activations
 
@@ -38,13 +39,13 @@ class PackedWeightsConfig(QuantizationConfigMixin):
     dequantize = True
 
     def __init__(self, quant_method: str = METHOD, version: Any = VERSION, **unknown: Any) -> None:
-        if version != VERSION or unknown:
+        if not known_version(version) or unknown:
             raise ValueError(
                 f"the quantization_config in config.json is version {version!r} of hf_chts's format, with "
-                f"{sorted(unknown)}; this hf_chts reads version {VERSION}, without: upgrade it, or export again"
+                f"{sorted(unknown)}; this hf_chts reads versions 1 to {VERSION}, without: upgrade it, or export again"
             )
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.version = VERSION
+        self.version = version
 
 
 class PackedLoader(HfQuantizer):
@@ -139,8 +140,9 @@ class _Unpack(ConversionOps):
         self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         bits, values, shape = (input_dict[f"weight_{kind}"][0] for kind in KINDS)
-        rows, columns = shape.tolist()
-        return {kwargs["full_layer_name"]: unpack_weight(bits, values, (rows, columns))}
+        claimed = shape.tolist()
+        bits = index_bits(bits, claimed, len(values)).to(values.device)
+        return {kwargs["full_layer_name"]: unpack_weight(bits, values, (claimed[0], claimed[1]))}
 
 
 class Unpacking(WeightConverter):

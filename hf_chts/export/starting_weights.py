@@ -1,6 +1,8 @@
 """The weights of a causal language model, sparse or dense, for a new run to start with."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import deepspeed
 from transformers.utils import cached_file
 
 from hf_chts.config import SparsityConfig
@@ -36,22 +39,33 @@ def load_weights(
             `load_sparse`.
     """
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attn_implementation}
-    if sparse:
-        model = load_sparse(source, sparsity=sparsity, **options)
-        handle = SparsityHandle.of(model)
-        if handle is not None and sparsity is None:
-            handle.unsparsify()
-    else:
-        model = _dense(source, options)
+    with _not_split():
+        model = load_sparse(source, sparsity=sparsity, **options) if sparse else _dense(source, options)
+    handle = SparsityHandle.of(model)
+    if handle is not None and sparsity is None:
+        handle.unsparsify()
     kind: Any = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
     if kind is None or not isinstance(model, kind):
         raise ValueError(f"{source} is a {type(model).__name__}, and not a causal language model")
-    if any(weight.is_meta or hasattr(weight, "ds_tensor") for weight in model.parameters()):
+    if any(weight.is_meta for weight in model.parameters()):
         raise ValueError(
             "init: weights needs the whole model on each rank as training begins: set fsdp_cpu_ram_efficient_loading: "
-            "false, and with DeepSpeed zero3_init_flag: false"
+            "false in the config of accelerate"
         )
     return model
+
+
+@contextmanager
+def _not_split() -> Iterator[None]:
+    """Load a whole model where DeepSpeed's stage 3 would split it: the engine does so when it takes the model."""
+    settings = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if settings is None else settings()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def _dense(source: str, options: dict[str, Any]) -> PreTrainedModel:

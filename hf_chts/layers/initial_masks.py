@@ -11,7 +11,8 @@ from hf_chts.layers.shares import layer_links
 from hf_chts.topology.allocation import block_links
 from hf_chts.topology.bits import pack_bits, unpack_bits
 from hf_chts.topology.parts import INITIAL_TOPOLOGIES
-from hf_chts.topology.random_streams import random_stream
+from hf_chts.topology.patterns import highest, under_pattern
+from hf_chts.topology.random_streams import random_seed, random_stream
 
 
 def initial_masks(
@@ -56,10 +57,15 @@ def initial_masks(
             given = {"out_features": shape[0], "in_features": shape[1], "links": number, "generator": generator, **seen}
             if weight is not None:
                 given["weight"] = weight[of_block]
+            given["choose"] = highest(config.links_pattern, number, generator)
             try:
-                parts.append(part.check(part(config, **given), shape, number))
+                drawn = part.check(part(config, **given), shape, number)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+            if config.links_pattern is not None:
+                seed = random_seed(config.topology_seed, 0, index, f"pattern {block}")
+                drawn = under_pattern(drawn.cpu(), config.links_pattern, number, seed)
+            parts.append(drawn)
         mask = (parts[0] if n == 1 else torch.cat(parts)).cpu()
         masks[name] = pack_bits(mask) if as_bits else mask
     return LazyMapping(lambda name: unpack_bits(masks[name], shapes[name]), masks) if as_bits else masks
@@ -71,9 +77,22 @@ def check_links(
     config: SparsityConfig,
     blocks: Mapping[str, int],
 ) -> None:
-    """Raises ValueError, naming the layer, if a layer would have no link."""
+    """Raises ValueError, naming the layer, if a layer or an output under fan_in would have no link, or no whole groups
+    of inputs."""
+    if (pattern := config.links_pattern) is not None:
+        for name, (_, columns) in shapes.items():
+            try:
+                pattern.width(columns)
+            except ValueError as error:
+                raise ValueError(f"{name} {shapes[name]}: {error}") from error
     for sparsity in (config.sparsity, config.initial_sparsity):
         for name, links in layer_links(shapes, sparsity, config, weights).items():
+            if pattern is not None and links < shapes[name][0]:
+                raise ValueError(
+                    f"{name} {shapes[name]} would have {links} links at sparsity {sparsity}, fewer than outputs, and "
+                    f"under pattern {pattern.name!r} each has one: lower the sparsity, or leave it out of "
+                    "target_modules"
+                )
             if links < blocks.get(name, 1):
                 raise ValueError(
                     f"{name} {shapes[name]} would have no link left at sparsity {sparsity}: lower the sparsity, or "

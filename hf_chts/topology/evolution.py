@@ -87,6 +87,16 @@ def counts_of(masks: Tensor) -> Tensor:
     return torch.count_nonzero(masks).view(1) if len(masks) == 1 else masks.flatten(1).sum(1)
 
 
+def check_update(masks: Tensor, links: Sequence[int], drop_fraction: float) -> None:
+    """Raises ValueError if layers of a stack cannot have these numbers of links, or ζ is out of range."""
+    shape, numel = tuple(masks.shape[1:]), masks[0].numel()
+    for wanted in links:
+        if not 0 <= wanted <= numel:
+            raise ValueError(f"links is {wanted}; a layer of {shape} has 0 to {numel}")
+    if not 0 <= drop_fraction <= 1:
+        raise ValueError(f"drop_fraction is {drop_fraction}; it must lie in [0, 1]")
+
+
 def remove(
     weights: Tensor,
     masks: Tensor,
@@ -112,12 +122,7 @@ def remove(
         ValueError: `links` or `drop_fraction` is out of range, or a score is negative or not finite (for example
             because a weight is NaN).
     """
-    shape, numel = tuple(masks.shape[1:]), masks[0].numel()
-    for wanted in links:
-        if not 0 <= wanted <= numel:
-            raise ValueError(f"links is {wanted}; a layer of {shape} has 0 to {numel}")
-    if not 0 <= drop_fraction <= 1:
-        raise ValueError(f"drop_fraction is {drop_fraction}; it must lie in [0, 1]")
+    check_update(masks, links, drop_fraction)
     positions = link_positions(masks)
     before = [len(positions)] if len(masks) == 1 else counts_of(masks).tolist()
     stayed = [min(wanted, count) for wanted, count in zip(links, before, strict=True)]

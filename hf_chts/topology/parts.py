@@ -38,8 +38,10 @@ _SCORE_NEEDS = {"mask", "weight", "grad", "stored"}
 _NEEDS = {
     "removal": _SCORE_NEEDS,
     "regrowth": _SCORE_NEEDS,
-    "selection": {*_SCORE_NEEDS, "links", "generator", "neurons"},
-    "initial_topology": {"out_features", "in_features", "links", "generator", "inputs", "input_norms", "weight"},
+    "selection": {*_SCORE_NEEDS, "links", "generator", "neurons", "choose"},
+    "initial_topology": {
+        *("out_features", "in_features", "links", "generator", "inputs", "input_norms", "weight", "choose"),
+    },
     "sparsity_schedule": {"step", "start", "end", "initial", "final"},
 }
 
@@ -196,9 +198,10 @@ class Register:
     ) -> _Decorator:
         """A choice of all links at once, in place of removal and regrowth; the config's `regrowth` names it.
 
-        The function takes the same as a removal score, `links` (the number to choose), `generator`, and `neurons`
-        (the dimension of the weight that counts neurons, 0 or 1; None: neither), and returns the new mask, bool
-        (out, in) with exactly `links` links. See `hf_chts.topology.gmp`.
+        The function takes the same as a removal score, and `neurons` (the dimension of the weight that counts neurons,
+        0 or 1; None: neither), and returns the new mask, bool (out, in). It leaves the choice to `choose` (floating
+        point scores (out, in) → the mask of the highest), which keeps to a pattern; or it takes `links`, the number to
+        choose, and `generator`, and runs without a pattern alone. See `hf_chts.topology.gmp`.
 
         Args:
             trains_missing: missing links have gradients and moments too, so that `weight` is that of all of them, as
@@ -212,7 +215,8 @@ class Register:
         The function takes any of `out_features`, `in_features`, `links`, `generator`; `weight` (out, in), at least
         float32, of a model that has been trained; and, of calibration inputs, `inputs` (samples, in) or their norms
         over the samples, `input_norms` (in,), float32. It returns bool (out, in) with exactly `links` links. It is
-        drawn on the CPU.
+        drawn on the CPU. Under a pattern it keeps those links for which there is room; one that goes by scores asks
+        for `choose`, as a selection does, and then it is the best ones that stay.
         """
         return _adding(INITIAL_TOPOLOGIES, "initial_topology", name, options)
 

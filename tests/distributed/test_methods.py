@@ -27,9 +27,12 @@ MORE = [
     "rigl, historical weights",
     "granet",
     "cht",
+    "rigl, fan-in",
+    "chts, 1:5 in attention",
 ]
 SLOTS = [
-    f"{case}{IN_SLOTS}" for case in ("rigl, historical weights, frozen", "gmp, global allocation", "chts, per head")
+    f"{case}{IN_SLOTS}"
+    for case in ("rigl, historical weights, frozen", "gmp, global allocation", "chts, per head", "chtss, fan-in")
 ]
 ENGINES = {
     "cpu_ddp": "ReplicatedWeights",

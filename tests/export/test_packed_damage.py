@@ -251,7 +251,7 @@ DAMAGE = {
     "a header with sizes that overflow": (change_header(claim_shape), SHARD),
     "a header that is no JSON": (change_header(lambda text: "[" * len(text)), SHARD),
     "a header without our metadata": (change_header(lambda text: json.loads(text) | {"__metadata__": {}}), SHARD),
-    "a format of later": (change_metadata(lambda said: said.update(version=2)), f"{SHARD} .*version 2.*upgrade"),
+    "a format of later": (change_metadata(lambda said: said.update(version=3)), f"{SHARD} .*version 3.*upgrade"),
     "metadata of another kind": (change_metadata(lambda said: said.update(transposed=[7])), f"{SHARD} .*transposed"),
     "an unknown weight is transposed": (change_metadata(lambda said: said.update(transposed=["x.weight"])), "x.weight"),
     "a weight is said to be transposed": (add_metadata, f"{KEY} is transposed"),

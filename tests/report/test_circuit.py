@@ -32,7 +32,7 @@ def test_links_of_active_neurons():
         row = link.neuron if layer.storage.shape[0] != 20 else link.neuron // 20 * 10 + link.neuron % 10
         place = (row, link.channel) if link.reads else (link.channel, link.neuron)
         assert layer.mask[place]
-        assert link.weight == round(float(layer.weight[place]), 6)
+        assert link.weight == round(layer.weight[place].item(), 6)
         if not link.reads:
             assert seen[link.layer][-1, link.neuron] != 0
     for part in found.parts:

@@ -9,6 +9,7 @@ from hf_chts.topology.evolution import Choice, LayerEvolution, regrow, remove, s
 from hf_chts.topology.gmp import largest_weights
 from hf_chts.topology.link_prediction import ch2_l3n
 from hf_chts.topology.random_streams import random_seed, random_stream
+from hf_chts.topology.sampling import choose
 from hf_chts.topology.scores import gradient, magnitude, mest, random, relative_importance
 
 WEIGHT = torch.tensor(
@@ -196,7 +197,8 @@ def test_gmp_weights_may_return():
     stored = torch.zeros(4, 5)
     stored[0, 1], stored[3, 3], stored[2, 4] = 0.65, -0.45, 0.05
     # 9 → 7 links; by size 0.9 0.8 0.7 0.65 0.6 0.5 0.45 | 0.4 0.3 0.2 0.1
-    result = selected(MASK, largest_weights(WEIGHT, MASK, stored, links=7, generator=random_stream(0)))
+    seven = partial(choose, k=7, candidates=torch.ones_like(MASK), soft=False, generator=random_stream(0))
+    result = selected(MASK, largest_weights(WEIGHT, MASK, stored, seven))
     expected = torch.zeros(4, 5, dtype=torch.bool)
     for link in [(0, 0), (1, 1), (2, 0), (0, 1), (3, 1), (3, 4), (3, 3)]:
         expected[link] = True

@@ -9,6 +9,7 @@ from torch import nn
 from hf_chts import SparsityConfig, sparsify
 from hf_chts.layers.calibration import input_norms
 from hf_chts.topology.parts import INITIAL_TOPOLOGIES
+from hf_chts.topology.patterns import highest
 
 STORAGES = ("masked", "links")
 IDS = torch.arange(48).view(3, 16)
@@ -16,7 +17,7 @@ IDS = torch.arange(48).view(3, 16)
 
 def chosen(name, weight, links, **more):
     """The mask of a part on a weight given as rows."""
-    given = {"weight": torch.tensor(weight), "links": links, "generator": torch.Generator().manual_seed(0), **more}
+    given = {"weight": torch.tensor(weight), "choose": highest(None, links, torch.Generator().manual_seed(0)), **more}
     return INITIAL_TOPOLOGIES[name](SparsityConfig(), **given).int().tolist()
 
 
@@ -34,9 +35,11 @@ def test_by_hand():
 def test_what_has_no_weight_comes_last_and_at_random(name):
     weight = torch.zeros(6, 10)
     weight[:, 3] = -1.0
-    given = {"weight": weight, "links": 18, "input_norms": torch.ones(10)}
+    given = {"weight": weight, "input_norms": torch.ones(10)}
     masks = [
-        INITIAL_TOPOLOGIES[name](SparsityConfig(), generator=torch.Generator().manual_seed(seed), **given)
+        INITIAL_TOPOLOGIES[name](
+            SparsityConfig(), choose=highest(None, 18, torch.Generator().manual_seed(seed)), **given
+        )
         for seed in (0, 0, 1)
     ]
     assert masks[0][:, 3].all()

@@ -4,7 +4,15 @@ import json
 import shutil
 
 import pytest
-from test_train_llama import one_thread, small, started, two_steps  # noqa: F401 - a fixture among them
+from test_train_llama import (  # noqa: F401 - a fixture among them
+    LAUNCH,
+    ROOT,
+    one_thread,
+    small,
+    started,
+    two_steps,
+)
+from test_train_llama import run as launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_chts import SparseTrainer
@@ -112,7 +120,7 @@ def test_links_are_chosen_anew_or_given_up(made, run, tmp_path):
 def test_from_the_hub(made, run, hub, waits, tmp_path, monkeypatch, model):
     constants = "huggingface_hub.constants"
     monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
-    # made of the endpoint on import
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # of an earlier endpoint
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
     folder = {"me/sparse": "sparse/export", "me/packed": "packed", "me/dense": "dense/export"}[model]
@@ -170,3 +178,22 @@ def test_what_is_refused_before_anything_is_trained(made, run, tmp_path, monkeyp
     assert said in code
     assert "\n" not in code
     assert not (tmp_path / "run/start_results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["cpu_ddp", "cpu_zero3"])
+def test_two_ranks_prune_alike(made, tmp_path, engine):
+    pytest.importorskip("deepspeed")
+    options = ("--init", "weights", *AT_80, *EVOLVES, "--initial_topology", "wanda")
+    base = two_steps(made / "dense/export", made / "text", tmp_path / "one")
+    started(*base, *options)
+    base = two_steps(made / "dense/export", made / "text", tmp_path / "two")
+    launcher = [*LAUNCH, "--config_file", str(ROOT / f"configs/accelerate/{engine}.yaml"), "--main_process_port", "0"]
+    result = launch(launcher, *base, *options, "--per_device_train_batch_size", 2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (json.loads((tmp_path / name / "start_results.json").read_text()) for name in ("one", "two"))
+    for when in ("before pruning", "after pruning"):
+        assert second[when] == pytest.approx(first[when], rel=1e-5)
+    masks = load_masks(tmp_path / "two/export").masks
+    assert all(mask.equal(masks[name]) for name, mask in load_masks(tmp_path / "one/export").masks.items())
