@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_chts.config import SparsityConfig
 from hf_chts.evolution.evolver import Evolver
 from hf_chts.files.atomic import whole_file
 from hf_chts.machine import on_cpu
@@ -24,7 +23,8 @@ from hf_chts.studies.clock import Clock
 from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
 from hf_chts.studies.images import Images, load_images
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import Say, parsed
+from hf_chts.studies.tasks import Say, parsed, sparsity_config
+from hf_chts.topology.bits import count_bits
 from hf_chts.topology.percolation import End, Junction, anp_rate
 from hf_chts.topology.random_streams import random_stream
 
@@ -44,8 +44,8 @@ class Settings:
 
     Attributes:
         data: digits, fashion_mnist, mnist or emnist.
-        sparsity: fields of SparsityConfig. topology_seed is the run's seed, and update_interval comes from
-            `update_epochs`.
+        sparsity: fields of SparsityConfig. topology_seed is the run's seed, update_interval comes from
+            `update_epochs`, and the targets are the hidden layers.
         hidden: the width of the hidden layers, of which there are `layers`.
         rate, end_rate: the learning rate falls linearly from one to the other, until `rate_until` of the run.
         update_epochs: epochs between topology updates.
@@ -85,8 +85,7 @@ class _Trained:
         self.model = mlp(images.train.shape[1], settings.hidden, settings.layers, images.classes)
         hidden = [str(2 * number) for number in range(settings.layers)]
         interval = max(1, round(settings.update_epochs * per_epoch))
-        fixed = {"topology_seed": seed, "update_interval": interval, "target_modules": hidden}
-        config = SparsityConfig(**{**settings.sparsity, **fixed})
+        config = sparsity_config(settings.sparsity, topology_seed=seed, update_interval=interval, target_modules=hidden)
         self.sparse = sparsify(self.model, config, calibration=images.train)
         self.model.to(self.device)
         self.optimizer = torch.optim.SGD(
@@ -225,13 +224,9 @@ def _topology(sparse: SparsityHandle, evolver: Evolver | None) -> dict[str, floa
     """What curves have of the topology; a dense model has and explores all links."""
     if evolver is None:
         return {"sparsity": 0.0, "itop": 1.0, "active_neurons": 1.0}
-    explored = sum(int(torch.count_nonzero(_bits(bits))) for bits in evolver.explored.values())
+    explored = sum(count_bits(bits) for bits in evolver.explored.values())
     possible = sum(math.prod(layer.storage.shape) for layer in sparse.layers.values())
     return {"sparsity": sparse.sparsity(), "itop": explored / possible, "active_neurons": active(sparse)}
-
-
-def _bits(packed: Tensor) -> Tensor:
-    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
 
 
 def active(sparse: SparsityHandle) -> float:

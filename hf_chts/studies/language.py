@@ -11,10 +11,10 @@ from hf_chts.checkpoint.run_folder import last_sealed
 from hf_chts.machine import on_cpu
 from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
 from hf_chts.studies.language_data import Windows, split_tokens
-from hf_chts.studies.language_model import block_weights, build_model, same_links, sparsity_config
+from hf_chts.studies.language_model import block_weights, build_model, same_links
 from hf_chts.studies.language_records import OneRanksGradient, Records
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import Say, parsed
+from hf_chts.studies.tasks import Say, parsed, sparsity_config
 from hf_chts.training.arguments import SparseTrainingArguments
 from hf_chts.training.trainer import SparseTrainer
 
@@ -109,7 +109,7 @@ def train(run: Run, say: Say) -> Outcome:
     settings = parsed(Settings, run.settings)
     torch.set_num_threads(settings.threads)
     width, ffn = _size(settings)
-    config = sparsity_config(settings.sparsity, run.seed)
+    config = sparsity_config(settings.sparsity, topology_seed=run.seed)
     model = build_model(
         width, ffn, settings.layers, settings.heads, settings.context, run.seed, bf16=settings.precision == "bf16_pure"
     )

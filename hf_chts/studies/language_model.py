@@ -1,10 +1,7 @@
 """The LLaMA of the language study, and the dense one that has as many weights as a sparse one has links."""
 
-from typing import Any
-
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from hf_chts.config import SparsityConfig
 from hf_chts.narrower import narrower
 from hf_chts.studies.language_data import VOCABULARY
 
@@ -48,14 +45,3 @@ def build_model(
     )
     model = LlamaForCausalLM(config)
     return model.bfloat16() if bf16 else model
-
-
-def sparsity_config(fields: dict[str, Any], seed: int) -> SparsityConfig:
-    """The sparsity of a run; its topology's seed is the run's.
-
-    Raises:
-        ValueError: a field is unknown or bad, or is the run's to set.
-    """
-    if "topology_seed" in fields:
-        raise ValueError("topology_seed is the run's seed in a study: leave it out of sparsity")
-    return SparsityConfig.from_dict({**fields, "topology_seed": seed})

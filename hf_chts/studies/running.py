@@ -8,21 +8,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
 
 from hf_chts.files.atomic import finite_or_null, write_json
+from hf_chts.files.reading import read_json
 from hf_chts.machine import device_name, on_cpu, version_of
 from hf_chts.studies.memory import memory_mib
 from hf_chts.studies.study import Run, Study
 from hf_chts.studies.tasks import Say, parsed, task_settings, train
 
 _PACKAGES = ("torch", "transformers", "numba", "numpy")
-# what a run does not say of itself in its file
-_PRIVATE = ("folder",)
+_BUSY = 75  # the exit status of a run that another process is at
 
 
 class RunsFailed(ValueError):
@@ -64,12 +64,15 @@ def missing(study: Study, runs: Sequence[Run], results: Path) -> list[Run]:
             continue
         there = json.loads(path.read_text(encoding="utf-8"))["settings"]
         if there != run.settings:
-            changed = sorted(n for n in {*there, *run.settings} if there.get(n) != run.settings.get(n))
             raise ValueError(
-                f"{path} was run with other settings ({', '.join(changed)}): remove it to run it again, or give the "
-                "row another name"
+                f"{path} was run with other settings ({_changed(there, run.settings)}): remove it to run it "
+                "again, or give the row another name"
             )
     return left
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))
 
 
 def run_all(
@@ -100,6 +103,9 @@ def run_all(
                 with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
                     arguments = [sys.executable, "-m", "hf_chts.studies.running", json.dumps(order)]
                     ended = subprocess.run(arguments, stdout=log, stderr=subprocess.STDOUT, check=False)
+                if ended.returncode == _BUSY:  # begun by a command that has been killed, and still going on
+                    say(f"{study.name} {run.name}: another process is at it")
+                    continue
                 if ended.returncode:
                     tail = (run.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
                     failed.append(f"{run.name}: {' '.join(tail)} (log: {run.folder / 'log.txt'})")
@@ -120,9 +126,19 @@ def run_all(
 
 
 def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
-    """Train one run. Returns what its result file holds."""
+    """Train one run. Returns what its result file holds.
+
+    Raises:
+        ValueError: it was begun with other settings.
+    """
     import torch
 
+    begun = run.folder / "settings.json"
+    if begun.is_file() and (before := read_json(begun)) != run.settings:
+        raise ValueError(
+            f"{run.folder} was begun with other settings ({_changed(before, run.settings)}): remove it to begin anew"
+        )
+    write_json(begun, dict(run.settings))
     outcome = train(study.task, run, lambda line: print(line, flush=True))
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
     assert device is not None
@@ -155,7 +171,11 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     study = Study.load(order["path"], quick=order["quick"])
     run = next(run for run in study.runs(Path(order["scratch"])) if run.name == order["run"])
-    write_json(order["target"], finite_or_null(run_one(study, run, order["command"])))
+    try:
+        with filelock.FileLock(run.folder / "training.lock", timeout=0):
+            write_json(order["target"], finite_or_null(run_one(study, run, order["command"])))
+    except filelock.Timeout:
+        sys.exit(_BUSY)
 
 
 if __name__ == "__main__":

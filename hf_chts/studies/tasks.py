@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_type_hints
 
+from hf_chts.config import SparsityConfig
 from hf_chts.config_checks import unknown
 from hf_chts.studies.study import Outcome, Run
 
@@ -53,6 +54,22 @@ def parsed(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
         return kind(**values)
     except TypeError as error:
         raise ValueError(f"settings: {error}") from error
+
+
+def sparsity_config(fields: Mapping[str, Any], **own: Any) -> SparsityConfig:
+    """The sparsity of a run.
+
+    Args:
+        fields: of SparsityConfig, as the study has them.
+        own: those that the task sets, such as topology_seed, which is the run's seed.
+
+    Raises:
+        ValueError: a field is unknown or bad, or is the task's to set.
+    """
+    for name in own:
+        if name in fields:
+            raise ValueError(f"sparsity has {name}, which follows from the run's other settings: leave it out")
+    return parsed(SparsityConfig, {**fields, **own})
 
 
 def _module(task: str) -> Any:

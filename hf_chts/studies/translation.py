@@ -15,14 +15,13 @@ from sacrebleu.metrics import BLEU
 from transformers import MarianMTModel, set_seed
 
 from hf_chts.checkpoint.run_folder import last_sealed
-from hf_chts.config import SparsityConfig
 from hf_chts.export import load_sparse
 from hf_chts.machine import on_cpu
 from hf_chts.sparse_model import SparsityHandle
 from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
 from hf_chts.studies.sentence_pairs import EncodedPairs, Vocabulary, load_pairs
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import Say, parsed
+from hf_chts.studies.tasks import Say, parsed, sparsity_config
 from hf_chts.studies.translation_trainer import (
     TrainingBatches,
     TranslationArguments,
@@ -183,7 +182,7 @@ def _trainer(settings: Settings, run: Run, encoded: Mapping[str, EncodedPairs], 
     trainer = TranslationTrainer(
         model=model,
         args=args,
-        sparsity=SparsityConfig(**(settings.sparsity | {"topology_seed": run.seed})),
+        sparsity=sparsity_config(settings.sparsity, topology_seed=run.seed),
         train_dataset=TrainingBatches(encoded["train"], settings.steps, settings.tokens, run.seed),
         data_collator=whole_batch,
         eval_dataset=encoded["validation"],

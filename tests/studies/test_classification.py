@@ -145,3 +145,11 @@ def test_settings_that_are_wrong_are_named():
         parsed(Settings, {"data": "digits", "epochs": "many"})
     with pytest.raises(ValueError, match="settings: .*'data'"):
         parsed(Settings, {})
+
+
+def test_what_follows_from_other_settings_is_no_setting(tmp_path):
+    for name, value in (("topology_seed", 3), ("update_interval", 5), ("target_modules", ["0"])):
+        with pytest.raises(ValueError, match=f"sparsity has {name}, which follows"):
+            train(run(tmp_path, sparsity={**SPARSE, name: value}), quiet)
+    with pytest.raises(ValueError, match="unknown setting 'methd'; did you mean 'method'"):
+        train(run(tmp_path, sparsity={"methd": "set"}), quiet)

@@ -2,8 +2,10 @@
 
 import json
 import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
@@ -187,6 +189,28 @@ class TestRunning:
         assert "base is -1.0" in log.read_text(encoding="utf-8")
         assert list(made.results.glob("*.json")) == [made.results / "chts-0.json"]  # it has a base of its own
         assert played == ["dense-0", "chts-0"]
+
+    def test_a_run_begun_with_other_settings_is_refused(self, made):
+        study = made.load()
+        run = next(run for run in study.runs(made.folder) if run.name == "chts-1")
+        run_one(study, run, "")
+        changed = replace(run, settings={**run.settings, "epochs": 7})
+        with pytest.raises(ValueError, match=r"chts-1 was begun with other settings \(epochs\): remove it"):
+            run_one(study, changed, "")
+
+    def test_what_a_killed_command_has_left_running_is_left_to_it(self, made, monkeypatch):
+        runs = made.load().runs(made.folder / "scratch")[:1]
+        runs[0].folder.mkdir(parents=True)
+        order = {"path": str(made.path), "quick": False, "run": runs[0].name, "scratch": str(made.folder / "scratch")}
+        monkeypatch.setattr(sys, "argv", ["", json.dumps(order | {"target": "nowhere", "command": ""})])
+        with filelock.FileLock(runs[0].folder / "training.lock"), pytest.raises(SystemExit) as ended:
+            running.main()
+        told = []
+        busy = subprocess.CompletedProcess([], ended.value.code)
+        monkeypatch.setattr(running.subprocess, "run", lambda *_, **__: busy)
+        assert self.share(made, runs, told.append) == []
+        assert "made dense-0: another process is at it" in told
+        assert runs[0].folder.exists()
 
     def test_two_share_the_runs(self, made, played):
         runs = made.load().runs(made.folder / "scratch")
