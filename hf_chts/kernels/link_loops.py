@@ -230,12 +230,12 @@ def sample_links(width: int, half: bool, short: bool) -> int:
 @functools.cache
 def gather(half: bool) -> int:
     """Values of slots, float32 or bfloat16, as floats in the order of the links, whose number is at an address."""
-    HALF = half
+    HALF, MADE_OF = half, threads.VERSION
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 16)
         values, slots, out, step = words[3], words[4], words[6], words[7]
-        links = carray(int64_at(words[5]), 1)[0]
+        links = carray(int64_at(words[5]), 1)[0] + 0 * MADE_OF
         order, result = carray(int32_at(slots), links), carray(uint32_at(out), links)
         chunk = claim(data, 0)
         while chunk < words[1]:
@@ -256,12 +256,12 @@ def gather(half: bool) -> int:
 @functools.cache
 def scatter(half: bool) -> int:
     """The inverse of `gather`; slots without a link are left alone."""
-    HALF = half
+    HALF, MADE_OF = half, threads.VERSION
 
     def loop(data):
         words = carray(int64_at(words_of(data)), 16)
         values, slots, out, step = words[3], words[4], words[6], words[7]
-        links = carray(int64_at(words[5]), 1)[0]
+        links = carray(int64_at(words[5]), 1)[0] + 0 * MADE_OF
         order = carray(int32_at(slots), links)
         chunk = claim(data, 0)
         while chunk < words[1]:

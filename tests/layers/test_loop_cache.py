@@ -23,9 +23,17 @@ def test_loops_without_a_folder_to_keep_them(monkeypatch):
 def test_loops_are_kept_for_what_they_are_made_of():
     from hf_chts.kernels import lane_products, link_loops, threads
 
-    made = [lane_products.products, lane_products.dense_product, link_loops._KEPT[-1] if link_loops._KEPT else None]
-    link_loops.cut(16, False)
-    made[2] = link_loops._KEPT[-1]
+    made = [lane_products.products, lane_products.dense_product]
+    for loop, settings in (
+        (link_loops.cut, (16, False)),
+        (link_loops.uncut, (16, False)),
+        (link_loops.multiply, (16, False, True)),
+        (link_loops.sample_links, (16, False, True)),
+        (link_loops.gather, (False,)),
+        (link_loops.scatter, (False,)),
+    ):
+        assert loop.__wrapped__(*settings)  # anew, whatever this process has made before
+        made.append(link_loops._KEPT[-1])
     for loop in made:
         held = [cell.cell_contents for cell in loop._pyfunc.__closure__]
         assert threads.VERSION in held
