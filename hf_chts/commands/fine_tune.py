@@ -5,6 +5,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
 from trl import SFTTrainer
@@ -61,13 +62,16 @@ def fine_tune(argv: Sequence[str], program: str) -> None:
         )
         use_one_device(args)
         trainer = build_trainer(tuning, args)
-    if not checkpoint_to_resume(args):
+    splits = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # which evaluate once they have trained
+    if not checkpoint_to_resume(args) and not splits:
         _say_loss("before", trainer.evaluate())
     fit(cast(Any, trainer), program)
     metrics = trainer.evaluate()
     _say_loss("after", metrics)
     with one_line_errors(program):
         finish(trainer, tuning, metrics)
+    if torch.distributed.is_initialized():  # as in train
+        torch.distributed.destroy_process_group()
 
 
 def build_trainer(tuning: FineTuningArguments, args: FineTuningConfig) -> SparseSFTTrainer:
