@@ -32,7 +32,8 @@ def test_two_ranks(tmp_path, options):
         command = [
             str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(ranks),
             "-m", "hf_chts", "fine-tune", "--model", str(source), "--dataset", str(data), "--output_dir", str(output),
-            "--max_steps", "6", "--per_device_train_batch_size", str(16 // ranks), "--learning_rate", "0.1", "--optim", "sgd",
+            "--max_steps", "6", "--per_device_train_batch_size", str(16 // ranks), "--learning_rate", "0.1",
+            "--optim", "sgd",
             "--use_cpu", "true", "--save_strategy", "no", *options,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
