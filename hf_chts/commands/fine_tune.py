@@ -5,16 +5,19 @@ from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback, Trainer, set_seed
 from trl import SFTTrainer
 
 from hf_chts import SparseTrainerMixin, SparsityConfig, SparsityHandle, export_sparse
+from hf_chts.checkpoint.run_folder import refuse_folder_of_another_run
 from hf_chts.commands import one_line_errors, without_fail
 from hf_chts.commands.options import parse_run
 from hf_chts.commands.train import (
     checkpoint_to_resume,
+    digest_of,
     fit,
     place,
     quiet_console,
@@ -23,9 +26,11 @@ from hf_chts.commands.train import (
     use_one_device,
 )
 from hf_chts.config_file import PRESETS_ROOT, find
+from hf_chts.export.activation_code import refuse_plain
 from hf_chts.export.adapters import Adapters
+from hf_chts.export.starting_weights import weights_digest
 from hf_chts.fine_tuning.arguments import FineTuningArguments, FineTuningConfig
-from hf_chts.fine_tuning.conversations import give_template, load_conversations
+from hf_chts.fine_tuning.conversations import check_ends, give_template, load_conversations
 from hf_chts.fine_tuning.masked_lora import masked
 from hf_chts.fine_tuning.starting_model import load_to_tune
 from hf_chts.machine import check_can_write, on_cpu
@@ -64,7 +69,8 @@ def fine_tune(argv: Sequence[str], program: str) -> None:
         trainer = build_trainer(tuning, args)
     splits = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # which evaluate once they have trained
     if not checkpoint_to_resume(args) and not splits:
-        _say_loss("before", trainer.evaluate())
+        with one_line_errors(program):
+            _say_loss("before", trainer.evaluate())
     fit(cast(Any, trainer), program)
     metrics = trainer.evaluate()
     _say_loss("after", metrics)
@@ -84,9 +90,20 @@ def build_trainer(tuning: FineTuningArguments, args: FineTuningConfig) -> Sparse
     if args.should_save:
         check_can_write(output, "output_dir")
         check_can_write(tuning.export_dir or output, "the directory of the export")
+        if not checkpoint_to_resume(args):  # before the data are prepared; train() checks again
+            refuse_folder_of_another_run(str(output), set(), overwrite=args.overwrite_output_dir)
     use_all_cores(cast(Any, args))
     _say(f"Fine-tuning on {place(cast(Any, args))}")
     name = find(tuning.model, PRESETS_ROOT)
+    exports = not tuning.lora_rank or tuning.merge != "none"
+    target = Path(tuning.export_dir or output / "export")
+    if exports and Path(name).is_dir() and target.resolve() == Path(name).resolve():
+        raise ValueError(
+            f"the export would overwrite the model itself, {name}: choose another output_dir or export_dir"
+        )
+    template = args.chat_template_path
+    if template is not None and template.endswith(".jinja") and not Path(template).is_file():
+        raise ValueError(f"there is no chat template {template}: name a file, or leave chat_template_path out")
     with args.main_process_first(desc="preparing the data"):
         train, validation = load_conversations(
             tuning.dataset, tuning.dataset_split, tuning.validation_split, tuning.validation_fraction, args.seed
@@ -97,7 +114,16 @@ def build_trainer(tuning: FineTuningArguments, args: FineTuningConfig) -> Sparse
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} has no tokenizer that can be loaded: {error}") from error
-    if args.chat_template_path is None:
+    size = len(cast(torch.Tensor, model.get_input_embeddings().weight))
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, and the model embeds {size}: put the tokenizer "
+            "there that it was trained with"
+        )
+    if args.eos_token in tokenizer.get_vocab():
+        tokenizer.eos_token = args.eos_token
+    check_ends(tokenizer, train)
+    if template is None:
         give_template(tokenizer, train, _say)
     args.assistant_only_loss = args.assistant_only_loss and "messages" in train.column_names
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -106,8 +132,11 @@ def build_trainer(tuning: FineTuningArguments, args: FineTuningConfig) -> Sparse
     sparse = SparsityHandle.of(model)
     if tuning.export == "packed" and (sparse is None or tuning.merge == "dense"):
         raise ValueError("export packed: the result is dense, and has nothing to pack: leave export plain")
+    if exports and tuning.export == "plain" and sparse is not None:
+        refuse_plain(sparse.config.activation_topk, "--export packed, and adapters with --merge masked")
     what = "dense" if sparse is None else f"{sparse.sparsity():.2%} sparse, and its links stay"
     _say(f"{len(train):,} conversations to train on, {len(validation):,} to validate on; {name} is {what}")
+    begun = weights_digest(model)
     trainer = SparseSFTTrainer(
         model=model,
         args=args,
@@ -122,7 +151,35 @@ def build_trainer(tuning: FineTuningArguments, args: FineTuningConfig) -> Sparse
             f"merge is {tuning.merge!r}, and this engine splits the weights over its ranks: train with one process or "
             "DDP, or set merge: none, and merge the saved adapters in one process"
         )
+    left = cast(datasets.Dataset, trainer.train_dataset)
+    if not args.packing:  # which cuts conversations, and leaves none out
+        _check_lengths(args, "train", train, left)
+        _check_lengths(args, "validate", validation, cast(datasets.Dataset, trainer.eval_dataset))
+    # what decides how the weights change: a resumed run has it the same
+    trainer.made_of = {
+        "starting weights": begun,
+        "zeros": tuning.zeros,
+        "LoRA": [tuning.lora_rank, tuning.lora_alpha, tuning.lora_dropout] if tuning.lora_rank else None,
+        "adapters under the mask": bool(tuning.lora_rank) and sparse is not None and tuning.merge == "masked",
+        "loss on answers alone": [args.assistant_only_loss, args.completion_only_loss],
+    }
+    if "input_ids" in left.column_names:
+        trainer.made_of["training data"] = digest_of(left)
     return trainer
+
+
+def _check_lengths(args: FineTuningConfig, what: str, before: datasets.Dataset, after: datasets.Dataset) -> None:
+    """Say how many conversations trl has left out as too long. Raises ValueError if these are all."""
+    if not len(after):
+        raise ValueError(
+            f"in none of the {len(before):,} conversations to {what} on does an answer begin within max_length, "
+            f"{args.max_length} tokens: raise it as far as the model's positions go, or shorten the prompts"
+        )
+    if gone := len(before) - len(after):
+        _say(
+            f"Left out are {gone:,} of the {len(before):,} conversations to {what} on, in which no answer begins "
+            f"within max_length, {args.max_length} tokens"
+        )
 
 
 def _lora(tuning: FineTuningArguments, sparse: SparsityHandle | None) -> LoraConfig:
@@ -169,6 +226,9 @@ def finish(trainer: SparseSFTTrainer, tuning: FineTuningArguments, metrics: dict
     _say(f"export      {exported}")
     if merged and rank_and_world()[1] == 1:
         _say_loss("merged", loss_of_export(exported, trainer))
+    _, no_state = without_fail("The file of the log", trainer.save_state)
+    if no_state:
+        _say(no_state)
     report, failed = without_fail("The report", report_on, output)
     _say(f"report      {report}" if report else failed)
 
@@ -179,6 +239,7 @@ def loss_of_export(exported: Path, trainer: SparseSFTTrainer) -> dict[str, float
     args = copy(trainer.args)
     args.disable_tqdm, args.remove_unused_columns = True, False  # the collator takes what it needs
     plain = Trainer(model=model, args=args, data_collator=trainer.data_collator, eval_dataset=trainer.eval_dataset)
+    plain.remove_callback(PrinterCallback)
     return plain.evaluate()
 
 

@@ -90,6 +90,20 @@ class FineTuningConfig(SFTConfig):
     _argument_group_name = "training, as in trl.SFTConfig"  # HfArgumentParser reads it
 
     output_dir: str | None = field(default="runs/fine_tuned", metadata={"help": "Default: runs/fine_tuned."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Begin anew in an output_dir that has complete checkpoints of another run, as in `train`. Default: "
+            "raise an error."
+        },
+    )
+    skip_damaged_checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "With resume_from_checkpoint true: if the newest checkpoint is damaged, resume from the newest "
+            "complete one, as in `train`. Default: raise an error."
+        },
+    )
     # trl's default is the old name, on; transformers warns of it
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "The old name of activation_checkpointing. Default: null."}

@@ -52,16 +52,30 @@ def load_conversations(
     return parts["train"], parts["test"]
 
 
+def check_ends(tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset) -> None:
+    """Raises ValueError if a tokenizer has no token that ends an answer, or none that fills up a batch."""
+    if tokenizer.eos_token is not None:
+        return
+    if tokenizer.pad_token is None or tokenizer.chat_template is None or not _of_roles(rows):
+        raise ValueError(
+            "the tokenizer has no EOS token to end an answer with: name one of its tokens with --eos_token"
+        )
+
+
 def give_template(tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, say: Callable[[str], None]) -> None:
     """Give a tokenizer without a chat template the plain one, if the rows are conversations.
 
     Raises:
-        ValueError: it has no token that ends a text.
+        ValueError: the rows have calls of tools, which the plain one does not write.
     """
     if tokenizer.chat_template is not None or not _of_roles(rows):
         return
-    if tokenizer.eos_token is None:
-        raise ValueError("the tokenizer has neither a chat template nor an EOS token to end an answer with: set one")
+    for number, row in enumerate(rows):
+        if any(one.get("tool_calls") for column in row.values() for one in column):
+            raise ValueError(
+                f"conversation {number + 1} has tool_calls, and the tokenizer has no chat template, without which they "
+                "would be left out: name one that writes them with --chat_template_path"
+            )
     tokenizer.chat_template = PLAIN_TEMPLATE
     say("The tokenizer has no chat template: a plain one is used and saved with it (### user, ### assistant, EOS)")
 
@@ -86,6 +100,8 @@ def _load(name: str, split: str) -> datasets.Dataset:
                 loaded = loaded[split]
         else:
             loaded = datasets.load_dataset(str(path) if path.is_dir() else name, split=split)
+    except StopIteration as error:
+        raise ValueError(f"{name} is empty: it is to have a row for each conversation") from error
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"the data {name!r}, split {split!r}, cannot be read: {cause}") from error
@@ -99,24 +115,43 @@ def _checked(rows: datasets.Dataset, name: str) -> datasets.Dataset:
             f"{name} has the columns {', '.join(rows.column_names)}; instructions are in messages, or in prompt and "
             "completion: rename them"
         )
+    if not len(rows):
+        raise ValueError(f"{name} has no rows: it is to have one for each conversation")
     rows = rows.select_columns(list(found))
+    first = next(iter(rows))
     for number, row in enumerate(rows):
         if problem := _problem(row):
             raise ValueError(f"{name}, row {number + 1}: {problem}")
+        if type(row[found[0]]) is not type(first[found[0]]):
+            raise ValueError(f"{name}, row {number + 1}: {found[0]} is text in some rows and a list in others")
     return rows
 
 
 def _problem(row: Any) -> str:
     """Why there is nothing to learn from a row; empty if there is."""
-    answers = row.get("messages")
     if "messages" in row:
-        if not isinstance(answers, list) or not all(
-            isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
-            for one in answers
-        ):
+        if not _are_messages(row["messages"]):
             return "messages is to be a list of {role, content}, both text"
-        return "" if any(one["role"] == "assistant" for one in answers) else "no message is the assistant's"
+        answers = [one for one in row["messages"] if one["role"] == "assistant"]
+        if not answers:
+            return "no message is the assistant's"
+        return "" if any(map(_says, answers)) else "all messages of the assistant are empty"
     prompt, completion = row["prompt"], row["completion"]
     if type(prompt) is not type(completion) or not isinstance(prompt, (str, list)):
         return "prompt and completion are to be both text, or both lists of messages"
-    return "" if completion else "completion is empty"
+    if isinstance(completion, str):
+        return "" if completion else "completion is empty"
+    if not (_are_messages(prompt) and _are_messages(completion)):
+        return "the messages of prompt and completion are to be {role, content}, both text"
+    return "" if any(map(_says, completion)) else "completion is empty"
+
+
+def _are_messages(found: Any) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+        for one in found
+    )
+
+
+def _says(message: dict[str, Any]) -> bool:
+    return bool(message["content"] or message.get("tool_calls"))

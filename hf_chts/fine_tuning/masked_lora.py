@@ -21,6 +21,10 @@ class MaskedLora(lora.Linear):
 
     _mask: Tensor | None = None  # once the layer inside has become dense
 
+    def __init__(self, base_layer: SparseLayer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        self.fan_in_fan_out = base_layer.transposed  # PEFT sets it for its own layers alone
+
     def keep_mask(self) -> None:
         """Remember the links of the layer inside, before it becomes dense."""
         layer: Any = self.get_base_layer()

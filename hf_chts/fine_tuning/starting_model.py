@@ -26,9 +26,12 @@ def load_to_tune(source: str, *, fill: bool, attn_implementation: str | None = N
         fill: whether a sparse model becomes dense, with weights that start at 0 where it had no link.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_weights`; or `fill` is asked of a dense model.
+        FileNotFoundError, ValueError: see `load_weights`; there is no such model; or `fill` is asked of a dense one.
     """
-    path = file_of(source, CONFIG_NAME)
+    try:
+        path = file_of(source, CONFIG_NAME)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {source} is neither a directory nor a Hub id that can be read: {error}") from error
     pretrained = None if path is None else SparsityConfig.load(path)
     sparse = pretrained is not None and not pretrained.is_dense
     if fill and not sparse:

@@ -1,6 +1,7 @@
 """`hf-chts fine-tune`: links that stay or are filled, adapters that are merged, and what the export then is."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_chts import SparsityConfig, SparsityHandle, export_sparse, load_sparse, sparsify
 from hf_chts.data.embedded import embedded_tokenizer
@@ -19,6 +20,7 @@ pytest.importorskip("trl")
 from hf_chts.commands import fine_tune as command
 from hf_chts.commands.fine_tune import fine_tune
 
+MESSAGE = [{"role": "assistant", "content": "b"}]
 WORDS = ["alpha", "beta", "gamma", "delta", "omega", "kappa", "sigma", "theta"]
 SETTINGS = [
     "--max_steps", "12", "--learning_rate", "1e-2", "--per_device_train_batch_size", "8", "--logging_steps", "4",
@@ -191,6 +193,8 @@ def test_a_plain_loop(source, data, tmp_path):
         (["--model", "nowhere/x"], "nowhere/x"),
         (["--dataset", "nothing.jsonl"], "nothing.jsonl"),
         (["--dataset_split", "valid"], "valid"),
+        (["--model", "/gone/model"], "/gone/model is neither a directory nor a Hub id"),
+        (["--chat_template_path", "gone.jinja"], "there is no chat template gone.jinja"),
     ],
 )
 def test_refused(source, data, tmp_path, options, message):
@@ -208,6 +212,20 @@ def test_refused(source, data, tmp_path, options, message):
         ([{"messages": "a"}] * 4, "row 1: messages is to be a list"),
         ([{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}] * 4, "row 1: prompt and completion"),
         ([{"prompt": "a", "completion": "b"}], "has 1 rows"),
+        ([], "is empty"),
+        ([{"messages": [{"role": "assistant", "content": ""}]}] * 4, "row 1: all messages of the assistant are empty"),
+        (
+            [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": None}]}]
+            * 4,
+            "row 1: the messages of prompt and completion are to be",
+        ),
+        ([{"prompt": ["a"], "completion": ["b"]}] * 4, "row 1: the messages of prompt and completion are to be"),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": MESSAGE, "completion": MESSAGE}] * 2,
+            "row 2: prompt is text in some rows and a list in others",
+        ),
+        ([{"messages": [{**MESSAGE[0], "tool_calls": [{"name": "f"}]}]}] * 4, "conversation 1 has tool_calls"),
+        ([{"prompt": "a b " * 90, "completion": "b"}] * 4, "in none of the 3 conversations to train on does an answer"),
     ],
 )
 def test_data_that_cannot_be_learned_from(source, tmp_path, rows, message):
@@ -215,3 +233,86 @@ def test_data_that_cannot_be_learned_from(source, tmp_path, rows, message):
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SystemExit, match=message):
         run(source, path, tmp_path / "out")
+
+
+def test_conversations_that_are_too_long_are_counted(source, data, tmp_path, capsys):
+    lines = (data / "completions.jsonl").read_text().splitlines()
+    long = json.dumps({"prompt": "a b " * 90, "completion": "b", "number": 1})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*lines, *[long] * 40]))
+    run(source, path, tmp_path / "out", "--max_steps", "1", "--validation_fraction", "0.5")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Left out are")]
+    assert len(said) == 2
+    assert sum(int(line.split()[3]) for line in said) == 40
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"vocabulary": 400}, "has 400 tokens, and the model embeds 300"),
+        ({"eos": False}, "no EOS token to end an answer with: name one of its tokens with --eos_token"),
+    ],
+)
+def test_tokenizers_that_do_not_fit(source, data, tmp_path, changed, message):
+    copied = tmp_path / "model"
+    shutil.copytree(source, copied)
+    embedded_tokenizer(changed.get("vocabulary", 300)).save_pretrained(copied)
+    config = copied / "tokenizer_config.json"
+    values = json.loads(config.read_text())
+    end = values["eos_token"]
+    if not changed.get("eos", True):
+        values = {name: value for name, value in values.items() if name not in ("eos_token", "pad_token", "bos_token")}
+        config.write_text(json.dumps(values))
+    for name in ("completions", "messages"):
+        with pytest.raises(SystemExit, match=message):
+            run(copied, data / f"{name}.jsonl", tmp_path / "out")
+    if not changed.get("eos", True):
+        run(copied, data / "messages.jsonl", tmp_path / "out", "--max_steps", "1", "--eos_token", end)
+
+
+def test_a_model_is_not_overwritten_by_its_own_export(source, data, tmp_path):
+    with pytest.raises(SystemExit, match="the export would overwrite the model itself"):
+        run(source, data / "completions.jsonl", tmp_path / "out", "--export_dir", str(source))
+
+
+def test_what_cannot_be_exported_is_not_trained(data, tmp_path, tokenizer):
+    model = tiny_llama(vocab_size=300)
+    sparsify(model, SparsityConfig(method="chts", sparsity=0.8, activation_topk=0.5))
+    export_sparse(model, tmp_path / "model", tokenizer=tokenizer, packed=True)
+    with pytest.raises(SystemExit, match=r"activation_topk is 0.5: .* --export packed"):
+        run(tmp_path / "model", data / "completions.jsonl", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run(tmp_path / "model", data / "completions.jsonl", tmp_path / "out", "--max_steps", "1", "--export", "packed")
+
+
+def test_adapters_on_transposed_weights(data, tmp_path, tokenizer):
+    set_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=1, n_head=2, vocab_size=300, n_positions=64))
+    sparsify(model, SparsityConfig(method="chts", sparsity=0.8))
+    export_sparse(model, tmp_path / "model", tokenizer=tokenizer)
+    losses = run(tmp_path / "model", data / "completions.jsonl", tmp_path / "out", "--lora_rank", "2")
+    assert losses["merged"] == pytest.approx(losses["after"], abs=2e-5)
+
+
+def test_resumed_with_the_same_settings_alone(source, data, tmp_path):
+    adapters = ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4", "--lora_rank", "2"]
+    run(source, data / "completions.jsonl", tmp_path, *adapters)
+    whole = load_file(tmp_path / "export/model.safetensors")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    shutil.rmtree(tmp_path / "export")
+    again = [*adapters, "--resume_from_checkpoint", "true"]
+    for options, file, message in (
+        (["--lora_rank", "4"], "completions", "LoRA"),
+        (["--lora_rank", "0"], "completions", "LoRA"),
+        (["--merge", "dense"], "completions", "adapters under the mask: True there, False here"),
+        ([], "messages", "training data"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(source, data / f"{file}.jsonl", tmp_path, *again, *options)
+    run(source, data / "completions.jsonl", tmp_path, *again)
+    resumed = load_file(tmp_path / "export/model.safetensors")
+    assert all(weight.equal(resumed[name]) for name, weight in whole.items())
+    # another run in the same folder
+    with pytest.raises(SystemExit, match="has checkpoints of another run"):
+        run(source, data / "completions.jsonl", tmp_path, *adapters)
+    run(source, data / "completions.jsonl", tmp_path, *adapters, "--overwrite_output_dir", "true")

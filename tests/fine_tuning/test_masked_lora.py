@@ -30,14 +30,13 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=32))
 
 
-MODELS = {"linear": (tiny_llama, {}), "conv1d": (gpt2, {"fan_in_fan_out": True})}
+MODELS = {"linear": tiny_llama, "conv1d": gpt2}
 
 
 @pytest.mark.parametrize("storage", ["masked", "links"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_merging_keeps_mask_and_function(kind, storage, tmp_path):
-    build, options = MODELS[kind]
-    peft, sparse = adapted(build(), storage, **options)
+    peft, sparse = adapted(MODELS[kind](), storage)
     before = {name: mask.clone() for name, mask in sparse.masks().items()}
     peft.eval()
     with torch.no_grad():
