@@ -18,6 +18,7 @@ STEPS, BATCH, RATE = 60, 8, 1e-3
 source, data, output = sys.argv[1:]
 model = load_sparse(source, sparsity=tuned_config(SparsityConfig.load(source)), dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(source)
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
 
 def tokens(row):
@@ -26,7 +27,8 @@ def tokens(row):
     return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
 
 
-rows = load_dataset("json", data_files=data, split="train").map(tokens, remove_columns=["prompt", "completion"])
+rows = load_dataset("json", data_files=data, split="train")
+rows = rows.map(tokens, remove_columns=rows.column_names)
 batches = DataLoader(rows, BATCH, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
 sparse = SparsityHandle.of(model)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 from torch.nn import functional
 
@@ -36,8 +37,44 @@ class MaskedLora(lora.Linear):
         mask = layer.matrix(layer.topology) if self._mask is None else self._mask
         return torch.where(mask, super().get_delta_weight(adapter), 0.0)
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add to the links what adapters add, however the links are stored.
+
+        Args:
+            safe_merge: refuse what is not finite.
+            adapter_names: None: the active ones.
+
+        Raises:
+            ValueError: as `safe_merge` says.
+        """
+        if not isinstance(self.get_base_layer(), SparseLayer):  # it has become dense
+            super().merge(safe_merge, adapter_names)
+            return
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lora_A:
+                self._add(name, 1, safe_merge)
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take away again what `merge` has added."""
+        if not isinstance(self.get_base_layer(), SparseLayer):
+            super().unmerge()
+            return
+        while self.merged_adapters:
+            self._add(self.merged_adapters.pop(), -1, False)
+
+    @torch.no_grad()
+    def _add(self, name: str, sign: int, finite: bool) -> None:
+        layer: Any = self.get_base_layer()
+        change = self.get_delta_weight(name)
+        if finite and not torch.isfinite(change).all():
+            raise ValueError(f"what adapter {name!r} adds is NaN or infinite: merge one of an earlier checkpoint")
+        layer.parameter.add_(layer.storage.values(layer.matrix(change)).to(layer.parameter.dtype), alpha=sign)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapters on the links take one for the whole batch: leave adapter_names out")
+        if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         layer: Any = self.get_base_layer()
         result = layer(x)

@@ -163,12 +163,12 @@ def test_adapters_saved_alone(source, data, tmp_path):
 
 
 def test_a_plain_loop(source, data, tmp_path):
-    rows = [json.loads(line) for line in (data / "completions.jsonl").read_text().splitlines()]
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("\n".join(json.dumps({"prompt": r["prompt"], "completion": r["completion"]}) for r in rows))
     script = Path(__file__).parents[2] / "examples/fine_tune_loop.py"
     done = subprocess.run(
-        [sys.executable, script, source, pairs, tmp_path / "out"], capture_output=True, text=True, check=False
+        [sys.executable, script, source, data / "completions.jsonl", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert not done.returncode, done.stderr
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]

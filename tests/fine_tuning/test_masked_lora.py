@@ -53,6 +53,27 @@ def test_merging_keeps_mask_and_function(kind, storage, tmp_path):
 
 
 @pytest.mark.parametrize("storage", ["masked", "links"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_merging_in_place_as_peft_does_it(kind, storage):
+    peft, sparse = adapted(MODELS[kind](), storage)
+    peft.eval()
+    with torch.no_grad():
+        live = peft(input_ids=IDS).logits
+        peft.merge_adapter()
+        torch.testing.assert_close(peft(input_ids=IDS).logits, live, rtol=1e-4, atol=1e-5)
+        with peft.disable_adapter():
+            assert not torch.allclose(peft(input_ids=IDS).logits, live, atol=1e-3)
+        peft.merge_adapter()
+        peft.unmerge_adapter()
+        torch.testing.assert_close(peft(input_ids=IDS).logits, live, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="leave adapter_names out"):
+            peft(input_ids=IDS, adapter_names=["default", "default"])
+        merged = peft.merge_and_unload(safe_merge=True)
+        torch.testing.assert_close(merged(input_ids=IDS).logits, live, rtol=1e-4, atol=1e-5)
+    assert SparsityHandle.of(merged).links() == sum(int(mask.sum()) for mask in sparse.masks().values())
+
+
+@pytest.mark.parametrize("storage", ["masked", "links"])
 def test_gradients(storage):
     """As autograd has them for a weight W + (B·A)⊙M, written out."""
     peft, sparse = adapted(tiny_llama(), storage)
