@@ -23,7 +23,7 @@ ORDER = [
     ["model_arguments"],
     ["evaluation", "report"],
     ["training"],
-    ["studies"],
+    ["studies", "fine_tuning"],
     ["commands"],
 ]
 

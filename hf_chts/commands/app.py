@@ -73,6 +73,18 @@ def train(context: typer.Context) -> None:
     train(context.args, program="hf-chts train")
 
 
+@app.command(**_PASSED_ON)
+def fine_tune(context: typer.Context) -> None:
+    """Fine-tune a sparse model on instructions, with trl and perhaps LoRA, and export it."""
+    try:
+        from hf_chts.commands.fine_tune import fine_tune
+    except ModuleNotFoundError as error:
+        if error.name not in ("trl", "peft"):
+            raise
+        raise SystemExit(f"hf-chts fine-tune needs {error.name}: pip install 'hf_chts[finetune]'") from error
+    fine_tune(context.args, program="hf-chts fine-tune")
+
+
 def _batch_size(text: Any) -> Any:
     return text if text == "auto" else int(text)
 

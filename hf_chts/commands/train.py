@@ -161,11 +161,12 @@ def made_of(config: PreTrainedConfig, args: DataArguments, data: LoadedData) -> 
     made = {f"model.{name}": value for name, value in config.to_dict().items() if name not in _NOT_THE_MODEL}
     made |= {name: getattr(args, name) for name in _THE_DATA}
     if not isinstance(data.train, BlockStream):
-        made["training data"] = _summary(data.train)
+        made["training data"] = digest_of(data.train)
     return made
 
 
-def _summary(blocks: Any) -> str:
+def digest_of(blocks: Any) -> str:
+    """How many blocks there are, and a digest of the tokens of some."""
     number, digest = len(blocks), hashlib.sha256()
     for index in range(0, number, -(-number // _BLOCKS_READ) or 1):
         digest.update(torch.as_tensor(blocks[index]["input_ids"]).to(torch.int64).numpy().tobytes())

@@ -125,6 +125,8 @@ def _without_adapter(adapted: Any, merge: bool) -> nn.Module:
         return adapted.original_module if hasattr(adapted, "original_module") else adapted.get_base_layer()
     adapted = copy.deepcopy(adapted)
     for module in list(adapted.modules()):
+        if hasattr(module, "keep_mask"):  # MaskedLora
+            module.keep_mask()
         if isinstance(module, LinkedLayer):
             module.revert()  # what comes of a merge is dense
     # as PEFT's merge_and_unload does for each of them

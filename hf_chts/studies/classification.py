@@ -23,7 +23,7 @@ from hf_chts.studies.clock import Clock
 from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
 from hf_chts.studies.images import Images, load_images
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import Say, parsed, sparsity_config
+from hf_chts.studies.tasks import Say, check_positive, parsed, sparsity_config
 from hf_chts.topology.bits import count_bits
 from hf_chts.topology.percolation import End, Junction, anp_rate
 from hf_chts.topology.random_streams import random_stream
@@ -69,6 +69,9 @@ class Settings:
     held_out: int = 0
     threads: int = 1
     checkpoint_epochs: int = 5
+
+    def __post_init__(self) -> None:
+        check_positive(self, ("hidden", "layers", "epochs", "batch", "rate", "threads", "checkpoint_epochs"))
 
 
 class _Trained:

@@ -14,7 +14,7 @@ from hf_chts.studies.language_data import Windows, split_tokens
 from hf_chts.studies.language_model import block_weights, build_model, same_links
 from hf_chts.studies.language_records import OneRanksGradient, Records
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import Say, parsed, sparsity_config
+from hf_chts.studies.tasks import Say, check_positive, parsed, sparsity_config
 from hf_chts.training.arguments import SparseTrainingArguments
 from hf_chts.training.trainer import SparseTrainer
 
@@ -78,6 +78,10 @@ class Settings:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        check_positive(
+            self,
+            ("width", "ffn", "layers", "heads", "context", "batch", "steps", "evaluation_interval", "threads"),
+        )
         for name, known in (("precision", PRECISIONS), ("baseline", BASELINES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, known))}")

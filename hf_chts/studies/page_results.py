@@ -6,9 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_chts.studies.study import Row, Run, Study
+from hf_chts.files.atomic import finite_or_null
+from hf_chts.studies.study import Row, Run, Study, as_saved
 
 Result = Mapping[str, Any]
+# what a page needs of a result, and of the mappings in it
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "settings": (),
+    "row": (),
+    "seed": (),
+    "figures": (),
+    "seconds": (),
+    "processor_seconds": (),
+    "memory_mib": ("peak", "before_training"),
+    "machine": ("device", "threads", "capability", "versions"),
+    "command": (),
+    "curves": (),
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +59,8 @@ class StudyResults:
             if not path.is_file():
                 missing.append(run)
                 continue
-            result = _read(path)
-            if result["settings"] != run.settings:
+            result = read_result(path)
+            if result["settings"] != as_saved(run.settings):
                 changed.append(run)
                 continue
             by_row[run.row][run.seed] = result
@@ -77,14 +91,21 @@ class StudyResults:
         return groups
 
 
-def _read(path: Path) -> Result:
+def read_result(path: Path) -> Result:
+    """What a result file holds, with None for numbers that are not finite.
+
+    Raises:
+        ValueError: it is not the result of a run; the message names it.
+    """
+    remedy = "remove it to run it again"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        fields = ("settings", "figures", "seconds", "processor_seconds", "memory_mib", "machine", "command", "curves")
-        for name in fields:
+        result = finite_or_null(json.loads(path.read_text(encoding="utf-8")))
+        for name, inside in _NEEDED.items():
+            for one in inside:
+                result[name][one]
             result[name]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not the result of a run ({error}): remove it to run it again") from error
+        raise ValueError(f"{path} is not the result of a run ({error}): {remedy}") from error
     except KeyError as error:
-        raise ValueError(f"{path} is not the result of a run, it has no {error}: remove it to run it again") from error
+        raise ValueError(f"{path} is not the result of a run, it has no {error}: {remedy}") from error
     return result

@@ -16,10 +16,11 @@ import filelock
 
 from hf_chts.files.atomic import finite_or_null, write_json
 from hf_chts.files.reading import read_json
-from hf_chts.machine import device_name, on_cpu, version_of
+from hf_chts.machine import check_can_write, device_name, on_cpu, version_of
 from hf_chts.studies.memory import memory_mib
-from hf_chts.studies.study import Run, Study
-from hf_chts.studies.tasks import Say, parsed, task_settings, train
+from hf_chts.studies.page_results import read_result
+from hf_chts.studies.study import Run, Study, as_saved
+from hf_chts.studies.tasks import Say, parsed, sparsity_config, task_settings, train
 
 _PACKAGES = ("torch", "transformers", "numba", "numpy")
 _BUSY = 75  # the exit status of a run that another process is at
@@ -45,7 +46,8 @@ def check(study: Study) -> None:
     """Raises ValueError, naming the row, if a run's settings are not those of its task."""
     for row in study.rows:
         try:
-            parsed(task_settings(study.task), row.settings)
+            settings: Any = parsed(task_settings(study.task), row.settings)
+            sparsity_config(getattr(settings, "sparsity", {}), topology_seed=0)
         except ValueError as error:
             raise ValueError(f"row {row.name!r}: {error}") from error
 
@@ -54,7 +56,7 @@ def missing(study: Study, runs: Sequence[Run], results: Path) -> list[Run]:
     """Those of `runs` that have no result yet.
 
     Raises:
-        ValueError: a result is of other settings than the study now has.
+        ValueError: a result is of other settings than the study now has, or its file is damaged.
     """
     left = []
     for run in runs:
@@ -62,10 +64,10 @@ def missing(study: Study, runs: Sequence[Run], results: Path) -> list[Run]:
         if not path.is_file():
             left.append(run)
             continue
-        there = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        if there != run.settings:
+        there, now = read_result(path)["settings"], as_saved(run.settings)
+        if there != now:
             raise ValueError(
-                f"{path} was run with other settings ({_changed(there, run.settings)}): remove it to run it "
+                f"{path} was run with other settings ({_changed(there, now)}): remove it to run it "
                 "again, or give the row another name"
             )
     return left
@@ -86,8 +88,11 @@ def run_all(
 
     Raises:
         RunsFailed: some failed, and the others have been run; the message names them, and the log of the last one.
+        OSError: results or checkpoints cannot be written.
     """
     done, failed = [], []
+    for folder, what in ((results, "the folder of results"), (scratch, "the folder of checkpoints")):
+        check_can_write(folder, what)
     results.mkdir(parents=True, exist_ok=True)
     for run in runs:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +116,10 @@ def run_all(
                     failed.append(f"{run.name}: {' '.join(tail)} (log: {run.folder / 'log.txt'})")
                     say(f"{study.name} failed: {failed[-1]}")
                     continue
-                figures = json.loads(target.read_text(encoding="utf-8"))["figures"]
-                told = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                figures = read_result(target)["figures"]
+                told = ", ".join(
+                    f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in figures.items()
+                )
                 say(f"{study.name} {run.name}: {told}; {time.perf_counter() - start:.0f} s")
                 done.append(target)
         except filelock.Timeout:
@@ -134,11 +141,12 @@ def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
     import torch
 
     begun = run.folder / "settings.json"
-    if begun.is_file() and (before := read_json(begun)) != run.settings:
+    now = as_saved(run.settings)
+    if begun.is_file() and (before := read_json(begun)) != now:
         raise ValueError(
-            f"{run.folder} was begun with other settings ({_changed(before, run.settings)}): remove it to begin anew"
+            f"{run.folder} was begun with other settings ({_changed(before, now)}): remove it to begin anew"
         )
-    write_json(begun, dict(run.settings))
+    write_json(begun, now)
     outcome = train(study.task, run, lambda line: print(line, flush=True))
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
     assert device is not None
@@ -170,12 +178,16 @@ def main() -> None:
     """The process of one run."""
     order = json.loads(sys.argv[1])
     study = Study.load(order["path"], quick=order["quick"])
-    run = next(run for run in study.runs(Path(order["scratch"])) if run.name == order["run"])
+    run = next((run for run in study.runs(Path(order["scratch"])) if run.name == order["run"]), None)
+    if run is None:
+        sys.exit(f"{order['path']} has no run {order['run']} any more: it was changed after the command began")
     try:
         with filelock.FileLock(run.folder / "training.lock", timeout=0):
             write_json(order["target"], finite_or_null(run_one(study, run, order["command"])))
     except filelock.Timeout:
         sys.exit(_BUSY)
+    # as run_all does, which may have been killed: were the run repeated, it would go on from this checkpoint
+    shutil.rmtree(run.folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A study's YAML file, and the runs that it asks for."""
 
 import copy
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +10,12 @@ from typing import Any
 
 from hf_chts.config_checks import unknown
 from hf_chts.config_file import read
+from hf_chts.files.atomic import finite_or_null
 
 _FIELDS = ("title", "task", "seeds", "settings", "rows", "reference", "quick")
 _OF_ROW = ("label", "paper", "seeds", "settings", "group")
 _OF_QUICK = ("seeds", "settings", "rows")
+_NAME = re.compile(r"\w[\w.+-]*")  # of a row: part of the names of files
 
 
 @dataclass(frozen=True)
@@ -120,15 +124,19 @@ class Study:
     @classmethod
     def _of(cls, name: str, values: Any, quick: bool) -> "Study":
         _check_fields("a study", values, _FIELDS, needed=("task", "seeds", "rows"))
-        rows, settings = values["rows"], values.get("settings") or {}
+        rows, settings = values["rows"], _mapping("settings", values.get("settings"))
         seeds = _seeds(values["seeds"])
         if not isinstance(rows, dict) or not rows:
             raise ValueError(f"rows is {rows!r}; it must map names of rows to their settings")
+        for row in rows:
+            if not isinstance(row, str) or not _NAME.fullmatch(row):
+                raise ValueError(
+                    f"the row {row!r} has a name that files cannot have: take letters, digits, _, -, + and dots, in "
+                    "quotes where it looks like a number"
+                )
         references = values.get("reference", [])
         references = references if isinstance(references, list) else [references]
-        for row in references:
-            if row not in rows:
-                raise ValueError(unknown("row as reference", row, rows))
+        _check_rows("row as reference", references, rows)
         if quick:
             if "quick" not in values:
                 raise ValueError(
@@ -137,24 +145,28 @@ class Study:
             short = values["quick"]
             _check_fields("quick", short, _OF_QUICK)
             chosen = short.get("rows", list(rows))
-            for row in chosen:
-                if row not in rows:
-                    raise ValueError(unknown("row in quick", row, rows))
+            if not isinstance(chosen, list) or not chosen:
+                raise ValueError(f"rows of quick is {chosen!r}; it must be a list of names of rows")
+            _check_rows("row in quick", chosen, rows)
             rows = {row: rows[row] for row in chosen}
         made = []
         for row, own in rows.items():
-            own = own or {}
+            own = {} if own is None else own
             _check_fields(f"row {row!r}", own, _OF_ROW)
-            merged = merge(settings, own.get("settings") or {})
+            merged = merge(settings, _mapping(f"settings of row {row!r}", own.get("settings")))
             of_row = _seeds(own.get("seeds", seeds))
             if quick:
-                merged = merge(merged, short.get("settings") or {})
+                merged = merge(merged, _mapping("settings of quick", short.get("settings")))
                 of_row = _seeds(short.get("seeds", of_row))
             paper = own.get("paper", ())
             paper = tuple(paper) if isinstance(paper, (list, tuple)) else (paper,)
-            made.append(Row(str(row), own.get("label", str(row)), own.get("group", ""), paper, of_row, merged))
-        compared = tuple(str(row) for row in references if row in rows)
-        return cls(name, values.get("title", name), values["task"], tuple(made), quick, compared)
+            if len(paper) > 2 or any(type(number) not in (int, float) for number in paper):
+                raise ValueError(f"paper of row {row!r} is {own['paper']!r}; it must be a number, or it and its error")
+            label, group = (_text(f"{what} of row {row!r}", own, what, "") for what in ("label", "group"))
+            made.append(Row(row, label or row, group, paper, of_row, merged))
+        compared = tuple(row for row in references if row in rows)
+        title, task = (_text(what, values, what, name) for what in ("title", "task"))
+        return cls(name, title, task, tuple(made), quick, compared)
 
     def runs(self, scratch: Path) -> list[Run]:
         """All runs, those of the first seed first. Each keeps its checkpoints in a folder of its own in `scratch`."""
@@ -165,6 +177,11 @@ class Study:
             for row in self.rows
             if seed in row.seeds
         ]
+
+
+def as_saved(settings: Mapping[str, Any]) -> Any:
+    """Settings as they are read back from a result file, which has names as text, and null for infinity."""
+    return json.loads(json.dumps(finite_or_null(settings)))
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,10 +198,33 @@ def _seeds(values: Any) -> tuple[int, ...]:
         not isinstance(values, Sequence)
         or isinstance(values, str)
         or not values
-        or any(type(v) is not int for v in values)
+        or any(type(v) is not int or v < 0 for v in values)
     ):
-        raise ValueError(f"seeds is {values!r}; it must be a list of whole numbers")
+        raise ValueError(f"seeds is {values!r}; it must be a list of whole numbers from 0 on")
+    if len(set(values)) < len(values):
+        raise ValueError(f"seeds is {values!r}; each may be there once")
     return tuple(values)
+
+
+def _mapping(what: str, values: Any) -> Mapping[str, Any]:
+    if values is not None and not isinstance(values, Mapping):
+        raise ValueError(f"{what} is {values!r}; it must map names of settings to values")
+    return values or {}
+
+
+def _text(what: str, values: Mapping[str, Any], name: str, default: str) -> str:
+    value = values.get(name, default)
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {value!r}; it must be text: put it in quotes")
+    return value
+
+
+def _check_rows(what: str, names: Sequence[Any], rows: Mapping[str, Any]) -> None:
+    for row in names:
+        if not isinstance(row, str):
+            raise ValueError(f"the {what} is {row!r}; it must be the name of a row")
+        if row not in rows:
+            raise ValueError(unknown(what, row, rows))
 
 
 def _check_fields(what: str, values: Any, known: Sequence[str], needed: Sequence[str] = ()) -> None:

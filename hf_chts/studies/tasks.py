@@ -2,8 +2,8 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from hf_chts.config import SparsityConfig
 from hf_chts.config_checks import unknown
@@ -50,10 +50,19 @@ def parsed(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
             values = {**values, name: float(value)}
         elif hints[name] in (int, float, str, bool) and type(value) is not hints[name]:
             raise ValueError(f"setting {name} is {value!r}; it must be of type {hints[name].__name__}")
+        elif get_origin(hints[name]) is dict and not isinstance(value, Mapping):
+            raise ValueError(f"setting {name} is {value!r}; it must be a mapping")
     try:
         return kind(**values)
     except TypeError as error:
         raise ValueError(f"settings: {error}") from error
+
+
+def check_positive(settings: Any, names: Iterable[str]) -> None:
+    """Raises ValueError, naming the setting, if one of these is not more than 0."""
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"setting {name} is {getattr(settings, name)}; it must be more than 0")
 
 
 def sparsity_config(fields: Mapping[str, Any], **own: Any) -> SparsityConfig:

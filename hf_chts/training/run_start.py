@@ -235,6 +235,20 @@ class BeginsRuns(AnyTrainer):
         return result
 
 
+def forget_evaluation(trainer: Any) -> None:
+    """Have accelerate wrap a model in DDP that `evaluate` prepared before training.
+
+    It marks that model as prepared, and `train` would then leave it as it is: each rank trains on its own, and nothing
+    says so (transformers 5.23, accelerate 1.15).
+    """
+    model, accelerator = trainer.model, trainer.accelerator
+    if trainer.args.world_size == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    if isinstance(model, nn.Module) and vars(model).pop("_is_accelerate_prepared", False):
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward without autocast, which comes again
+        accelerator._models = [other for other in accelerator._models if other is not model]
+
+
 def check_state_is_there(directory: str | Path, *, deepspeed: bool) -> None:
     """Raises ValueError if a checkpoint has no state of the optimizer or schedule, as save_only_model leaves it."""
     there = [path.name for path in Path(directory).iterdir()]

@@ -40,7 +40,7 @@ from hf_chts.training.data_state import ResumableDataMixin
 from hf_chts.training.divergence import StopsOnDivergence, last_whole
 from hf_chts.training.hub import HubPushes
 from hf_chts.training.other_trainers import arguments_by_name, refuse_unloaded, start_reference
-from hf_chts.training.run_start import BeginsRuns, check_state_is_there
+from hf_chts.training.run_start import BeginsRuns, check_state_is_there, forget_evaluation
 from hf_chts.training.stored_names import names_of_model
 from hf_chts.training.warm_up import WarmsUpAfterUpdates, asked_warmup
 
@@ -166,6 +166,7 @@ class SparseTrainerMixin(
         try:
             trial = kwargs.get("trial", args[0] if args else None)
             checkpoint = self.begin_run(resume_from_checkpoint or None, trial, self._prepare)
+            forget_evaluation(self)
             return super().train(checkpoint, *args, **kwargs)
         except RuntimeError as error:
             if dist.is_initialized() and _LOST.search(str(error)):

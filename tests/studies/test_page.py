@@ -1,5 +1,6 @@
 """The page of a study, of result files made by hand, and that docs/results.md is what files and notes give."""
 
+import math
 import re
 from pathlib import Path
 
@@ -100,6 +101,21 @@ def test_what_is_not_finite_is_said_and_not_averaged(done):
     row = cells(written(done), "SET")[0]
     assert row[1:3] == ["3 of 3", "54.00 ± 3.00 (1 not finite)"]
     assert row[4] == "12,345"  # only describes the run: nothing went wrong
+
+
+def test_numbers_that_are_not_finite(made):
+    """As an earlier version, or another program, may have written them."""
+    made.add("chts-0", {"score": math.nan, "loss": math.inf}, {"epoch": [1, 2], "score": [math.nan, 2.0]})
+    made.add("set-0", {"score": 3.0, "loss": 1.0}, {"epoch": [1, 2], "score": [math.nan, math.nan]})
+    text = written(made)
+    assert "not finite" in text
+    assert not re.search(r"\b(nan|inf)\b", text.lower())
+
+
+def test_a_result_without_a_field_is_named(made):
+    made.add("set-0", {"score": 1.0}, memory_mib={"peak": 1.0})
+    with pytest.raises(ValueError, match="set-0.json is not the result of a run, it has no 'before_training'"):
+        written(made)
 
 
 def test_a_file_that_is_no_result_is_named(done):

@@ -71,6 +71,19 @@ class TestReading:
             ({"rows": {"a": {"labels": "A"}}}, "unknown field of row 'a' 'labels'; did you mean 'label'"),
             ({"rows": {}}, "rows is {}; it must map names of rows"),
             ({"seeds": [0, True]}, r"seeds is \[0, True\]; it must be a list of whole numbers"),
+            ({"seeds": [-1]}, r"seeds is \[-1\]; it must be a list of whole numbers from 0 on"),
+            ({"seeds": ["0"]}, r"seeds is \['0'\]; it must be a list of whole numbers"),
+            ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; each may be there once"),
+            ({"rows": {1: {}}}, "the row 1 has a name that files cannot have"),
+            ({"rows": {"a/b": {}}}, "the row 'a/b' has a name that files cannot have"),
+            ({"rows": {"a": "b"}}, "row 'a' is a mapping of fields, got a str"),
+            ({"rows": {"a": {"paper": "90"}}}, "paper of row 'a' is '90'; it must be a number, or it and its error"),
+            ({"rows": {"a": {"label": 3}}}, "label of row 'a' is 3; it must be text"),
+            ({"rows": {"a": {"settings": [1]}}}, r"settings of row 'a' is \[1\]; it must map names"),
+            ({"settings": ["a"]}, r"settings is \['a'\]; it must map names"),
+            ({"reference": {"set": 1}}, "the row as reference is {'set': 1}; it must be the name of a row"),
+            ({"task": ["played"]}, r"task is \['played'\]; it must be text"),
+            ({"title": None}, "title is None; it must be text"),
             ({"seeds": 3}, "seeds is 3; it must be a list of whole numbers"),
             ({"reference": "sett"}, "unknown row as reference 'sett'; did you mean 'set'"),
         ],
@@ -84,6 +97,8 @@ class TestReading:
         [
             ({"rows": ["chtss"]}, "unknown row in quick 'chtss'; did you mean 'chts'"),
             ({"row": ["chts"]}, "unknown field of quick 'row'; did you mean 'rows'"),
+            ({"rows": "chts"}, "rows of quick is 'chts'; it must be a list of names of rows"),
+            ({"rows": []}, r"rows of quick is \[\]; it must be a list of names of rows"),
         ],
     )
     def test_what_is_wrong_with_the_short_form_is_named(self, made, quick, message):
@@ -104,6 +119,25 @@ class TestReading:
             check(made.write(settings={"epoch": 2}).load())
         with pytest.raises(ValueError, match="row 'dense': setting epochs is 'two'; it must be of type int"):
             check(made.write(settings={"epochs": "two"}).load())
+        with pytest.raises(ValueError, match=r"row 'dense': setting sparsity is \['set'\]; it must be a mapping"):
+            check(made.write(settings={"sparsity": ["set"]}).load())
+        with pytest.raises(ValueError, match="row 'dense': unknown setting 'metod'; did you mean 'method'"):
+            check(made.write(settings={"sparsity": {"metod": "set"}}).load())
+        with pytest.raises(ValueError, match="row 'dense': sparsity has topology_seed, .* leave it out"):
+            check(made.write(settings={"sparsity": {"method": "set", "topology_seed": 1}}).load())
+
+    @pytest.mark.parametrize(
+        ("task", "settings", "message"),
+        [
+            ("classification", {"data": "digits", "epochs": 0}, "setting epochs is 0; it must be more than 0"),
+            ("classification", {"data": "digits", "rate": 0.0}, "setting rate is 0.0; it must be more than 0"),
+            ("language", {"evaluation_interval": 0}, "setting evaluation_interval is 0; it must be more than 0"),
+        ],
+    )
+    def test_settings_out_of_their_range(self, made, task, settings, message):
+        settings |= {"sparsity": {"method": "set", "sparsity": 0.9}}
+        with pytest.raises(ValueError, match=f"row 'a': {message}"):
+            check(made.write(task=task, settings=settings, rows={"a": {}}).load())
 
     @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
     def test_the_studies_of_the_repository(self, path):
@@ -130,6 +164,19 @@ class TestWhatToRun:
         study = made.load()
         left = [run.name for run in missing(study, study.runs(made.folder), made.results)]
         assert left == ["dense-0", "chts-0", "gmp-0", "dense-1", "set-1", "chts-1", "set-2", "chts-2"]
+
+    def test_settings_that_json_writes_otherwise(self, made):
+        made.write(settings={"base": float("inf"), "sparsity": {"layer_sparsity": {1: 0.5}}}, rows={"a": {}})
+        study = made.load()
+        made.add("a-0", {}, settings={"base": None, "sparsity": {"layer_sparsity": {"1": 0.5}}})
+        assert [run.name for run in missing(study, study.runs(made.folder), made.results)] == ["a-1", "a-2"]
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}'])
+    def test_damaged_results_are_named(self, made, text):
+        (made.results / "set-0.json").write_text(text, encoding="utf-8")
+        study = made.load()
+        with pytest.raises(ValueError, match=r"set-0.json is not the result of a run.*: remove it to run it again"):
+            missing(study, study.runs(made.folder), made.results)
 
     def test_results_of_other_settings_are_refused(self, made):
         made.add("set-0", {})
@@ -190,6 +237,31 @@ class TestRunning:
         assert list(made.results.glob("*.json")) == [made.results / "chts-0.json"]  # it has a base of its own
         assert played == ["dense-0", "chts-0"]
 
+    def test_figures_that_are_not_finite_end_no_study(self, made, monkeypatch):
+        def run(arguments, **options):
+            made.add(json.loads(arguments[-1])["run"], {"score": None, "links": 3.0})
+            return subprocess.CompletedProcess(arguments, 0)
+
+        monkeypatch.setattr(running.subprocess, "run", run)
+        told = []
+        assert len(self.share(made, made.load().runs(made.folder / "scratch")[:2], told.append)) == 2
+        assert "made dense-0: score not finite, links 3; 0 s" in told
+
+    @pytest.mark.parametrize("which", ["results", "scratch"])
+    def test_a_folder_that_cannot_be_written_is_named_before_anything_runs(self, made, played, which):
+        folders = {"results": made.results, "scratch": made.folder / "scratch"}
+        runs = made.load().runs(folders["scratch"])
+        folders[which] = made.path  # a file
+        with pytest.raises(OSError, match=r"the folder of .*made.yaml cannot be written to: .* Name another place"):
+            run_all(made.path, made.load(), runs, folders["results"], folders["scratch"], "", quiet)
+        assert not played
+
+    def test_a_run_that_the_study_has_no_more(self, made, monkeypatch):
+        order = {"path": str(made.path), "quick": False, "run": "gone-0", "scratch": str(made.folder)}
+        monkeypatch.setattr(sys, "argv", ["", json.dumps(order | {"target": "nowhere", "command": ""})])
+        with pytest.raises(SystemExit, match="has no run gone-0 any more: it was changed after the command began"):
+            running.main()
+
     def test_a_run_begun_with_other_settings_is_refused(self, made):
         study = made.load()
         run = next(run for run in study.runs(made.folder) if run.name == "chts-1")
@@ -211,6 +283,16 @@ class TestRunning:
         assert self.share(made, runs, told.append) == []
         assert "made dense-0: another process is at it" in told
         assert runs[0].folder.exists()
+
+    def test_what_a_killed_command_has_left_running_clears_up(self, made, monkeypatch):
+        run = made.load().runs(made.folder / "scratch")[0]
+        run.folder.mkdir(parents=True)
+        target = made.results / "dense-0.json"
+        order = {"path": str(made.path), "quick": False, "run": run.name, "scratch": str(made.folder / "scratch")}
+        monkeypatch.setattr(sys, "argv", ["", json.dumps(order | {"target": str(target), "command": ""})])
+        running.main()
+        assert json.loads(target.read_text(encoding="utf-8"))["figures"]["loss"] == 1.0
+        assert not run.folder.exists()
 
     def test_two_share_the_runs(self, made, played):
         runs = made.load().runs(made.folder / "scratch")
