@@ -110,21 +110,7 @@ def build_trainer(tuning: FineTuningArguments, args: FineTuningConfig) -> Sparse
         )
     set_seed(args.seed)
     model = load_to_tune(name, fill=tuning.zeros == "fill", attn_implementation=tuning.attn_implementation)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} has no tokenizer that can be loaded: {error}") from error
-    size = len(cast(torch.Tensor, model.get_input_embeddings().weight))
-    if len(tokenizer) > size:
-        raise ValueError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens, and the model embeds {size}: put the tokenizer "
-            "there that it was trained with"
-        )
-    if args.eos_token in tokenizer.get_vocab():
-        tokenizer.eos_token = args.eos_token
-    check_ends(tokenizer, train)
-    if template is None:
-        give_template(tokenizer, train, _say)
+    tokenizer = _tokenizer(name, model, train, args)
     args.assistant_only_loss = args.assistant_only_loss and "messages" in train.column_names
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and args.max_length is not None:
@@ -180,6 +166,26 @@ def _check_lengths(args: FineTuningConfig, what: str, before: datasets.Dataset, 
             f"Left out are {gone:,} of the {len(before):,} conversations to {what} on, in which no answer begins "
             f"within max_length, {args.max_length} tokens"
         )
+
+
+def _tokenizer(name: str, model: PreTrainedModel, train: datasets.Dataset, args: FineTuningConfig) -> Any:
+    """The model's own tokenizer, with a chat template where the data need one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} has no tokenizer that can be loaded: {error}") from error
+    size = len(cast(torch.Tensor, model.get_input_embeddings().weight))
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, and the model embeds {size}: put the tokenizer "
+            "there that it was trained with"
+        )
+    if args.eos_token in tokenizer.get_vocab():
+        tokenizer.eos_token = args.eos_token
+    check_ends(tokenizer, train)
+    if args.chat_template_path is None:
+        give_template(tokenizer, train, _say)
+    return tokenizer
 
 
 def _lora(tuning: FineTuningArguments, sparse: SparsityHandle | None) -> LoraConfig:
