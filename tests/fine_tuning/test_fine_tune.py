@@ -33,14 +33,23 @@ def tokenizer():
     return embedded_tokenizer(300)
 
 
-@pytest.fixture(scope="module", params=["masked", "links"])
-def source(request, tmp_path_factory, tokenizer):
+def exported(storage, tmp_path_factory, tokenizer):
     """An export of a sparse model, as its run kept the links."""
-    directory = tmp_path_factory.mktemp(request.param)
+    directory = tmp_path_factory.mktemp(storage)
     model = tiny_llama(vocab_size=300)
-    sparsify(model, SparsityConfig(method="chts", sparsity=0.8, storage=request.param))
+    sparsify(model, SparsityConfig(method="chts", sparsity=0.8, storage=storage))
     export_sparse(model, directory, tokenizer=tokenizer)
     return directory
+
+
+@pytest.fixture(scope="module", params=["masked", "links"])
+def either_source(request, tmp_path_factory, tokenizer):
+    return exported(request.param, tmp_path_factory, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, tokenizer):
+    return exported("links", tmp_path_factory, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +88,7 @@ def masks(directory):
     return load_file(directory / "masks.safetensors")
 
 
-def test_links_stay(source, data, tmp_path, tokenizer):
+def test_links_stay(either_source, data, tmp_path, tokenizer):
     trained = []
 
     class Kept(command.SparseSFTTrainer):
@@ -89,9 +98,9 @@ def test_links_stay(source, data, tmp_path, tokenizer):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "SparseSFTTrainer", Kept)
-        losses = run(source, data / "completions.jsonl", tmp_path)
+        losses = run(either_source, data / "completions.jsonl", tmp_path)
     assert losses["after"] < losses["before"] - 1
-    before, after = masks(source), masks(tmp_path / "export")
+    before, after = masks(either_source), masks(tmp_path / "export")
     assert before.keys() == after.keys()
     assert all(mask.equal(after[name]) for name, mask in before.items())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
@@ -99,7 +108,7 @@ def test_links_stay(source, data, tmp_path, tokenizer):
         weight = plain.get_parameter(f"{name}.weight")
         assert not weight[~mask].any()
         assert not weight[mask].equal(
-            AutoModelForCausalLM.from_pretrained(source).get_parameter(f"{name}.weight")[mask]
+            AutoModelForCausalLM.from_pretrained(either_source).get_parameter(f"{name}.weight")[mask]
         )
     # the harness gives the live model and the exported one the same numbers
     live = evaluate_zero_shot(trained[0].model, "embedded", tokenizer=tokenizer, limit=4, bootstrap_iters=10)
@@ -107,14 +116,14 @@ def test_links_stay(source, data, tmp_path, tokenizer):
     assert live["tasks"] == exported["tasks"]
 
 
-def test_filled(source, data, tmp_path):
+def test_filled(either_source, data, tmp_path):
     """Sparse pretraining, then dense fine-tuning (arXiv 2303.10464)."""
-    kept = run(source, data / "completions.jsonl", tmp_path / "kept")
-    filled = run(source, data / "completions.jsonl", tmp_path / "filled", "--zeros", "fill")
+    kept = run(either_source, data / "completions.jsonl", tmp_path / "kept")
+    filled = run(either_source, data / "completions.jsonl", tmp_path / "filled", "--zeros", "fill")
     assert filled["before"] == pytest.approx(kept["before"], rel=1e-5)  # all that is new starts at 0
     assert filled["after"] < filled["before"] - 1
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "filled/export")
-    for name, mask in SparsityHandle.of(load_sparse(source)).masks().items():
+    for name, mask in SparsityHandle.of(load_sparse(either_source)).masks().items():
         weight = plain.get_parameter(f"{name}.weight")
         assert weight[~mask].ne(0).float().mean() > 0.99
     assert json.loads((tmp_path / "filled/export/sparsity_config.json").read_text())["method"] == "dense"
@@ -137,14 +146,16 @@ def test_messages(source, data, tmp_path, capsys):
     assert saved.apply_chat_template(rows, tokenize=False).startswith(asked)
 
 
-def test_adapters_on_the_links_are_merged_without_loss(source, data, tmp_path):
-    losses = run(source, data / "completions.jsonl", tmp_path, "--lora_rank", "4")
+def test_adapters_on_the_links_are_merged_without_loss(either_source, data, tmp_path):
+    losses = run(either_source, data / "completions.jsonl", tmp_path, "--lora_rank", "4")
     assert losses["after"] < losses["before"] - 0.1
     assert losses["merged"] == pytest.approx(losses["after"], abs=2e-5)
-    before, after = masks(source), masks(tmp_path / "export")
+    before, after = masks(either_source), masks(tmp_path / "export")
     assert all(mask.equal(after[name]) for name, mask in before.items())
-    old, new = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "export"))
-    frozen = [name for name in old if name.removesuffix(".weight") not in SparsityHandle.of(load_sparse(source)).layers]
+    old, new = (load_file(folder / "model.safetensors") for folder in (either_source, tmp_path / "export"))
+    frozen = [
+        name for name in old if name.removesuffix(".weight") not in SparsityHandle.of(load_sparse(either_source)).layers
+    ]
     assert all(old[name].equal(new[name]) for name in frozen)  # the base, but for the adapted layers
     assert "0.0% of what they add" in (tmp_path / "export/README.md").read_text()
 
