@@ -11,6 +11,10 @@ _PACKAGE = Path(__file__).parent
 # The directory that holds configs/: the package where it was installed from a wheel, else the checkout
 PRESETS_ROOT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
+# The studies that come with the project, likewise
+INSTALLED_STUDIES = "study_files"
+STUDIES = _PACKAGE / INSTALLED_STUDIES if (_PACKAGE / INSTALLED_STUDIES).is_dir() else _PACKAGE.parent / "studies"
+
 
 def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
     """The fields and values of a settings file; `what` it describes, for errors.
@@ -74,6 +78,19 @@ def find_config(name: str | Path) -> Path:
             return path
     known = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
     raise FileNotFoundError(f"there is no config file {name}: name a YAML file or a preset ({known})")
+
+
+def find_study(name: str | Path) -> Path:
+    """The file of a study, from the working directory or among those of the project, which may go by their bare names.
+
+    Raises:
+        FileNotFoundError: there is neither such a file nor such a study.
+    """
+    for path in (Path(name), STUDIES / Path(name).name, STUDIES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
+    raise FileNotFoundError(f"there is no study {name}: name a YAML file or one of the project's ({known})")
 
 
 class _Doubtful(Exception):

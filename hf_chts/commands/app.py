@@ -279,10 +279,16 @@ def push(
 @app.command()
 @one_line_errors("hf-chts study")
 def study(
-    path: Annotated[Path, Argument(metavar="STUDY.yaml", help="Such as studies/classification.yaml.")],
+    path: Annotated[
+        Path, Argument(metavar="STUDY.yaml", help="A file, or a study of the project: classification, language, …")
+    ],
     results: Annotated[
         Path | None,
-        Option(metavar="DIR", help="Folder of result files.", show_default="results/NAME beside the study"),
+        Option(
+            metavar="DIR",
+            help="Folder of result files.",
+            show_default="results/NAME beside the study; of the project's, studies/results/NAME",
+        ),
     ] = None,
     scratch: Annotated[Path, Option(metavar="DIR", help="Checkpoints and logs of unfinished runs.")] = Path(
         "runs/studies"

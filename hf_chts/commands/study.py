@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hf_chts.config_file import INSTALLED_STUDIES, find_study
 from hf_chts.studies.page import write_page
 from hf_chts.studies.running import RunsFailed, check, missing, part_of, run_all
 from hf_chts.studies.study import Study
@@ -11,11 +12,13 @@ def study(
     path: Path, results: Path | None, scratch: Path, *, quick: bool, only: str, rows: list[str], page: bool
 ) -> None:
     """See `hf-chts study --help`."""
+    path = find_study(path)
     loaded = Study.load(path, quick=quick)
     check(loaded)
     name = f"{loaded.name}-quick" if quick else loaded.name
     if results is None:  # a short form is no evidence, so it stays out of the folder of results
-        results = scratch / name / "results" if quick else path.parent / "results" / name
+        beside = Path("studies") if path.parent.name == INSTALLED_STUDIES else path.parent
+        results = scratch / name / "results" if quick else beside / "results" / name
     runs = loaded.runs(scratch / name)
     if rows:
         known = [row.name for row in loaded.rows]
