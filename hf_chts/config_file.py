@@ -86,7 +86,8 @@ def find_study(name: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is neither such a file nor such a study.
     """
-    for path in (Path(name), STUDIES / Path(name).name, STUDIES / f"{name}.yaml"):
+    bare = Path(name).name == str(name)  # a path with a folder means that file and no other
+    for path in (Path(name), *([STUDIES / name, STUDIES / f"{name}.yaml"] if bare else [])):
         if path.is_file():
             return path
     known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))

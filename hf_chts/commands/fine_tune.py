@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTTrainer
 
 from hf_chts import SparseTrainerMixin, SparsityConfig, SparsityHandle, export_sparse
-from hf_chts.checkpoint.run_folder import refuse_folder_of_another_run
 from hf_chts.commands import one_line_errors, without_fail
 from hf_chts.commands.options import parse_run
 from hf_chts.commands.train import (
+    check_folders,
     checkpoint_to_resume,
     digest_of,
     fit,
@@ -33,7 +33,7 @@ from hf_chts.fine_tuning.arguments import FineTuningArguments, FineTuningConfig
 from hf_chts.fine_tuning.conversations import check_ends, give_template, load_conversations
 from hf_chts.fine_tuning.masked_lora import masked
 from hf_chts.fine_tuning.starting_model import load_to_tune
-from hf_chts.machine import check_can_write, on_cpu
+from hf_chts.machine import on_cpu
 from hf_chts.plain_text import print_anything
 from hf_chts.sharding.ranks import rank_and_world
 
@@ -87,11 +87,7 @@ def build_trainer(tuning: FineTuningArguments, args: FineTuningConfig) -> Sparse
         ValueError, OSError: anything that can be refused before training starts.
     """
     output = Path(str(args.output_dir))
-    if args.should_save:
-        check_can_write(output, "output_dir")
-        check_can_write(tuning.export_dir or output, "the directory of the export")
-        if not checkpoint_to_resume(args):  # before the data are prepared; train() checks again
-            refuse_folder_of_another_run(str(output), set(), overwrite=args.overwrite_output_dir)
+    check_folders(args, tuning.export_dir)
     use_all_cores(cast(Any, args))
     _say(f"Fine-tuning on {place(cast(Any, args))}")
     name = find(tuning.model, PRESETS_ROOT)

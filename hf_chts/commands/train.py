@@ -102,12 +102,7 @@ def build_trainer(
         refuse_plain(sparsity.activation_topk, "--export packed")
     if args.batch_eval_metrics:
         raise ValueError("batch_eval_metrics: perplexity and bits per byte need all tokens at once, leave it out")
-    output = Path(str(args.output_dir))
-    if args.should_save:
-        check_can_write(output, "output_dir")
-        check_can_write(model_args.export_dir or output, "the directory of the export")
-        if not checkpoint_to_resume(args):  # before the data are prepared; train() checks again
-            refuse_folder_of_another_run(str(output), set(), overwrite=args.overwrite_output_dir)
+    check_folders(args, model_args.export_dir)
     start = StartingModel.of(model_args, sparsity)
     if start is not None:
         data_args = replace(data_args, tokenizer=start.tokenizer(data_args.tokenizer, config.vocab_size))
@@ -151,6 +146,21 @@ def build_trainer(
         trainer.recipe |= start.facts
         trainer.add_callback(KeepsResults(start))
     return trainer
+
+
+def check_folders(args: Any, export_dir: str | None) -> None:
+    """Check where a run writes, before its data are prepared; `train` checks again.
+
+    Raises:
+        OSError, ValueError: a folder cannot be written, or another run's checkpoints are there.
+    """
+    if not args.should_save:
+        return
+    output = Path(str(args.output_dir))
+    check_can_write(output, "output_dir")
+    check_can_write(export_dir or output, "the directory of the export")
+    if not checkpoint_to_resume(args):
+        refuse_folder_of_another_run(str(output), set(), overwrite=args.overwrite_output_dir)
 
 
 def made_of(config: PreTrainedConfig, args: DataArguments, data: LoadedData) -> dict[str, Any]:

@@ -337,3 +337,15 @@ class TestCommand:
         before = (folder / "chts-0.json").read_bytes()
         self.call(*words)  # nothing is missing
         assert (folder / "chts-0.json").read_bytes() == before
+
+
+def test_a_study_of_the_project_goes_by_its_bare_name_alone(tmp_path, monkeypatch):
+    from hf_chts.config_file import STUDIES, find_study
+
+    monkeypatch.chdir(tmp_path)
+    assert find_study("classification") == find_study("classification.yaml") == STUDIES / "classification.yaml"
+    for name in ("mine/classification.yaml", "mine/classification", "classifications"):
+        with pytest.raises(FileNotFoundError, match=rf"there is no study {name}: name a YAML file or .*classification"):
+            find_study(name)
+    (tmp_path / "classification.yaml").write_text("")
+    assert find_study("classification.yaml").resolve() == (tmp_path / "classification.yaml").resolve()
