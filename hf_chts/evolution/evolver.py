@@ -4,6 +4,7 @@ import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -682,8 +683,8 @@ class Evolver:
 def check_same_config(saved: SparsityConfig, current: SparsityConfig, where: str) -> None:
     """Raises ValueError that names the fields in which `saved`, read from `where`, differs from this run's config."""
     if saved != current:
-        before, now = saved.to_dict(), current.to_dict()
-        changed = "; ".join(f"{k}: {before[k]!r} there, {now[k]!r} here" for k in now if before[k] != now[k])
+        pairs = [(f.name, getattr(saved, f.name), getattr(current, f.name)) for f in fields(current) if f.compare]
+        changed = "; ".join(f"{name}: {was!r} there, {now!r} here" for name, was, now in pairs if was != now)
         raise ValueError(
             f"{where} was written with another sparsity config ({changed}): resume with that config, or start a new "
             "run from its weights"

@@ -9,6 +9,7 @@ from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, get_scheduler
 
 from hf_chts import SparseTrainer, sparsify
+from hf_chts.evolution.evolver import check_same_config
 from hf_chts.layers.links import MaskedStorage
 
 WARMUP = 2  # as tests/cases.py has it
@@ -200,6 +201,12 @@ def test_a_state_of_another_config_or_model_is_refused():
     _, others, optimizer_of_others = small("set")
     with pytest.raises(ValueError, match="method: 'set' there, 'rigl' here"):
         evolver.load_state_dict(others.evolver(optimizer_of_others, max_steps=STEPS).state_dict())
+    patterned = case_config("rigl", pattern="fan_in", storage="links")
+    for there, here in ((case_config("rigl"), patterned), (patterned, case_config("rigl"))):
+        with pytest.raises(
+            ValueError, match=f"sparsity config .pattern: {there.pattern!r} there, {here.pattern!r} here.:"
+        ):
+            check_same_config(there, here, "a checkpoint")
     larger = tiny_llama(intermediate_size=64)
     wrong = sparsify(larger, case_config("rigl")).evolver(torch.optim.SGD(larger.parameters()), max_steps=STEPS)
     with pytest.raises(ValueError, match="another model"):
