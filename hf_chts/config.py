@@ -66,8 +66,8 @@ class SparsityConfig:
 
     method: str = _option("chtss", f"Sparse training method: {', '.join(METHODS)}.")
     recipe: str = _option(
-        "comparison",
-        "Where defaults come from: comparison, the settings that arXiv 2501.19107 compares all methods with; original, "
+        "paper",
+        "Where defaults come from: paper, the settings that arXiv 2501.19107 compares all methods with; original, "
         f"those of the method's own paper ({', '.join(name for name, method in METHODS.items() if method.original)}). "
         "Fields that are set win over either.",
     )
@@ -276,6 +276,8 @@ class SparsityConfig:
         for name in ("method", "recipe"):
             if getattr(self, name) is None:
                 self._set(name, own[name])
+        if self.recipe == "comparison":  # its name in files of 0.1.0
+            self._set("recipe", "paper")
         if self.method not in METHODS:
             raise ValueError(unknown("method", self.method, METHODS))
         method = METHODS[self.method]

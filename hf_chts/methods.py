@@ -71,7 +71,7 @@ for _name in ("dense", "static", "set", "rigl", "smet", "mest", "gmp", "granet",
 
 # by field; registered parts may be added later
 CHOICES: Mapping[str, Iterable[str]] = {
-    "recipe": ("comparison", "original"),
+    "recipe": ("paper", "original"),
     "initial_topology": INITIAL_TOPOLOGIES,
     "initial_weights": ("model", "swi", "kaiming"),
     "allocation": ALLOCATIONS,

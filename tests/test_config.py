@@ -55,14 +55,15 @@ PAPERS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_recipes(tmp_path, method):
-    comparison = SparsityConfig(method=method)
-    assert (comparison.recipe, comparison.allocation) == ("comparison", "uniform")
+    paper = SparsityConfig(method=method)
+    assert (paper.recipe, paper.allocation) == ("paper", "uniform")
+    assert SparsityConfig(method=method, recipe="comparison") == paper  # as files of 0.1.0 have it
     if method not in PAPERS:
         with pytest.raises(ValueError, match=f"recipe is 'original'.* method is '{method}'"):
             SparsityConfig(method=method, recipe="original")
         return
     original = SparsityConfig(method=method, recipe="original")
-    before, after = comparison.to_dict(), original.to_dict()
+    before, after = paper.to_dict(), original.to_dict()
     assert {name: after[name] for name in after if after[name] != before[name]} == PAPERS[method] | {
         "recipe": "original"
     }
