@@ -185,6 +185,22 @@ def test_whatever_is_measured_is_told(main, tmp_path, option):
     assert (tmp_path / "run/export/model.safetensors").exists()
 
 
+def test_a_dense_baseline_is_trained_in_place_of_the_sparse_run(main, smallest, tmp_path):
+    code, printed = main("--baseline", "same_links", "--sparsity", 0.7)
+    assert code == 0, printed.err
+    sizes = json.loads(smallest[0].read_text())
+    width, ffn = sizes["hidden_size"], sizes["intermediate_size"]
+    # of each of two blocks: q, k, v and o are square, gate, up and down have one side of the feed-forward width
+    links = 2 * (4 * round(0.3 * width * width) + 3 * round(0.3 * width * ffn))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export")
+    weights = [p for name, p in model.named_parameters() if "proj" in name]
+    assert sum(p.numel() for p in weights) == pytest.approx(links, rel=0.03)
+    assert all(p.ne(0).all() for p in weights) and len(weights) == 14
+    assert model.config.hf_chts_baseline["kind"] == "same_links"
+    assert "same_links" in printed.out
+    assert "same_links" in (tmp_path / "run/export/README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
