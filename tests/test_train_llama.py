@@ -195,7 +195,8 @@ def test_a_dense_baseline_is_trained_in_place_of_the_sparse_run(main, smallest, 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export")
     weights = [p for name, p in model.named_parameters() if "proj" in name]
     assert sum(p.numel() for p in weights) == pytest.approx(links, rel=0.03)
-    assert all(p.ne(0).all() for p in weights) and len(weights) == 14
+    assert all(p.ne(0).all() for p in weights)
+    assert len(weights) == 14
     assert model.config.hf_chts_baseline["kind"] == "same_links"
     assert "same_links" in printed.out
     assert "same_links" in (tmp_path / "run/export/README.md").read_text()
