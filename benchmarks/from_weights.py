@@ -45,7 +45,7 @@ def main() -> None:
     arguments.add_argument("--runs", type=Path, default=RUNS, help="where the runs go (default: runs/from_weights)")
     options = arguments.parse_args()
     runs = options.runs.resolve()
-    sparse = ["--method", METHOD, "--sparsity", str(options.sparsity)]
+    sparse = ["--method", METHOD, "--sparsity", str(options.sparsity), "--storage", "links", "--compute", "auto"]
     dense = train(
         runs / "dense", "--method", "dense", "--learning_rate", DENSE_RATE, "--max_steps", str(options.dense_steps)
     )
