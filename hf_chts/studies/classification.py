@@ -20,7 +20,7 @@ from hf_chts.files.atomic import whole_file
 from hf_chts.machine import on_cpu
 from hf_chts.sparse_model import SparsityHandle, sparsify
 from hf_chts.studies.clock import Clock
-from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
+from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure, best_of
 from hf_chts.studies.images import Images, load_images
 from hf_chts.studies.study import Outcome, Run
 from hf_chts.studies.tasks import Say, check_positive, parsed, sparsity_config
@@ -248,12 +248,12 @@ def active(sparse: SparsityHandle) -> float:
 def _figures(trained: _Trained) -> dict[str, float]:
     curves = trained.curves
     accuracy = curves["accuracy"]
-    best = max(range(len(accuracy)), key=accuracy.__getitem__)
-    figures = {"accuracy_last": accuracy[-1], "accuracy_best": accuracy[best], "epoch_best": best + 1.0}
-    if "held_out" in curves:
-        held = curves["held_out"]
-        chosen = max(range(len(held)), key=held.__getitem__)
-        figures |= {"accuracy_chosen": accuracy[chosen], "epoch_chosen": chosen + 1.0}
+    figures = {"accuracy_last": accuracy[-1]}
+    for name, of in {"best": "accuracy", "chosen": "held_out"}.items():
+        if of in curves:
+            at = best_of(curves[of], curves["sparsity"], "higher")
+            assert at is not None  # an accuracy is finite, and the last epoch counts
+            figures |= {f"accuracy_{name}": accuracy[at], f"epoch_{name}": at + 1.0}
     figures |= {name: curves[name][-1] for name in ("itop", "active_neurons", "sparsity")}
     figures["links"] = float(trained.sparse.links() or sum(layer.weight.numel() for layer in _hidden(trained.model)))
     held_tensors = [*trained.model.parameters(), *trained.model.buffers()]

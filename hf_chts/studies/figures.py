@@ -1,7 +1,8 @@
 """What the numbers and curves of a task are called on the page of a study, and how they are written."""
 
 import importlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,6 +81,26 @@ def curves_of(task: str) -> Mapping[str, str]:
         ValueError: there is no such task, or it does not say.
     """
     return _constant(task, "CURVES")
+
+
+def best_of(values: Sequence[float], sparsity: Sequence[float], better: Literal["higher", "lower"]) -> int | None:
+    """The number of the best evaluation among those with the sparsity of the last one.
+
+    While sparsity still rises a model has more links, and its figure is not that of the model that was asked for.
+
+    Args:
+        values: of the evaluations, in their order; those that are not finite do not count.
+        sparsity: of the model at each of them.
+
+    Returns:
+        Counted from 0, the first of equal ones; None if there is none.
+    """
+    counting = [
+        number
+        for number, value in enumerate(values)
+        if math.isfinite(value) and abs(sparsity[number] - sparsity[-1]) < 1e-6
+    ]
+    return (max if better == "higher" else min)(counting, key=values.__getitem__, default=None)
 
 
 def papers_figure(figures: Mapping[str, Figure]) -> str:

@@ -9,7 +9,7 @@ from transformers import default_data_collator
 
 from hf_chts.checkpoint.run_folder import last_sealed
 from hf_chts.machine import on_cpu
-from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
+from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure, best_of
 from hf_chts.studies.language_data import Windows, split_tokens
 from hf_chts.studies.language_model import block_weights, build_model, same_links
 from hf_chts.studies.language_records import OneRanksGradient, Records
@@ -190,8 +190,7 @@ def _arguments(settings: Settings, output: str, seed: int) -> SparseTrainingArgu
 def _figures(curves: dict[str, list[float]], diverged: bool) -> dict[str, float]:
     """The figures of the last evaluation and of the best one, chosen on the validation split."""
     validation, test = curves["validation_bits"], curves["test_bits"]
-    finite = [number for number, bits in enumerate(validation) if math.isfinite(bits)]
-    best = min(finite, key=validation.__getitem__, default=None)
+    best = best_of(validation, curves["sparsity"], "lower")
     last = -1 if validation and not diverged else None
     chosen = {"last": last, "best": best}
     figures = {}

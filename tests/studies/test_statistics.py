@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from hf_chts.studies.figures import best_of
 from hf_chts.studies.statistics import Estimate, difference_to, estimate, paired
 
 
@@ -57,3 +58,18 @@ def test_the_difference_to_a_published_figure_joins_both_errors():
     assert difference_to(Estimate(90.0, 0.3, 3), 91.0, 0.4) == Estimate(-1.0, pytest.approx(0.5), 3)
     assert difference_to(Estimate(90.0, 0.3, 3), 91.0) == Estimate(-1.0, pytest.approx(0.3), 3)
     assert difference_to(Estimate(90.0, None, 1), 91.0, 0.4) == Estimate(-1.0, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "sparsity", "better", "expected"),
+    [
+        ([80.0, 90.0, 85.0, 86.0, 85.0], [0.5, 0.9, 0.99, 0.99, 0.99], "higher", 3),
+        ([2.5, 1.8, 2.6, 2.5], [0.94, 0.965, 0.990003, 0.990003], "lower", 3),
+        ([1.0, 1.0], [0.0, 0.0], "lower", 0),
+        ([math.nan, 2.0, math.inf, 3.0], [0.9] * 4, "lower", 1),
+        ([math.nan], [0.9], "lower", None),
+        ([], [], "higher", None),
+    ],
+)
+def test_the_best_evaluation_is_one_of_the_model_that_was_asked_for(values, sparsity, better, expected):
+    assert best_of(values, sparsity, better) == expected
