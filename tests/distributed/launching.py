@@ -16,7 +16,7 @@ def torchrun(ranks, worker, *arguments):
 
 
 def accelerate(config, worker, *arguments, ranks=2):
-    launch([
+    return launch([
         str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / f"configs/accelerate/{config}.yaml"),
         "--num_processes", str(ranks), "--main_process_port", "0", str(HERE / worker), *arguments,
     ])  # fmt: skip
