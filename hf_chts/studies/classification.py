@@ -245,8 +245,8 @@ def active(sparse: SparsityHandle) -> float:
     return anp_rate(masks, junctions)
 
 
-def _figures(trained: _Trained) -> dict[str, float]:
-    curves = trained.curves
+def _accuracies(curves: dict[str, list[float]]) -> dict[str, float]:
+    """Test accuracy of the last epoch, of the best one, and of the one that held-out images choose if there are any."""
     accuracy = curves["accuracy"]
     figures = {"accuracy_last": accuracy[-1]}
     for name, of in {"best": "accuracy", "chosen": "held_out"}.items():
@@ -254,6 +254,12 @@ def _figures(trained: _Trained) -> dict[str, float]:
             at = best_of(curves[of], curves["sparsity"], "higher")
             assert at is not None  # an accuracy is finite, and the last epoch counts
             figures |= {f"accuracy_{name}": accuracy[at], f"epoch_{name}": at + 1.0}
+    return figures
+
+
+def _figures(trained: _Trained) -> dict[str, float]:
+    curves = trained.curves
+    figures = _accuracies(curves)
     figures |= {name: curves[name][-1] for name in ("itop", "active_neurons", "sparsity")}
     figures["links"] = float(trained.sparse.links() or sum(layer.weight.numel() for layer in _hidden(trained.model)))
     held_tensors = [*trained.model.parameters(), *trained.model.buffers()]

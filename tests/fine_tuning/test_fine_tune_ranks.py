@@ -1,12 +1,10 @@
 """`fine-tune` on several ranks: the same links, and adapters that are merged as in one process."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import accelerate
+from launching import BIN, accelerate, launch
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
@@ -15,7 +13,6 @@ from hf_chts import SparsityConfig, export_sparse, sparsify
 from hf_chts.data.embedded import embedded_tokenizer
 
 pytest.importorskip("trl")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +36,8 @@ def options(source, output, ranks):
 
 
 def torchrun(ranks, *options):
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [*command, "-m", "hf_chts", "fine-tune", *options], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert not done.returncode, done.stdout[-3000:] + done.stderr[-5000:]
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)]
+    launch([*command, "-m", "hf_chts", "fine-tune", *options])
 
 
 def check_alike(source, one, two):

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_chts import SparsityConfig, sparsify
 from hf_chts.studies import classification
-from hf_chts.studies.classification import Settings, active, mlp, train
+from hf_chts.studies.classification import Settings, _accuracies, active, mlp, train
 from hf_chts.studies.images import DATA_VARIABLE, load_images
 from hf_chts.studies.study import Run
 from hf_chts.studies.tasks import parsed
@@ -153,3 +153,14 @@ def test_what_follows_from_other_settings_is_no_setting(tmp_path):
             train(run(tmp_path, sparsity={**SPARSE, name: value}), quiet)
     with pytest.raises(ValueError, match="unknown setting 'methd'; did you mean 'method'"):
         train(run(tmp_path, sparsity={"methd": "set"}), quiet)
+
+
+def test_the_best_epoch_is_one_at_the_target_sparsity():
+    curves = {
+        "accuracy": [90.0, 88.0, 89.0, 87.0],
+        "held_out": [91.0, 86.0, 85.0, 84.0],
+        "sparsity": [0.9, 0.99, 0.99, 0.99],
+    }
+    assert _accuracies(curves) == {
+        "accuracy_last": 87.0, "accuracy_best": 89.0, "epoch_best": 3.0, "accuracy_chosen": 88.0, "epoch_chosen": 2.0
+    }  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_chts.config import SparsityConfig
 from hf_chts.methods import METHODS
-from hf_chts.studies.language import CURVES, FIGURES, Settings, train
+from hf_chts.studies.language import CURVES, FIGURES, Settings, _figures, train
 from hf_chts.studies.language_data import EOS, VOCABULARY, Windows, bits_per_byte, split_tokens
 from hf_chts.studies.language_model import build_model, same_links
 from hf_chts.studies.language_records import OneRanksGradient
@@ -222,3 +222,13 @@ def test_the_studies_are_of_this_task(name, quick):
     for row in study.rows:
         settings = parsed(Settings, row.settings)
         assert settings.sparsity["method"] in METHODS, row.name
+
+
+def test_the_best_step_is_one_at_the_target_sparsity():
+    curves = {
+        "step": [10.0, 20.0, 30.0], "validation_bits": [1.8, 2.0, 2.1], "test_bits": [1.7, 1.9, 1.95],
+        "sparsity": [0.94, 0.99, 0.99], "itop": [0.1] * 3, "active_neurons": [1.0] * 3,
+    }  # fmt: skip
+    figures = _figures(curves, diverged=False)
+    assert (figures["step_best"], figures["test_bits_best"], figures["validation_bits_best"]) == (20.0, 1.9, 2.0)
+    assert figures["test_bits_last"] == 1.95
