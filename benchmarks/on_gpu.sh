@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: the tests that need one, then step, update and memory of dense and sparse side by side, and a
-# bf16 run of the demo. Some seven minutes on one H100 and 16 cores. Output goes to the directory that is named.
+# bf16 run of the demo. Some eight minutes on one H100 and 16 cores. Output goes to the directory that is named.
 #
 #     bash benchmarks/on_gpu.sh runs/gpu
 set -u
@@ -21,6 +21,7 @@ part() { # its name, its time limit in seconds, its command
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 "$python" -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
 OMP_NUM_THREADS=1 part tests 230 "$python" -m pytest tests/training/test_gpu.py tests/test_machine.py -m gpu -n 12 -p no:cacheprovider --durations=5
+part decode 45 "$python" benchmarks/decode_gpu.py
 part step_60m 60 "$python" benchmarks/step.py --ways masked links --apart --steps 10 --bf16 --repeats 4 --tokens 64x256
 part update_chtss 40 "$python" benchmarks/topology_update.py --methods chtss --tokens 16384 --repeats 3
 part update_chts 40 "$python" benchmarks/topology_update.py --methods chts --tokens 16384 --repeats 3

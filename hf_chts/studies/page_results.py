@@ -91,6 +91,11 @@ class StudyResults:
         return groups
 
 
+def gpu_of(result: Result) -> str:
+    """The name of the GPU that a run had; "" for a CPU."""
+    return str(result["machine"]["device"]) if "of_device" in result["memory_mib"] else ""
+
+
 def read_result(path: Path) -> Result:
     """What a result file holds, with None for numbers that are not finite.
 

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from hf_chts.markdown import code, inline
 from hf_chts.studies.figures import Figure, papers_figure
-from hf_chts.studies.page_results import Result, StudyResults
+from hf_chts.studies.page_results import Result, StudyResults, gpu_of
 from hf_chts.studies.statistics import difference_to, estimate, paired
 from hf_chts.studies.study import Row
 
@@ -29,7 +29,7 @@ def main_table(found: StudyResults, figures: Mapping[str, Figure]) -> str:
     shown = {name: figure for name, figure in figures.items() if any(name in r["figures"] for r in found.results)}
     published = any(row.paper for row in found.study.rows)
     compared = papers_figure(figures)
-    devices = any("of_device" in result["memory_mib"] for result in found.results)
+    devices = any(map(gpu_of, found.results))
     head = ["", "seeds", *(_head(figure) for figure in shown.values())]
     if published:
         head += [f"paper: {figures[compared].head}", "ours − paper"]
@@ -71,11 +71,12 @@ def differences(found: StudyResults, figures: Mapping[str, Figure], reference: s
                 figure.difference(paired(found.values(row.name, name), found.values(reference, name)))
                 for name, figure in shown.items()
             ]
-            seconds = [
-                sum(found.by_row[which][seed]["processor_seconds"] for seed in shared)
-                for which in (reference, row.name)
-            ]
-            lines.append([*line, f"{seconds[0] / seconds[1]:.2f} ×" if all(seconds) else ""])
+            lines.append(
+                [
+                    *line,
+                    _times_as_fast(*([found.by_row[name][seed] for seed in shared] for name in (reference, row.name))),
+                ]
+            )
     if not lines:
         return ""
     label = next(row.label for row in found.study.rows if row.name == reference)
@@ -148,10 +149,19 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _mean_seconds(results: Sequence[Result], name: str) -> str:
-    if not results:
-        return ""
-    mean = _mean(result[name] for result in results)
-    return f"{mean:,.0f}" if mean >= 100 else f"{mean:.3g}"
+    """Of the runs on a CPU, and of those on each kind of GPU."""
+    means = {
+        gpu: _mean(one[name] for one in results if gpu_of(one) == gpu) for gpu in sorted(set(map(gpu_of, results)))
+    }
+    texts = {gpu: f"{mean:,.0f}" if mean >= 100 else f"{mean:.3g}" for gpu, mean in means.items()}
+    return "; ".join(f"{text} on {gpu}" if gpu and len(texts) > 1 else text for gpu, text in texts.items())
+
+
+def _times_as_fast(reference: Sequence[Result], results: Sequence[Result]) -> str:
+    """By processor seconds, of the seeds with both runs on a CPU or on the same kind of GPU."""
+    pairs = [both for both in zip(reference, results, strict=True) if gpu_of(both[0]) == gpu_of(both[1])]
+    theirs, ours = (sum(both[which]["processor_seconds"] for both in pairs) for which in (0, 1))
+    return f"{theirs / ours:.2f} ×" if theirs and ours else ""
 
 
 def _memory(results: Sequence[Result], devices: bool) -> list[str]:

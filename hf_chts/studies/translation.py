@@ -114,7 +114,7 @@ def train(run: Run, say: Say) -> Outcome:
     trainer = _trainer(settings, run, encoded, len(vocabulary))
     checkpoint = last_sealed(trainer.args.output_dir or "")
     trainer.train(resume_from_checkpoint=checkpoint)
-    clock, state = trainer.clock, trainer.state
+    clock, state, device = trainer.clock, trainer.state, trainer.args.device
     last, best = _checkpoint(trainer, state.max_steps), _checkpoint(trainer, state.best_global_step)
     figures: dict[str, float] = {}
     if layers := trainer.sparse.layers:
@@ -126,7 +126,7 @@ def train(run: Run, say: Say) -> Outcome:
         if name == "best" and best == last:
             figures |= {"bleu_best": figures["bleu_last"], "loss_test_best": figures["loss_test_last"]}
             continue
-        model = _dense_model(place)
+        model = _dense_model(place, device)
         figures[f"loss_test_{name}"] = loss_of(model, encoded["test"], settings.tokens)
         sources = encoded["test"].source[: len(references)]
         found = translate(model, sources, tokens=settings.tokens, beams=settings.beams, longest=settings.longest)
@@ -196,14 +196,14 @@ def _checkpoint(trainer: TranslationTrainer, step: int | None) -> Path:
     return Path(trainer.args.output_dir or "") / f"checkpoint-{step or trainer.state.max_steps}"
 
 
-def _dense_model(checkpoint: Path) -> MarianMTModel:
+def _dense_model(checkpoint: Path, device: torch.device) -> MarianMTModel:
     """The model of a checkpoint with zeros for missing links, which is fastest for a word at a time."""
     model: Any = load_sparse(checkpoint) if (checkpoint / "sparsity_config.json").exists() else None
     if model is None:
         model = MarianMTModel.from_pretrained(checkpoint)
     elif (handle := SparsityHandle.of(model)) is not None:
         handle.unsparsify()
-    return model.eval()
+    return model.eval().to(device)
 
 
 def bleu(translations: Sequence[str], references: Sequence[str]) -> float:

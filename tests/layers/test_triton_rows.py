@@ -1,4 +1,4 @@
-"""Triton's product of row links, by its interpreter on the CPU. It has not been run on a GPU."""
+"""Triton's product of row links, by its interpreter on the CPU. On a GPU it is tested in test_gpu.py."""
 
 import os
 import subprocess

@@ -188,8 +188,17 @@ def test_a_device_has_a_column_for_its_memory(done):
     memory = {"peak": 900.0, "before_training": 400.0, "of_device": 2048.0}
     done.add("chts-1", {"score": 1.0, "loss": 1.0}, memory_mib=memory)
     text = written(done)
-    assert cells(text, "CHTs")[0][-3:] == ["900", "500", "2,048"]
+    assert cells(text, "CHTs")[0][-5:] == ["10; 10 on A processor", "20; 20 on A processor", "900", "500", "2,048"]
     assert cells(text, "SET")[0][-3:] == ["500", "100", ""]
+
+
+def test_a_run_on_a_gpu_and_one_on_a_cpu_are_not_compared_by_their_time(done):
+    memory = {"peak": 900.0, "before_training": 400.0, "of_device": 2048.0}
+    done.add("dense-1", {"score": 54.0, "loss": 3.0}, memory_mib=memory, processor_seconds=1.0)
+    done.write(reference="dense")
+    assert cells(written(done), "SET")[1][-1] == "10.00 ×"  # seed 0: 100 s and 10 s
+    done.add("dense-0", {"score": 50.0, "loss": 2.0}, memory_mib=memory, processor_seconds=1.0)
+    assert cells(written(done), "SET")[1][-1] == ""
 
 
 class TestCurves:

@@ -7,21 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, Invariants, case_config, losses, same_weights, trainer, weights
+from cases import CASES, IN_SLOTS, Invariants, case_config, losses, same_weights, trainer, weights
+from packed_cases import CASES as PACKED
+from packed_cases import TOLERANCE, weight_of
 from test_link_products import both, case
 from tiny import random_blocks, tiny_llama
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_chts import sparsify
+from hf_chts import SparsityConfig, export_sparse, load_sparse, sparsify
+from hf_chts.layers.packed_model import packed_layers
+from hf_chts.layers.packed_products import products, row_kernel
+from hf_chts.layers.row_links import RowLinks
 from hf_chts.layers.weight_parts import kernels
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
-@pytest.mark.parametrize("storage", ["masked", "links"])
+@pytest.mark.parametrize(
+    ("storage", "case"), [*(("masked", case) for case in CASES), *(("links", case) for case in IN_SLOTS)]
+)
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16 autocast"])
-@pytest.mark.parametrize("case", CASES)
 def test_invariants_repetition_and_resume(case, bf16, storage, tmp_path):
     settings = {"use_cpu": False, "bf16": bf16, "storage": storage}
     runs = []
@@ -97,6 +104,8 @@ def test_a_large_model_is_made_on_the_gpu():
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["single_gpu", "ddp", "fsdp2", "zero2", "zero3"])
 def test_the_run_script_on_every_engine_with_one_process(engine, tmp_path):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
     config = ROOT / "configs" / "accelerate" / f"{engine}.yaml"
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "1",
@@ -107,3 +116,44 @@ def test_the_run_script_on_every_engine_with_one_process(engine, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("case", PACKED)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_packed_products(case, dtype):
+    mask, weight = (tensor.cuda() for tensor in weight_of(case, dtype))
+    assert row_kernel("cuda") is not None
+    links = RowLinks.of(*mask.nonzero(as_tuple=True), weight[mask], tuple(mask.shape))
+    assert links.dense().equal(weight)
+    for tokens in (1, 16):
+        x, bias = torch.randn(tokens, mask.shape[1]).to("cuda", dtype), torch.randn(mask.shape[0]).to("cuda", dtype)
+        expected = x.double() @ weight.double().t()
+        plain, with_bias = products(x, [links, links], [None, bias])
+        torch.testing.assert_close(plain.double(), expected, **TOLERANCE[dtype])
+        torch.testing.assert_close(with_bias.double(), expected + bias.double(), **TOLERANCE[dtype])
+    # more tokens take the dense weight, whose products cuBLAS may add up in 16 bits
+    x = torch.randn(17, mask.shape[1]).to("cuda", dtype)
+    torch.testing.assert_close(products(x, [links], [None])[0], functional.linear(x, weight))
+
+
+@torch.no_grad()
+def test_a_packed_model(tmp_path):
+    model = tiny_llama(num_key_value_heads=2)
+    sparsify(model, SparsityConfig("set", sparsity=0.8))
+    export_sparse(model, tmp_path, packed=True)
+    dense, packed = LlamaForCausalLM.from_pretrained(tmp_path).cuda(), load_sparse(tmp_path, compute="sparse").cuda()
+    assert all(isinstance(layer.packed, RowLinks) for layer in packed_layers(packed).values())
+    ids = torch.arange(24, device="cuda")[None] % 7
+    for length in (1, 24):
+        torch.testing.assert_close(packed(ids[:, :length]).logits, dense(ids[:, :length]).logits, rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    for more in ({}, {"cache_implementation": "static"}):  # the second is compiled, and recorded as a CUDA graph
+        told = [one.generate(ids[:, :3], **options, **more) for one in (packed, dense)]
+        assert told[0].equal(told[1])
+    graph, inputs = torch.cuda.CUDAGraph(), torch.randn(1, packed.config.hidden_size, device="cuda")
+    layer = packed.model.layers[0].self_attn.o_proj
+    layer(inputs)
+    with torch.cuda.graph(graph):
+        found = layer(inputs)
+    graph.replay()
+    torch.testing.assert_close(found, dense.model.layers[0].self_attn.o_proj(inputs))
