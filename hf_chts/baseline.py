@@ -183,9 +183,11 @@ def _training_bytes(
     topology += possible / 8  # the links that were ever active
     taken = _TRAINED * (everything - possible + held) + topology
     if taken > _TRAINED * everything:
+        masks = config.storage != "links" and not config.stores_weights  # which no sparsity makes smaller
+        remedy = "Set storage: links" if masks else "Raise sparsity, or take baseline same_links"
         raise ValueError(
             f"baseline same_bytes: with storage {config.storage!r} the run takes {taken / 2**20:,.1f} MiB, more than "
             f"the {_TRAINED * everything / 2**20:,.1f} of the dense model of the same size, which is the baseline then "
-            "(method: dense). Set storage: links, or raise sparsity"
+            f"(method: dense). {remedy}"
         )
     return taken

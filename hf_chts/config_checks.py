@@ -124,15 +124,15 @@ def _check_pattern(config: Any) -> None:
         )
     if config.selects and "choose" not in REGROWTH[config.regrowth].needs:
         raise ValueError(
-            f"regrowth {config.regrowth!r} chooses links without `choose`, so that it cannot keep to pattern "
-            f"{config.pattern!r}: have it ask for choose, or set pattern: none"
+            f"regrowth {config.regrowth!r} chooses links by itself, so that it cannot keep to pattern "
+            f"{config.pattern!r}: set pattern: none, or take another regrowth (one of your own is to ask for `choose`)"
         )
     if pattern.sparsity is None:
         return
     if abs(config.sparsity - pattern.sparsity) > 1e-9:
         raise ValueError(
             f"sparsity is {config.sparsity}, but under pattern {config.pattern!r} it is {pattern.sparsity:g}: set "
-            f"sparsity: {pattern.sparsity:g} or leave it out, or choose another pattern"
+            f"sparsity: {pattern.sparsity:g}, or choose another pattern"
         )
     if config.changes_sparsity:
         raise ValueError(

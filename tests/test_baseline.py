@@ -54,7 +54,8 @@ def test_same_bytes_counts_links_positions_and_bits():
 @pytest.mark.parametrize(
     ("kind", "fields", "options", "message"),
     [
-        ("same_bytes", {"method": "set"}, {}, "more than .* dense model of the same size"),
+        ("same_bytes", {"method": "set"}, {}, "more than .* dense model of the same size.* Set storage: links$"),
+        ("same_bytes", {"method": "gmp"}, {}, "dense model of the same size.* same_links$"),
         ("same_bytes", {"method": "set", "storage": "links"}, {"optimizer": "sgd"}, "optim is 'sgd'"),
         ("same_bytes", {"method": "gmp", "storage": "links"}, {}, "regrown_weights 'historical'"),
         ("same_average", {"method": "gmp"}, {}, "max_steps is 0"),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_chts.commands.train
 from hf_chts import SparseTrainer, SparseTrainingArguments, load_sparse
 from hf_chts.checkpoint import load_masks
-from hf_chts.commands.train import train, use_one_device
+from hf_chts.commands.train import train, use_all_cores, use_one_device
 from hf_chts.export import directory
 from hf_chts.topology.parts import REGROWTH
 
@@ -224,6 +225,23 @@ def test_what_is_refused_before_training(main, tmp_path, monkeypatch, options, n
     assert code.startswith("train_llama.py: ")
     assert named.format(file=file) in code
     assert "\n" not in code
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [({"OMP_NUM_THREADS": "1"}, 1), ({"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, 3), ({}, 3)],
+)
+def test_cores_are_taken_where_the_launcher_left_them(monkeypatch, environment, threads):
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_USE_CPU", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    taken = [1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: taken[-1])
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    use_all_cores(SimpleNamespace(device=torch.device("cpu")))
+    assert taken[-1] == threads
 
 
 SIX_STEPS = ("--method", "set", "--update_interval", 2, "--update_warmup_steps", 1, "--max_steps", 6)

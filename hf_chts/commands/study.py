@@ -1,5 +1,7 @@
 """hf-chts study: run what is missing of a study, and write its page."""
 
+import signal
+import sys
 from pathlib import Path
 
 from hf_chts.config_file import INSTALLED_STUDIES, find_study
@@ -23,16 +25,22 @@ def study(
     if rows:
         known = [row.name for row in loaded.rows]
         if unknown := [row for row in rows if row not in known]:
-            raise ValueError(f"the study has no row {unknown[0]!r}; its rows are {', '.join(known)}")
+            form = "short form of the study" if quick else "study"
+            raise ValueError(f"the {form} has no row {unknown[0]!r}; its rows are {', '.join(known)}")
         runs = [run for run in runs if run.row in rows]
     runs = part_of(runs, only)
     command = f"hf-chts study {path}{' --quick' if quick else ''}"
     if not page:
         left = missing(loaded, runs, results)
         print(f"{loaded.name}: {len(left)} of {len(runs)} runs are missing", flush=True)
+        before = signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+        )  # the run ends too, as with Ctrl-C
         try:
             run_all(path, loaded, left, results, scratch / name, command, lambda line: print(line, flush=True))
         except RunsFailed:
             write_page(loaded, results)  # of those that did not
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     print(f"{loaded.name}: page {write_page(loaded, results)}", flush=True)

@@ -35,6 +35,7 @@ from hf_chts.machine import check_can_write, device_line, on_cpu
 from hf_chts.model_arguments import ModelArguments, build_model, load_config
 from hf_chts.plain_text import print_anything
 from hf_chts.training.divergence import last_whole
+from hf_chts.training.warm_up import asked_warmup
 
 # Metrics of the validation data that are printed at the end, with their formats
 MEASURED = {"loss": ".4f", "perplexity": ".2f", "bits_per_byte": ".4f"}
@@ -89,6 +90,7 @@ def build_trainer(
     """
     if args.max_steps > 0:
         sparsity.plan(args.max_steps)
+    asked_warmup(args, sparsity, args.max_steps)
     config: Any = load_config(model_args)
     if model_args.baseline != "none":
         optimizer = str(getattr(args.optim, "value", args.optim))
@@ -333,7 +335,10 @@ def place(args: SparseTrainingArguments) -> str:
 
 def use_all_cores(args: SparseTrainingArguments) -> None:
     """Share the cores out over CPU processes, which `accelerate launch` leaves one thread each unless its config says
-    use_cpu or OMP_NUM_THREADS is set."""
+    use_cpu or OMP_NUM_THREADS is more. Without a launcher it is the user who set OMP_NUM_THREADS to 1."""
+    launched = "ACCELERATE_USE_CPU" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+    if "OMP_NUM_THREADS" in os.environ and not launched:
+        return
     if args.device.type == "cpu" and torch.get_num_threads() == 1:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))

@@ -29,7 +29,7 @@ def warmup_steps(asked: int | None, update_interval: int, *, by_link: bool = Fal
         raise ValueError(
             f"update_warmup_steps is {asked}, but the topology is updated every {update_interval} steps "
             "(update_interval), so that the learning rate would hardly ever be the full one: lower update_warmup_steps "
-            f"to some {update_interval // 5}, or leave it out"
+            f"to {max(1, update_interval // 5)}, or leave it out"
         )
     return asked
 

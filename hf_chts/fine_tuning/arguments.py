@@ -75,6 +75,8 @@ class FineTuningArguments:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank is {self.lora_rank}; it must be 0 (no adapters) or more")
+        if self.merge != "masked" and not self.lora_rank:
+            raise ValueError(f"merge is {self.merge!r}, and there are no adapters: set lora_rank, or leave it out")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must lie in [0, 1)")
         if self.zeros == "fill" and self.export == "packed":

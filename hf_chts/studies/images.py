@@ -123,9 +123,9 @@ def _from_hub(name: str, source: Source, looked: Sequence[Path]) -> list[np.ndar
     try:
         loaded = load_dataset(*source.hub)
     except Exception as error:  # its kinds differ by version
-        places = ", ".join(map(str, looked)) or "no folder"
+        places = f" is not in {', '.join(map(str, looked))}, and" if looked else ":"
         raise OSError(
-            f"{name} is neither in {places}, nor could {source.hub[0]} be loaded from the Hub ({error}): put its IDX "
+            f"{name}{places} {source.hub[0]} could not be loaded from the Hub ({error}): put its IDX "
             f"files into a folder {source.folders[0]} and name the folder around it in {DATA_VARIABLE}"
         ) from error
     return [

@@ -80,7 +80,8 @@ def differences(found: StudyResults, figures: Mapping[str, Figure], reference: s
     if not lines:
         return ""
     label = next(row.label for row in found.study.rows if row.name == reference)
-    text = f"Minus {inline(label)}, seed by seed; times as fast by processor seconds."
+    fast = "times as fast by processor seconds, of the seeds that both ran on the same kind of device"
+    text = f"Minus {inline(label)}, seed by seed; {fast}."
     return f"{text}\n\n{markdown_table(head, lines)}"
 
 

@@ -109,7 +109,7 @@ def run_all(
                     arguments = [sys.executable, "-m", "hf_chts.studies.running", json.dumps(order)]
                     ended = subprocess.run(arguments, stdout=log, stderr=subprocess.STDOUT, check=False)
                 if ended.returncode == _BUSY:  # begun by a command that has been killed, and still going on
-                    say(f"{study.name} {run.name}: another process is at it")
+                    say(f"{study.name} {run.name}: another process is at it, see {run.folder / 'log.txt'}")
                     continue
                 if ended.returncode:
                     tail = (run.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
@@ -123,7 +123,7 @@ def run_all(
                 say(f"{study.name} {run.name}: {told}; {time.perf_counter() - start:.0f} s")
                 done.append(target)
         except filelock.Timeout:
-            say(f"{study.name} {run.name}: another process is at it")
+            say(f"{study.name} {run.name}: another process is at it, see {run.folder / 'log.txt'}")
             continue
         shutil.rmtree(run.folder, ignore_errors=True)
     if failed:

@@ -14,7 +14,7 @@ from hf_chts.files.atomic import finite_or_null
 
 _FIELDS = ("title", "task", "seeds", "settings", "rows", "reference", "quick")
 _OF_ROW = ("label", "paper", "seeds", "settings", "group")
-_OF_QUICK = ("seeds", "settings", "rows")
+_OF_QUICK = ("title", "seeds", "settings", "rows")
 _NAME = re.compile(r"\w[\w.+-]*")  # of a row: part of the names of files
 
 
@@ -158,7 +158,7 @@ class Study:
             if quick:
                 merged = merge(merged, _mapping("settings of quick", short.get("settings")))
                 of_row = _seeds(short.get("seeds", of_row))
-            paper = own.get("paper", ())
+            paper = () if quick else own.get("paper", ())  # a short form is compared with nobody
             paper = tuple(paper) if isinstance(paper, (list, tuple)) else (paper,)
             if len(paper) > 2 or any(type(number) not in (int, float) for number in paper):
                 raise ValueError(f"paper of row {row!r} is {own['paper']!r}; it must be a number, or it and its error")
@@ -166,6 +166,8 @@ class Study:
             made.append(Row(row, label or row, group, paper, of_row, merged))
         compared = tuple(row for row in references if row in rows)
         title, task = (_text(what, values, what, name) for what in ("title", "task"))
+        if quick:
+            title = _text("title of quick", short, "title", title)
         return cls(name, title, task, tuple(made), quick, compared)
 
     def runs(self, scratch: Path) -> list[Run]:

@@ -70,7 +70,7 @@ def test_a_file_that_was_cut_off_is_named(idx, tmp_path):
 def test_data_that_is_nowhere_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    with pytest.raises(OSError, match=rf"mnist is neither in {tmp_path}/mnist, .* {DATA_VARIABLE}"):
+    with pytest.raises(OSError, match=rf"mnist is not in {tmp_path}/mnist, .* {DATA_VARIABLE}"):
         load_images("mnist")
     with pytest.raises(ValueError, match="unknown data 'fashionmnist'; did you mean 'fashion_mnist'"):
         load_images("fashionmnist")
