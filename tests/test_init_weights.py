@@ -15,7 +15,7 @@ from test_train_llama import (  # noqa: F401 - a fixture among them
 from test_train_llama import run as launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_chts import SparseTrainer
+from hf_chts import SparseTrainer, SparsityConfig
 from hf_chts.checkpoint import load_masks
 from hf_chts.export import pack_directory
 
@@ -143,6 +143,12 @@ def without_a_weight(directory):
     (directory / "weights_checksums.json").unlink()
 
 
+def narrowed(directory):
+    config = SparsityConfig.load(directory)
+    config.activation_topk = 0.25
+    config.save(directory)
+
+
 # the model, what is done to a copy of it, the options, and what the refusal says
 REFUSED = {
     "another tokenizer": ("dense/export", None, ("--tokenizer", "{other}"), "does not give the token ids that"),
@@ -153,6 +159,13 @@ REFUSED = {
     "a config file": ("tiny.json", None, (), "is a config file without any"),
     "another sparsity": ("sparse/export", None, (), "is 80.00% sparse, and this run 90.00%: set sparsity: 0.8"),
     "another allocation": ("sparse/export", None, ("--allocation", "global"), "with allocation 'uniform', and this"),
+    "other activations": ("sparse/export", narrowed, AT_80, "activation_topk 0.25), and in this run all"),
+    "no sparse activations": (
+        "sparse/export",
+        narrowed,
+        ("--method", "dense"),
+        "activation_topk 0.25), and in this run all",
+    ),
     "nothing there": ("nowhere", None, (), "nowhere"),
     "a bad choice": ("dense/export", None, ("--init", "copied"), "init is random or weights, got 'copied'"),
 }

@@ -32,8 +32,9 @@ from hf_chts.export.starting_weights import weights_digest
 from hf_chts.fine_tuning.arguments import FineTuningArguments, FineTuningConfig
 from hf_chts.fine_tuning.conversations import check_ends, give_template, load_conversations
 from hf_chts.fine_tuning.masked_lora import masked
-from hf_chts.fine_tuning.starting_model import load_to_tune
+from hf_chts.fine_tuning.starting_model import also_sparse, load_to_tune
 from hf_chts.machine import on_cpu
+from hf_chts.names import listed
 from hf_chts.plain_text import print_anything
 from hf_chts.sharding.ranks import rank_and_world
 
@@ -114,9 +115,17 @@ def build_trainer(tuning: FineTuningArguments, args: FineTuningConfig) -> Sparse
     sparse = SparsityHandle.of(model)
     if tuning.export == "packed" and (sparse is None or tuning.merge == "dense"):
         raise ValueError("export packed: the result is dense, and has nothing to pack: leave export plain")
+    if tuning.lora_rank and sparse is not None and sparse.config.activation_topk < 1:
+        # adapters add to what is left of a layer's outputs, and merged ones to the outputs before
+        raise ValueError(
+            f"of {name} only the largest activations stay (activation_topk {sparse.config.activation_topk:g}), and "
+            "with adapters that is another function before they are merged than after: leave lora_rank out"
+        )
     if exports and tuning.export == "plain" and sparse is not None:
-        refuse_plain(sparse.config.activation_topk, "--export packed, and adapters with --merge masked")
+        refuse_plain(sparse.config.activation_topk, "--export packed")
     what = "dense" if sparse is None else f"{sparse.sparsity():.2%} sparse, and its links stay"
+    if sparse is not None and (others := also_sparse(name)):
+        what += f", but not the zeros of its {listed(others)} (also_sparse)"
     _say(f"{len(train):,} conversations to train on, {len(validation):,} to validate on; {name} is {what}")
     begun = weights_digest(model)
     trainer = SparseSFTTrainer(
@@ -187,7 +196,7 @@ def _tokenizer(name: str, model: PreTrainedModel, train: datasets.Dataset, args:
 def _lora(tuning: FineTuningArguments, sparse: SparsityHandle | None) -> LoraConfig:
     config = LoraConfig(
         r=tuning.lora_rank,
-        lora_alpha=tuning.lora_alpha or 2 * tuning.lora_rank,
+        lora_alpha=2 * tuning.lora_rank if tuning.lora_alpha is None else tuning.lora_alpha,
         lora_dropout=tuning.lora_dropout,
         target_modules=list(sparse.layers) if sparse is not None else "all-linear",
         task_type="CAUSAL_LM",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from hf_chts.export.starting_weights import file_of, load_weights, weights_diges
 from hf_chts.files.atomic import finite_or_null, write_json
 from hf_chts.files.reading import read_json
 from hf_chts.layers.calibration import input_norms
-from hf_chts.layers.shares import layer_links
+from hf_chts.layers.shares import refuse_other_sparsity
 from hf_chts.layers.targets import find_targets
 from hf_chts.model_arguments import ModelArguments
+from hf_chts.names import listed
 from hf_chts.sharding.ranks import rank_and_world, together
 from hf_chts.topology.parts import INITIAL_TOPOLOGIES
 
@@ -31,7 +32,6 @@ RESULTS_NAME = "start_results.json"
 # Fields of the config that say which layers have links, and how many each
 _LAYERS = ("target_modules", "exclude_modules", "allocation", "layer_sparsity", "per_head")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_TOLERANCE = 1e-3  # of a sparsity: numbers of links are rounded
 
 
 @dataclass
@@ -76,6 +76,7 @@ class StartingModel:
         start = cls(name, sparsity, exported if exported is not None and not exported.is_dense else None)
         if start.keeps_topology:
             start._refuse_other_layers()
+        start._refuse_other_activations()
         return start
 
     @property
@@ -99,6 +100,17 @@ class StartingModel:
                     f"{self.name} is sparse with {name} {there!r}, and this run has {here!r}: set {name} as there to "
                     "go on with its topology, or initial_topology: magnitude to choose links anew by its weights"
                 )
+
+    def _refuse_other_activations(self) -> None:
+        there = 1.0 if self.exported is None else self.exported.activation_topk
+        here = self.sparsity.activation_topk
+        if there < 1 and here != there:
+            remedy = "choose a sparse method" if self.sparsity.is_dense else f"set activation_topk: {there:g}, as there"
+            raise ValueError(
+                f"of {self.name} only the largest activations stay (activation_topk {there:g}), and in this run "
+                f"{'all' if here == 1 else f'the share {here:g}'}, so that its weights would compute something else: "
+                f"{remedy}"
+            )
 
     def tokenizer(self, given: str | None, vocab_size: int) -> str:
         """The name of the tokenizer to train with: the model's own.
@@ -154,6 +166,9 @@ class StartingModel:
             self.results = read_json(path) if path.is_file() else {}
         if kept is not None or self.sparsity.is_dense:
             what = f"its topology, {kept.sparsity():.2%} sparse" if kept is not None else "all weights trained"
+            others = () if self.exported is None or self.sparsity.also_sparse else self.exported.also_sparse
+            if others:
+                what += f"; the zeros of its {listed(others)} (also_sparse) are not kept"
             _say(f"Starting with the weights of {self.name}, {what}")
             measure("before training")
             return model, kept, digest
@@ -172,25 +187,10 @@ class StartingModel:
         )
         sparse = SparsityHandle.of(model)
         if sparse is not None:
-            self._refuse_other_sparsity(sparse)
+            shapes = {name: layer.storage.shape for name, layer in sparse.layers.items()}
+            links = {name: layer.links for name, layer in sparse.layers.items()}
+            refuse_other_sparsity(self.name, shapes, links, self.sparsity)
         return model
-
-    def _refuse_other_sparsity(self, sparse: SparsityHandle) -> None:
-        shapes = {name: layer.storage.shape for name, layer in sparse.layers.items()}
-        # together the layers have as many links whatever the allocation, and this one reads no weights
-        apart = replace(self.sparsity, allocation="uniform", initial_topology="erdos_renyi")
-        possible = sum(rows * columns for rows, columns in shapes.values())
-        first, last = (
-            1 - sum(layer_links(shapes, at, apart, {}).values()) / possible
-            for at in (apart.initial_sparsity, apart.sparsity)
-        )
-        found = sparse.sparsity()
-        if not first - _TOLERANCE <= found <= last + _TOLERANCE:
-            run = f"{first:.2%}" if first == last else f"{first:.2%} to {last:.2%}"
-            raise ValueError(
-                f"{self.name} is {found:.2%} sparse, and this run {run}: set sparsity: {found:.4g} to go on with its "
-                "topology, or initial_topology: magnitude to choose links anew by its weights"
-            )
 
     def _say_how_it_is_pruned(self) -> None:
         config = self.sparsity

@@ -286,9 +286,9 @@ class UpdateOverRanks:
             return weight
 
         weights = LazyMapping(whole, layers)
-        links = layer_links(shapes, plan.sparsity(step), config, weights)
+        links = layer_links(shapes, plan.sparsity(step), config, weights, self.sparse.blocks)
         rises = step <= plan.decay_end and config.initial_sparsity <= config.sparsity
         if config.allocation == "global" and rises and len(trained) < len(layers):
             held = {name: layer.links for name, layer in layers.items()}
-            links = without_return(links, held, shapes, config, weights, trained)
+            links = without_return(links, held, shapes, config, weights, trained, self.sparse.blocks)
         return links

@@ -21,8 +21,9 @@ from hf_chts.export.weight_files import PLAIN_STEM, WeightFiles
 from hf_chts.layers.activations import keep_largest_activations
 from hf_chts.layers.linked_layer import LinkedLayer
 from hf_chts.layers.masked_linear import PLAIN_LAYERS, masked_class
+from hf_chts.layers.shares import refuse_other_sparsity
 from hf_chts.names import listed
-from hf_chts.sparse_model import sparsify
+from hf_chts.sparse_model import SparsityHandle, sparsify
 
 Compute = Literal["dense", "sparse"]
 _QUANTIZING = ("quantization_config", "load_in_8bit", "load_in_4bit")
@@ -107,7 +108,7 @@ def load_sparse(
     _check_class(directory, model, architecture(contents), info)
     keep_largest_activations(model, config.activation_topk)
     if into_slots:
-        return pack_model(model) if compute == "sparse" else model
+        return _ready(model, directory, sparsity, compute)
     layers: dict[str, nn.Module] = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, PLAIN_LAYERS)
     }
@@ -121,6 +122,18 @@ def load_sparse(
             if weight.shape == mask.shape:  # else sparsify refuses it
                 check_zeros(directory, name, weight, mask)
     sparsify(model, config, masks=masks)  # raises for masks that fit no layer
+    return _ready(model, directory, sparsity, compute)
+
+
+def _ready(
+    model: PreTrainedModel, directory: Path, sparsity: SparsityConfig | None, compute: str | None
+) -> PreTrainedModel:
+    handle = SparsityHandle.of(model)
+    # at its first update a run of another sparsity would prune or fill in one step what is to take many
+    if handle is not None and sparsity is not None and sparsity.evolves:
+        shapes = {name: layer.storage.shape for name, layer in handle.layers.items()}
+        links = {name: layer.links for name, layer in handle.layers.items()}
+        refuse_other_sparsity(str(directory), shapes, links, sparsity)
     return pack_model(model) if compute == "sparse" else model
 
 

@@ -77,6 +77,8 @@ class FineTuningArguments:
             raise ValueError(f"lora_rank is {self.lora_rank}; it must be 0 (no adapters) or more")
         if self.merge != "masked" and not self.lora_rank:
             raise ValueError(f"merge is {self.merge!r}, and there are no adapters: set lora_rank, or leave it out")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}; it must be 1 or more, or left out")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must lie in [0, 1)")
         if self.zeros == "fill" and self.export == "packed":

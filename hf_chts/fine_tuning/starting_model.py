@@ -17,6 +17,12 @@ def tuned_config(pretrained: SparsityConfig) -> SparsityConfig:
     return SparsityConfig(method="static", **{name: getattr(pretrained, name) for name in _KEPT})
 
 
+def also_sparse(source: str) -> tuple[str, ...]:
+    """What else is sparse in a model, of whose zeros only a run of method topk takes care."""
+    path = file_of(source, CONFIG_NAME)
+    return () if path is None else tuple(SparsityConfig.load(path).also_sparse or ())
+
+
 def load_to_tune(source: str, *, fill: bool, attn_implementation: str | None = None) -> PreTrainedModel:
     """A causal language model in float32, on the CPU.
 
@@ -26,7 +32,8 @@ def load_to_tune(source: str, *, fill: bool, attn_implementation: str | None = N
         fill: whether a sparse model becomes dense, with weights that start at 0 where it had no link.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_weights`; there is no such model; or `fill` is asked of a dense one.
+        FileNotFoundError, ValueError: see `load_weights`; there is no such model; or `fill` is asked of a dense one, or
+            of one with `activation_topk`.
     """
     try:
         path = file_of(source, CONFIG_NAME)
@@ -36,5 +43,10 @@ def load_to_tune(source: str, *, fill: bool, attn_implementation: str | None = N
     sparse = pretrained is not None and not pretrained.is_dense
     if fill and not sparse:
         raise ValueError(f"zeros is 'fill', but {source} has no missing links: leave zeros out")
+    if fill and pretrained is not None and pretrained.activation_topk < 1:
+        raise ValueError(
+            f"zeros is 'fill', and of {source} only the largest activations stay (activation_topk "
+            f"{pretrained.activation_topk:g}), which a dense model would not do: leave zeros out"
+        )
     config = tuned_config(pretrained) if pretrained is not None and sparse and not fill else None
     return load_weights(source, sparse=sparse, sparsity=config, attn_implementation=attn_implementation)

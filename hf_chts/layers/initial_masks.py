@@ -36,7 +36,7 @@ def initial_masks(
         ValueError: calibration inputs are needed and missing, or do not fit; the registered function refuses what it
             is given, or returns something other than a mask with the right number of links.
     """
-    links = layer_links(shapes, config.initial_sparsity, config, weights)
+    links = layer_links(shapes, config.initial_sparsity, config, weights, blocks)
     part = INITIAL_TOPOLOGIES[config.initial_topology]
     masks: dict[str, Tensor] = {}
     as_bits = config.storage == "links"
@@ -86,7 +86,7 @@ def check_links(
             except ValueError as error:
                 raise ValueError(f"{name} {shapes[name]}: {error}") from error
     for sparsity in (config.sparsity, config.initial_sparsity):
-        for name, links in layer_links(shapes, sparsity, config, weights).items():
+        for name, links in layer_links(shapes, sparsity, config, weights, blocks).items():
             if pattern is not None and links < shapes[name][0]:
                 raise ValueError(
                     f"{name} {shapes[name]} would have {links} links at sparsity {sparsity}, fewer than outputs, and "

@@ -12,12 +12,15 @@ from hf_chts.files.reading import LazyMapping
 from hf_chts.names import listed
 from hf_chts.topology.allocation import allocate_links, links_at
 
+_TOLERANCE = 1e-3  # of a sparsity: numbers of links are rounded
+
 
 def layer_links(
     shapes: Mapping[str, tuple[int, int]],
     sparsity: float,
     config: SparsityConfig,
     weights: Mapping[str, Tensor],
+    blocks: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """The number of links of each layer at a sparsity of the run.
 
@@ -25,6 +28,8 @@ def layer_links(
         shapes: (out, in) by layer name.
         sparsity: of all layers together, except those with their own sparsity (`layer_sparsity`).
         weights: (out, in) by layer name; read for allocation "global" alone, one at a time.
+        blocks: the number of blocks of rows that evolve on their own, by layer name; 1 where absent. Allocation
+            "global" leaves each block a link, and each output under fan_in.
     """
     own = overrides(shapes, config)
     rest = {name: shape for name, shape in shapes.items() if name not in own}
@@ -38,8 +43,16 @@ def layer_links(
         links |= {name: links_at(shape[0] * shape[1], sparsity) for name, shape in rest.items()}
     elif rest:
         scores = LazyMapping(lambda name: weights[name].detach().abs(), rest) if config.allocation == "global" else None
-        links |= allocate_links(rest, sparsity, config.allocation, scores)
+        least = None if scores is None else _fewest(rest, config, blocks)
+        links |= allocate_links(rest, sparsity, config.allocation, scores, least)
     return {name: links[name] for name in shapes}
+
+
+def _fewest(
+    shapes: Mapping[str, tuple[int, int]], config: SparsityConfig, blocks: Mapping[str, int] | None
+) -> dict[str, int]:
+    by_output = config.links_pattern is not None
+    return {name: rows if by_output else (blocks or {}).get(name, 1) for name, (rows, _) in shapes.items()}
 
 
 def most_links(
@@ -59,6 +72,26 @@ def most_links(
     return {name: min(n + n // 2, math.prod(shapes[name])) if shared else n for name, n in most.items()}
 
 
+def refuse_other_sparsity(
+    model: str, shapes: Mapping[str, tuple[int, int]], links: Mapping[str, int], config: SparsityConfig
+) -> None:
+    """Raises ValueError if a model, of this name and with these layers, is sparser or denser than a run of `config`."""
+    # together the layers have as many links whatever the allocation, and this one reads no weights
+    apart = replace(config, allocation="uniform", initial_topology="erdos_renyi")
+    possible = sum(math.prod(shape) for shape in shapes.values())
+    first, last = (
+        1 - sum(layer_links(shapes, at, apart, {}).values()) / possible
+        for at in (apart.initial_sparsity, apart.sparsity)
+    )
+    found = 1 - sum(links.values()) / possible
+    if not first - _TOLERANCE <= found <= last + _TOLERANCE:
+        run = f"{first:.2%}" if first == last else f"{first:.2%} to {last:.2%}"
+        raise ValueError(
+            f"{model} is {found:.2%} sparse, and this run {run}: set sparsity: {found:.4g} to go on with its "
+            "topology, or initial_topology: magnitude to choose links anew by its weights"
+        )
+
+
 def without_return(
     links: Mapping[str, int],
     held: Mapping[str, int],
@@ -66,6 +99,7 @@ def without_return(
     config: SparsityConfig,
     weights: Mapping[str, Tensor],
     trained: Collection[str],
+    blocks: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Limit the `links` of allocation "global" so that the layers in `trained` have no more together than they `held`.
 
@@ -78,7 +112,8 @@ def without_return(
         return dict(links)
     possible = sum(math.prod(shape) for shape in sharing.values())
     scores = LazyMapping(lambda name: weights[name].detach().abs(), sharing)
-    return {**links, **allocate_links(sharing, 1 - most / possible, "global", scores)}
+    least = {name: min(held[name], n) for name, n in _fewest(sharing, config, blocks).items()}
+    return {**links, **allocate_links(sharing, 1 - most / possible, "global", scores, least)}
 
 
 def sparsity_ahead(

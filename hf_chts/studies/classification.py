@@ -71,7 +71,11 @@ class Settings:
     checkpoint_epochs: int = 5
 
     def __post_init__(self) -> None:
-        check_positive(self, ("hidden", "layers", "epochs", "batch", "rate", "threads", "checkpoint_epochs"))
+        check_positive(
+            self, ("hidden", "layers", "epochs", "batch", "rate", "threads", "checkpoint_epochs", "update_epochs")
+        )
+        if self.held_out < 0:
+            raise ValueError(f"held_out is {self.held_out}; it must be >= 0")
 
 
 class _Trained:
@@ -104,6 +108,7 @@ class _Trained:
         self.evolver: Evolver | None = None
         if not config.is_dense:
             self.evolver = self.sparse.evolver(self.optimizer, self.max_steps, tokens=settings.batch)
+            self.evolver.scale_rate(self.scheduler)
         self.clock, self.curves, self.epoch = Clock(), dict[str, list[float]](), 0
 
     def save(self, path: Path) -> None:

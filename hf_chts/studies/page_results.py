@@ -59,7 +59,7 @@ class StudyResults:
             if not path.is_file():
                 missing.append(run)
                 continue
-            result = read_result(path)
+            result = read_result(path, run)
             if result["settings"] != as_saved(run.settings):
                 changed.append(run)
                 continue
@@ -96,11 +96,14 @@ def gpu_of(result: Result) -> str:
     return str(result["machine"]["device"]) if "of_device" in result["memory_mib"] else ""
 
 
-def read_result(path: Path) -> Result:
+def read_result(path: Path, run: Run | None = None) -> Result:
     """What a result file holds, with None for numbers that are not finite.
 
+    Args:
+        run: whose result it is to be.
+
     Raises:
-        ValueError: it is not the result of a run; the message names it.
+        ValueError: it is not the result of a run, or of another; the message names it.
     """
     remedy = "remove it to run it again"
     try:
@@ -109,8 +112,28 @@ def read_result(path: Path) -> Result:
             for one in inside:
                 result[name][one]
             result[name]
-    except (ValueError, TypeError) as error:
+        _check_values(result)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the result of a run ({error}): {remedy}") from error
     except KeyError as error:
         raise ValueError(f"{path} is not the result of a run, it has no {error}: {remedy}") from error
+    if run is not None and (result["row"], result["seed"]) != (run.row, run.seed):
+        raise ValueError(f"{path} is the result of {result['row']}-{result['seed']}, and not of {run.name}: {remedy}")
     return result
+
+
+def _check_values(result: Result) -> None:
+    for name in ("settings", "figures", "curves"):
+        if not isinstance(result[name], Mapping):
+            raise ValueError(f"its {name} are {result[name]!r}")
+    figures, seconds = result["figures"].items(), ((name, result[name]) for name in ("seconds", "processor_seconds"))
+    memory = result["memory_mib"].items()
+    for name, value in (*figures, *seconds, *memory):
+        if type(value) not in (int, float) and not (value is None and name in result["figures"]):
+            raise ValueError(f"its {name} is {value!r}")
+    if not all(isinstance(curve, list) for curve in result["curves"].values()):
+        raise ValueError("its curves are not lists of numbers")
+    if len({len(curve) for curve in result["curves"].values()}) > 1:
+        raise ValueError("its curves have different numbers of points")
+    if not all(isinstance(text, str) for text in (result["command"], *result["machine"]["versions"].values())):
+        raise ValueError("its command or versions are not text")

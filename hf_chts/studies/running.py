@@ -64,7 +64,7 @@ def missing(study: Study, runs: Sequence[Run], results: Path) -> list[Run]:
         if not path.is_file():
             left.append(run)
             continue
-        there, now = read_result(path)["settings"], as_saved(run.settings)
+        there, now = read_result(path, run)["settings"], as_saved(run.settings)
         if there != now:
             raise ValueError(
                 f"{path} was run with other settings ({_changed(there, now)}): remove it to run it "

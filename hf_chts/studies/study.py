@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -160,11 +161,12 @@ class Study:
                 of_row = _seeds(short.get("seeds", of_row))
             paper = () if quick else own.get("paper", ())  # a short form is compared with nobody
             paper = tuple(paper) if isinstance(paper, (list, tuple)) else (paper,)
-            if len(paper) > 2 or any(type(number) not in (int, float) for number in paper):
+            numbers = all(type(n) in (int, float) and math.isfinite(n) for n in paper)
+            if not numbers or len(paper) > 2 or min(paper[1:], default=0) < 0:
                 raise ValueError(f"paper of row {row!r} is {own['paper']!r}; it must be a number, or it and its error")
             label, group = (_text(f"{what} of row {row!r}", own, what, "") for what in ("label", "group"))
             made.append(Row(row, label or row, group, paper, of_row, merged))
-        compared = tuple(row for row in references if row in rows)
+        compared = tuple(row for row in dict.fromkeys(references) if row in rows)
         title, task = (_text(what, values, what, name) for what in ("title", "task"))
         if quick:
             title = _text("title of quick", short, "title", title)
@@ -200,9 +202,9 @@ def _seeds(values: Any) -> tuple[int, ...]:
         not isinstance(values, Sequence)
         or isinstance(values, str)
         or not values
-        or any(type(v) is not int or v < 0 for v in values)
+        or any(type(v) is not int or not 0 <= v < 1 << 32 for v in values)
     ):
-        raise ValueError(f"seeds is {values!r}; it must be a list of whole numbers from 0 on")
+        raise ValueError(f"seeds is {values!r}; it must be a list of whole numbers from 0 to 2^32 − 1")
     if len(set(values)) < len(values):
         raise ValueError(f"seeds is {values!r}; each may be there once")
     return tuple(values)

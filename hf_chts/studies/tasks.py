@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, get_origin, get_type_hints
 
@@ -61,7 +62,7 @@ def parsed(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
 def check_positive(settings: Any, names: Iterable[str]) -> None:
     """Raises ValueError, naming the setting, if one of these is not more than 0."""
     for name in names:
-        if not getattr(settings, name) > 0:
+        if not 0 < getattr(settings, name) < math.inf:
             raise ValueError(f"setting {name} is {getattr(settings, name)}; it must be more than 0")
 
 

@@ -38,6 +38,7 @@ def allocate_links(
     sparsity: float,
     how: str = "uniform",
     scores: Mapping[str, Tensor] | None = None,
+    least: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Share out the links that `sparsity` leaves to all layers together, at least one to each layer.
 
@@ -52,13 +53,15 @@ def allocate_links(
             "global", by the number of a layer's weights among those with the highest scores of all layers.
         scores: only for "global": (out, in) of each layer, floating point, finite and >= 0, such as |w|. They are
             compared in float32, and equal scores at the threshold count in proportion to their number.
+        least: only for "global": the fewest links of each layer, by name, from 1 to its size; 1 where absent. Layers
+            that their scores would give fewer have so many, and the others share the rest by theirs.
 
     Returns:
         Links by name, in the order of `shapes`.
 
     Raises:
-        ValueError: `shapes` is empty; a shape, `sparsity` or `how` is invalid; there are fewer links than layers; or
-            `scores` are missing, not wanted, or not as described.
+        ValueError: `shapes` is empty; a shape, `sparsity` or `how` is invalid; there are fewer links than layers, or
+            than `least` wants; or `scores` are missing, not wanted, or not as described.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is {sparsity}; it must lie in [0, 1)")
@@ -82,7 +85,13 @@ def allocate_links(
         if scores is None:
             raise ValueError("how is 'global', which compares scores: give those of each layer, such as |w|")
         _check_scores(shapes, scores)
-        return dict(zip(shapes, _highest(scores, list(shapes), total), strict=True))
+        fewest = {name: (least or {}).get(name, 1) for name in shapes}
+        if total < sum(fewest.values()):
+            raise ValueError(
+                f"sparsity {sparsity} leaves {total} of {sum(sizes)} links, and the {len(sizes)} layers must have at "
+                f"least {sum(fewest.values())}, such as one for each output under fan_in: lower it"
+            )
+        return _by_scores(scores, total, fewest)
     if scores is not None:
         raise ValueError(f"how is {how!r}, which takes no scores: leave them out, or choose 'global'")
     shares = sizes if how == "uniform" else [shape[0] + shape[1] for shape in shapes.values()]
@@ -140,6 +149,18 @@ def _check_scores(shapes: Mapping[str, tuple[int, int]], scores: Mapping[str, Te
                 f"the scores of {name} must be finite and >= 0; got a minimum of {low.item()} and a maximum of "
                 f"{high.item()}"
             )
+
+
+def _by_scores(scores: Mapping[str, Tensor], total: int, fewest: Mapping[str, int]) -> dict[str, int]:
+    """How many of the `total` highest scores each tensor has, and at least its fewest."""
+    raised: dict[str, int] = {}
+    while True:
+        rest = [name for name in fewest if name not in raised]
+        found = dict(zip(rest, _highest(scores, rest, total - sum(raised.values())), strict=True))
+        below = {name: fewest[name] for name in rest if found[name] < fewest[name]}
+        if not below:
+            return {name: raised.get(name) or found[name] for name in fewest}
+        raised |= below
 
 
 def _highest(scores: Mapping[str, Tensor], names: list[str], total: int) -> list[int]:

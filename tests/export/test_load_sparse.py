@@ -173,3 +173,14 @@ def test_quantized_models_are_not_exported(tmp_path):
     assert not any(tmp_path.iterdir())
     del model.config.quantization_config
     load_sparse(export_sparse(model, tmp_path / "x"))
+
+
+@pytest.mark.parametrize("storage", ["masked", "links"])
+def test_a_run_of_another_sparsity_does_not_go_on_with_the_links(tmp_path, storage):
+    export_sparse(made(LlamaForCausalLM), tmp_path)
+    for sparsity in (0.4, 0.8):
+        config = SparsityConfig(method="set", sparsity=sparsity, storage=storage)
+        with pytest.raises(ValueError, match=rf"is 50.00% sparse, and this run {100 * sparsity:.2f}%"):
+            load_sparse(tmp_path, sparsity=config)
+    for config in (SparsityConfig("chtss", sparsity=0.8, storage=storage), SparsityConfig("static", sparsity=0.8)):
+        assert SparsityHandle.of(load_sparse(tmp_path, sparsity=config)).sparsity() == pytest.approx(0.5, abs=1e-3)

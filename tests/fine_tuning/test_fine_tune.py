@@ -201,6 +201,8 @@ def test_a_plain_loop(source, data, tmp_path):
         (["--zeros", "fill", "--export", "packed"], "nothing to pack"),
         (["--merge", "all"], "merge is 'all'; choose masked or dense or none"),
         (["--lora_rank", "-1"], "lora_rank is -1"),
+        (["--lora_rank", "2", "--lora_alpha", "0"], "lora_alpha is 0"),
+        (["--merge", "dense"], "merge is 'dense', and there are no adapters"),
         (["--model", "nowhere/x"], "nowhere/x"),
         (["--dataset", "nothing.jsonl"], "nothing.jsonl"),
         (["--dataset_split", "valid"], "valid"),
@@ -293,7 +295,18 @@ def test_what_cannot_be_exported_is_not_trained(data, tmp_path, tokenizer):
     with pytest.raises(SystemExit, match=r"activation_topk is 0.5: .* --export packed"):
         run(tmp_path / "model", data / "completions.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    for options in (["--lora_rank", "2"], ["--zeros", "fill"]):  # they would compute something else in the end
+        with pytest.raises(SystemExit, match=r"only the largest activations stay \(activation_topk 0.5\)"):
+            run(tmp_path / "model", data / "completions.jsonl", tmp_path / "out", *options)
     run(tmp_path / "model", data / "completions.jsonl", tmp_path / "out", "--max_steps", "1", "--export", "packed")
+
+
+def test_zeros_that_are_not_kept_are_said(data, tmp_path, tokenizer, capsys):
+    model = tiny_llama(vocab_size=300)
+    sparsify(model, SparsityConfig(method="topk", sparsity=0.8, also_sparse=["norms"]))
+    export_sparse(model, tmp_path / "model", tokenizer=tokenizer)
+    run(tmp_path / "model", data / "completions.jsonl", tmp_path / "out", "--max_steps", "1")
+    assert "sparse, and its links stay, but not the zeros of its norms (also_sparse)" in capsys.readouterr().out
 
 
 def test_adapters_on_transposed_weights(data, tmp_path, tokenizer):

@@ -128,6 +128,16 @@ def test_the_rate_falls_to_its_end_and_stays(tmp_path):
     assert trained.sparse.config.update_interval == trained.per_epoch == 1438 // 32
 
 
+def test_the_rate_rises_as_density_falls(tmp_path):
+    sparse = {"method": "gmp", "sparsity": 0.9, "rate_by_density": "inverse_sqrt"}
+    settings = parsed(Settings, {"data": "digits", "epochs": 4, "hidden": 32, "layers": 1, "sparsity": sparse})
+    trained = classification._Trained(settings, load_images("digits"), 0)
+    first, last = (trained.scheduler.lr_lambdas[0](step) for step in (0, trained.max_steps - 1))
+    # from half of the links to a tenth: √10 in place of √2
+    assert first == pytest.approx(2**0.5)
+    assert last == pytest.approx(0.01 * 10**0.5, rel=1e-3)
+
+
 def test_active_neurons_by_hand():
     model = mlp(3, 3, 2, 2)
     masks = {"0": torch.zeros(3, 3, dtype=torch.bool), "2": torch.zeros(3, 3, dtype=torch.bool)}

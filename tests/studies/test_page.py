@@ -127,6 +127,26 @@ def test_a_file_that_is_no_result_is_named(done):
         written(done)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"settings": None}, "settings are None"),
+        ({"figures": []}, r"figures are \[\]"),
+        ({"figures": {"score": "high"}}, "score is 'high'"),
+        ({"seconds": None}, "seconds is None"),
+        ({"curves": [1]}, r"curves are \[1\]"),
+        ({"curves": {"epoch": [1, 2], "score": [1.0]}}, "curves have different numbers of points"),
+        ({"machine": {"device": "x", "threads": 1, "capability": "y", "versions": {"torch": 2}}}, "are not text"),
+        ({"seed": 1}, "the result of set-1, and not of set-2"),
+        ({"row": "chts"}, "the result of chts-2, and not of set-2"),
+    ],
+)
+def test_a_result_that_is_damaged_or_another_runs_is_named(done, fields, said):
+    done.add("set-2", **{"figures": {"score": 1.0}, **fields})
+    with pytest.raises(ValueError, match=f"set-2.json is .*{said}"):
+        written(done)
+
+
 def test_paired_differences(done):
     done.write(reference="dense")
     text = written(done)

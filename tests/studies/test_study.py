@@ -73,7 +73,7 @@ class TestReading:
             ({"rows": {"a": {"labels": "A"}}}, "unknown field of row 'a' 'labels'; did you mean 'label'"),
             ({"rows": {}}, "rows is {}; it must map names of rows"),
             ({"seeds": [0, True]}, r"seeds is \[0, True\]; it must be a list of whole numbers"),
-            ({"seeds": [-1]}, r"seeds is \[-1\]; it must be a list of whole numbers from 0 on"),
+            ({"seeds": [-1]}, r"seeds is \[-1\]; it must be a list of whole numbers from 0 to 2"),
             ({"seeds": ["0"]}, r"seeds is \['0'\]; it must be a list of whole numbers"),
             ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; each may be there once"),
             ({"rows": {1: {}}}, "the row 1 has a name that files cannot have"),

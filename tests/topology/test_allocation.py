@@ -68,6 +68,26 @@ def test_global_leaves_a_layer_its_best_link():
     assert allocate_links({"weak": (1, 2), "strong": (2, 4)}, 0.8, "global", scores) == {"weak": 1, "strong": 1}
 
 
+def test_global_leaves_each_layer_its_fewest_and_shares_the_rest_by_scores():
+    torch.manual_seed(0)
+    scores = {"weak": 0.01 * torch.rand(6, 5), "middle": 0.5 + torch.rand(6, 5), "strong": 1 + torch.rand(6, 5)}
+    shapes = dict.fromkeys(scores, (6, 5))
+    assert allocate_links(shapes, 0.5, "global", scores)["weak"] == 1
+    links = allocate_links(shapes, 0.5, "global", scores, {"weak": 6, "middle": 2})
+    others = torch.cat([scores["middle"].flatten(), scores["strong"].flatten()]).sort(descending=True).values[:39]
+    assert links == {
+        "weak": 6,
+        "middle": int((scores["middle"] >= others[-1]).sum()),
+        "strong": int((scores["strong"] >= others[-1]).sum()),
+    }
+    assert sum(links.values()) == 45
+    # a layer that the others' fewest push below its own has its own, too
+    links = allocate_links(shapes, 0.8, "global", scores, {"weak": 6, "middle": 6, "strong": 6})
+    assert links == {"weak": 6, "middle": 6, "strong": 6}
+    with pytest.raises(ValueError, match="leaves 18 of 90 links, and the 3 layers must have at least 19"):
+        allocate_links(shapes, 0.8, "global", scores, {"weak": 7, "middle": 6, "strong": 6})
+
+
 def test_global_shares_equals_in_proportion():
     scores = {"a": torch.zeros(4, 5), "b": torch.zeros(2, 5)}
     scores["a"][0, 0] = 1.0
