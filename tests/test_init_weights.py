@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from test_train_llama import (  # noqa: F401 - a fixture among them
@@ -144,9 +145,7 @@ def without_a_weight(directory):
 
 
 def narrowed(directory):
-    config = SparsityConfig.load(directory)
-    config.activation_topk = 0.25
-    config.save(directory)
+    replace(SparsityConfig.load(directory), activation_topk=0.25).save(directory)
 
 
 # the model, what is done to a copy of it, the options, and what the refusal says

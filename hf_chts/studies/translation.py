@@ -57,6 +57,7 @@ class Settings:
         vocabulary: most tokens of the byte-pair encoding, of both languages.
         width, feed_forward, layers, heads, dropout: of the model, as in `new_model`.
         tokens: in a batch, of the longer side of its pairs, padding included.
+        gain: factor on Glorot's initial weights.
         steps: optimizer steps.
         learning_rate: the highest, at the end of the warm-up.
         warmup: steps of it; from there on the rate falls with the inverse square root of the step.
@@ -79,6 +80,7 @@ class Settings:
     layers: int = 6
     heads: int = 8
     dropout: float = 0.1
+    gain: float = 1.0
     label_smoothing: float = 0.1
     tokens: int = 1024
     steps: int = 5000
@@ -151,6 +153,7 @@ def _trainer(settings: Settings, run: Run, encoded: Mapping[str, EncodedPairs], 
         layers=settings.layers,
         heads=settings.heads,
         dropout=settings.dropout,
+        gain=settings.gain,
     )
     args = TranslationArguments(
         str(run.folder / "training"),

@@ -31,7 +31,9 @@ _IGNORED = -100
 _POSITIONS = 256
 
 
-def new_model(vocabulary: int, *, width: int, feed_forward: int, layers: int, heads: int, dropout: float) -> Any:
+def new_model(
+    vocabulary: int, *, width: int, feed_forward: int, layers: int, heads: int, dropout: float, gain: float = 1.0
+) -> Any:
     """A Marian-shaped encoder-decoder with weights that are drawn from torch's global generator.
 
     Embeddings of both languages and the output are one matrix, as in Vaswani et al. 2017. Weights of linear layers are
@@ -40,6 +42,7 @@ def new_model(vocabulary: int, *, width: int, feed_forward: int, layers: int, he
     Args:
         vocabulary: number of tokens.
         layers: of the encoder, and as many of the decoder.
+        gain: factor on Glorot's weights.
     """
     sides: dict[str, Any] = {}
     for side in ("encoder", "decoder"):
@@ -62,7 +65,7 @@ def new_model(vocabulary: int, *, width: int, feed_forward: int, layers: int, he
     model = MarianMTModel(config)
     for module in model.model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+            nn.init.xavier_uniform_(module.weight, gain)
     return model
 
 
