@@ -187,9 +187,7 @@ class StartingModel:
         )
         sparse = SparsityHandle.of(model)
         if sparse is not None:
-            shapes = {name: layer.storage.shape for name, layer in sparse.layers.items()}
-            links = {name: layer.links for name, layer in sparse.layers.items()}
-            refuse_other_sparsity(self.name, shapes, links, self.sparsity)
+            refuse_other_sparsity(self.name, sparse.layers, self.sparsity)
         return model
 
     def _say_how_it_is_pruned(self) -> None:

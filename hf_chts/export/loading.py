@@ -131,9 +131,7 @@ def _ready(
     handle = SparsityHandle.of(model)
     # at its first update a run of another sparsity would prune or fill in one step what is to take many
     if handle is not None and sparsity is not None and sparsity.evolves:
-        shapes = {name: layer.storage.shape for name, layer in handle.layers.items()}
-        links = {name: layer.links for name, layer in handle.layers.items()}
-        refuse_other_sparsity(str(directory), shapes, links, sparsity)
+        refuse_other_sparsity(str(directory), handle.layers, sparsity)
     return pack_model(model) if compute == "sparse" else model
 
 

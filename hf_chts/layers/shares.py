@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_chts.config import SparsityConfig
 from hf_chts.files.reading import LazyMapping
+from hf_chts.layers.sparse_layer import SparseLayer
 from hf_chts.names import listed
 from hf_chts.topology.allocation import allocate_links, links_at
 
@@ -72,10 +73,9 @@ def most_links(
     return {name: min(n + n // 2, math.prod(shapes[name])) if shared else n for name, n in most.items()}
 
 
-def refuse_other_sparsity(
-    model: str, shapes: Mapping[str, tuple[int, int]], links: Mapping[str, int], config: SparsityConfig
-) -> None:
+def refuse_other_sparsity(model: str, layers: Mapping[str, SparseLayer], config: SparsityConfig) -> None:
     """Raises ValueError if a model, of this name and with these layers, is sparser or denser than a run of `config`."""
+    shapes = {name: layer.storage.shape for name, layer in layers.items()}
     # together the layers have as many links whatever the allocation, and this one reads no weights
     apart = replace(config, allocation="uniform", initial_topology="erdos_renyi")
     possible = sum(math.prod(shape) for shape in shapes.values())
@@ -83,7 +83,7 @@ def refuse_other_sparsity(
         1 - sum(layer_links(shapes, at, apart, {}).values()) / possible
         for at in (apart.initial_sparsity, apart.sparsity)
     )
-    found = 1 - sum(links.values()) / possible
+    found = 1 - sum(layer.links for layer in layers.values()) / possible
     if not first - _TOLERANCE <= found <= last + _TOLERANCE:
         run = f"{first:.2%}" if first == last else f"{first:.2%} to {last:.2%}"
         raise ValueError(

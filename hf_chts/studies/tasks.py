@@ -60,10 +60,10 @@ def parsed(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
 
 
 def check_positive(settings: Any, names: Iterable[str]) -> None:
-    """Raises ValueError, naming the setting, if one of these is not more than 0."""
+    """Raises ValueError, naming the setting, if one of these is not more than 0, or is infinite."""
     for name in names:
         if not 0 < getattr(settings, name) < math.inf:
-            raise ValueError(f"setting {name} is {getattr(settings, name)}; it must be more than 0")
+            raise ValueError(f"setting {name} is {getattr(settings, name)}; it must be more than 0, and finite")
 
 
 def sparsity_config(fields: Mapping[str, Any], **own: Any) -> SparsityConfig:

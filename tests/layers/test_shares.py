@@ -127,3 +127,16 @@ def test_global_pruning_keeps_the_largest_weights_of_all_layers():
     for name, mask in after.items():
         assert mask.equal(weights[name].abs() >= threshold)
     assert total < sum(int(mask.sum()) for mask in before.values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "blocks", "fewest"),
+    [({"pattern": "fan_in"}, {}, 6), ({"per_head": True}, {"weak": 3}, 3), ({}, {}, 1)],
+    ids=["an output", "a head", "a layer"],
+)
+def test_global_allocation_leaves_a_link_to(fields, blocks, fewest):
+    torch.manual_seed(0)
+    weights = {"weak": 1e-3 * torch.rand(6, 5), "strong": 1 + torch.rand(6, 5)}
+    config = SparsityConfig("gmp", sparsity=0.8, allocation="global", **fields)
+    links = layer_links(dict.fromkeys(weights, (6, 5)), 0.8, config, weights, blocks)
+    assert links == {"weak": fewest, "strong": 12 - fewest}
