@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from sacrebleu.metrics import BLEU
-from transformers import MarianMTModel, set_seed
+from transformers import AutoModelForSeq2SeqLM, set_seed
 
 from hf_chts.checkpoint.run_folder import last_sealed
 from hf_chts.export import load_sparse
@@ -23,6 +23,7 @@ from hf_chts.studies.sentence_pairs import EncodedPairs, Vocabulary, load_pairs
 from hf_chts.studies.study import Outcome, Run
 from hf_chts.studies.tasks import Say, parsed, sparsity_config
 from hf_chts.studies.translation_trainer import (
+    KINDS,
     TrainingBatches,
     TranslationArguments,
     TranslationTrainer,
@@ -50,14 +51,13 @@ _OF_UPDATES = ("itop", "active_neurons", "sparsity")
 @dataclass(frozen=True)
 class Settings:
     """The defaults are the paper's Table 2. Glorot's weights, Adam's β2 and no clipping are as its code trains on
-    IWSLT, with OpenNMT; byte pairs, norms behind the layers (Marian's) and the learning rate are ours.
+    IWSLT, with OpenNMT; byte pairs, norms after each sum (OpenNMT has `norm: pre`) and the learning rate are ours.
 
     Attributes:
         data: see `load_pairs`.
         vocabulary: most tokens of the byte-pair encoding, of both languages.
-        width, feed_forward, layers, heads, dropout: of the model, as in `new_model`.
+        width, feed_forward, layers, heads, dropout, norm, gain: of the model, as in `new_model`.
         tokens: in a batch, of the longer side of its pairs, padding included.
-        gain: factor on Glorot's initial weights.
         steps: optimizer steps.
         learning_rate: the highest, at the end of the warm-up.
         warmup: steps of it; from there on the rate falls with the inverse square root of the step.
@@ -70,7 +70,7 @@ class Settings:
         sparsity: fields of SparsityConfig; topology_seed is the run's seed.
 
     Raises:
-        ValueError: the steps are not whole rounds of `evaluate_every`.
+        ValueError: an unknown norm, or steps that are not whole rounds of `evaluate_every`.
     """
 
     data: str = "bentrevett/multi30k"
@@ -80,6 +80,7 @@ class Settings:
     layers: int = 6
     heads: int = 8
     dropout: float = 0.1
+    norm: str = "post"
     gain: float = 1.0
     label_smoothing: float = 0.1
     tokens: int = 1024
@@ -97,6 +98,8 @@ class Settings:
     sparsity: dict[str, Any] = field(default_factory=lambda: {"method": "dense"})
 
     def __post_init__(self) -> None:
+        if self.norm not in KINDS:
+            raise ValueError(f"norm is {self.norm!r}: it must be one of {', '.join(KINDS)}")
         if self.evaluate_every < 1 or self.steps < 1 or self.steps % self.evaluate_every:
             raise ValueError(
                 f"steps is {self.steps}, and evaluate_every {self.evaluate_every}: steps must be a multiple of it, as "
@@ -153,6 +156,7 @@ def _trainer(settings: Settings, run: Run, encoded: Mapping[str, EncodedPairs], 
         layers=settings.layers,
         heads=settings.heads,
         dropout=settings.dropout,
+        norm=settings.norm,
         gain=settings.gain,
     )
     args = TranslationArguments(
@@ -199,11 +203,11 @@ def _checkpoint(trainer: TranslationTrainer, step: int | None) -> Path:
     return Path(trainer.args.output_dir or "") / f"checkpoint-{step or trainer.state.max_steps}"
 
 
-def _dense_model(checkpoint: Path, device: torch.device) -> MarianMTModel:
+def _dense_model(checkpoint: Path, device: torch.device) -> Any:
     """The model of a checkpoint with zeros for missing links, which is fastest for a word at a time."""
     model: Any = load_sparse(checkpoint) if (checkpoint / "sparsity_config.json").exists() else None
     if model is None:
-        model = MarianMTModel.from_pretrained(checkpoint)
+        model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint)
     elif (handle := SparsityHandle.of(model)) is not None:
         handle.unsparsify()
     return model.eval().to(device)

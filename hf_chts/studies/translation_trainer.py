@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from transformers import (
     MarianConfig,
     MarianMTModel,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
@@ -27,14 +29,27 @@ from hf_chts.training.trainer import SparseTrainerMixin
 
 # labels that no loss counts
 _IGNORED = -100
+# where norms are: transformers' model of that kind
+KINDS: dict[str, tuple[Any, Any]] = {
+    "post": (MarianConfig, MarianMTModel),
+    "pre": (PegasusConfig, PegasusForConditionalGeneration),
+}
 # more positions than any sentence of Multi30k takes, in tokens
 _POSITIONS = 256
 
 
 def new_model(
-    vocabulary: int, *, width: int, feed_forward: int, layers: int, heads: int, dropout: float, gain: float = 1.0
+    vocabulary: int,
+    *,
+    width: int,
+    feed_forward: int,
+    layers: int,
+    heads: int,
+    dropout: float,
+    norm: str = "post",
+    gain: float = 1.0,
 ) -> Any:
-    """A Marian-shaped encoder-decoder with weights that are drawn from torch's global generator.
+    """An encoder-decoder with sinusoidal positions and weights that are drawn from torch's global generator.
 
     Embeddings of both languages and the output are one matrix, as in Vaswani et al. 2017. Weights of linear layers are
     Glorot's, as in the code of arXiv 2501.19107 (OpenNMT's `param_init_glorot`), and not Marian's 0.02.
@@ -42,12 +57,15 @@ def new_model(
     Args:
         vocabulary: number of tokens.
         layers: of the encoder, and as many of the decoder.
+        norm: "post", after each sum, as in Marian and Vaswani et al. 2017, or "pre", before each layer and once at the
+            end, as in Pegasus and OpenNMT.
         gain: factor on Glorot's weights.
     """
     sides: dict[str, Any] = {}
     for side in ("encoder", "decoder"):
         sides |= {f"{side}_layers": layers, f"{side}_ffn_dim": feed_forward, f"{side}_attention_heads": heads}
-    config = MarianConfig(
+    configuration, kind = KINDS[norm]
+    config = configuration(
         vocab_size=vocabulary,
         d_model=width,
         dropout=dropout,
@@ -62,7 +80,7 @@ def new_model(
         decoder_start_token_id=PAD,
         **sides,
     )
-    model = MarianMTModel(config)
+    model = kind(config)
     for module in model.model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, gain)

@@ -138,14 +138,36 @@ def test_inputs():
         assert all(tensor.equal(expected[name]) for name, tensor in found.items())
 
 
-def test_embeddings_are_shared_and_weights_are_glorots():
-    model = new_model(20, width=64, feed_forward=128, layers=1, heads=2, dropout=0.1)
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_embeddings_are_shared_and_weights_are_glorots(norm):
+    model = new_model(20, width=64, feed_forward=128, layers=1, heads=2, dropout=0.1, norm=norm)
     assert model.lm_head.weight is model.model.encoder.embed_tokens.weight
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
     weight = model.model.encoder.layers[0].fc1.weight
     bound = math.sqrt(6 / (64 + 128))
     assert 0.95 * bound < weight.abs().max() <= bound
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_where_norms_are(norm):
+    """A layer that adds nothing leaves what it is given as it is where norms come before it, and scales it after."""
+    model = new_model(20, width=64, feed_forward=128, layers=1, heads=2, dropout=0.0, norm=norm).eval()
+    for side in (model.model.encoder, model.model.decoder):
+        (layer,) = side.layers
+        for name, linear in layer.named_modules():
+            if name.endswith(("out_proj", "fc2")):
+                nn.init.zeros_(linear.weight)
+        given = 3 * torch.randn(2, 5, 64)
+        mask = torch.zeros(2, 1, 5, 5)
+        with torch.no_grad():
+            found = layer(given, attention_mask=mask)
+        found = found[0] if isinstance(found, tuple) else found
+        if norm == "pre":
+            assert found.equal(given)
+            assert isinstance(side.layer_norm, nn.LayerNorm)
+        else:
+            torch.testing.assert_close(found, nn.functional.layer_norm(given, (64,)), rtol=1e-4, atol=1e-4)
 
 
 def test_loss_is_the_mean_of_tokens():
@@ -198,6 +220,8 @@ def test_curves_of_a_log():
 def test_settings_that_do_not_fit():
     with pytest.raises(ValueError, match="steps is 10, and evaluate_every 4"):
         parsed(Settings, {"steps": 10, "evaluate_every": 4})
+    with pytest.raises(ValueError, match="norm is 'before': it must be one of post, pre"):
+        parsed(Settings, {"norm": "before"})
 
 
 SPARSE = {"sparsity": 0.8, "drop_fraction": 0.3, "update_interval": 3}
@@ -211,7 +235,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_that_is_cut_off_ends_as_one_that_is_not(tmp_path, monkeypatch, name):
-    whole = train(run(tmp_path / "whole", sparsity=CASES[name]), quiet)
+    settings = {"sparsity": CASES[name], "norm": "pre" if name == "links" else "post"}
+    whole = train(run(tmp_path / "whole", **settings), quiet)
     assert whole.curves["step"] == [4, 8, 12]
     assert ("itop" in whole.curves) == (name != "dense")
     assert whole.figures["loss_last"] == whole.curves["loss_validation"][-1]
@@ -231,7 +256,7 @@ def test_a_run_that_is_cut_off_ends_as_one_that_is_not(tmp_path, monkeypatch, na
             raise KeyboardInterrupt
         return losses[-1]
 
-    cut = run(tmp_path / "cut", sparsity=CASES[name])
+    cut = run(tmp_path / "cut", **settings)
     with monkeypatch.context() as patch:
         patch.setattr(translation_trainer, "loss_of", cut_off)
         with pytest.raises(KeyboardInterrupt):
@@ -252,7 +277,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         train(run(tmp_path / "run", steps=8), quiet)
 
 
-@pytest.mark.parametrize("name", ["translation", "translation_short"])
+@pytest.mark.parametrize("name", ["translation", "translation_short", "translation_prenorm"])
 def test_the_studies(name):
     study = Study.load(ROOT / f"studies/{name}.yaml")
     check(study)
