@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import CASES, INTERVAL, arguments, case_config, check_links, losses
 from cpu_engines import leave_ranks
+from quick import be_quick
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, set_seed
 
@@ -151,5 +152,6 @@ def main(directory):
 
 
 if __name__ == "__main__":
+    be_quick()
     main(*sys.argv[1:])
     leave_ranks()

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import arguments, case_config, trainer
 from cpu_engines import leave_ranks
+from quick import be_quick
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import SparseTrainer
@@ -93,5 +94,6 @@ def one_identity(made):
 
 
 if __name__ == "__main__":
+    be_quick()
     main(*sys.argv[1:])
     leave_ranks()

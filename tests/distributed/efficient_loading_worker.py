@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import arguments, case_config
 from cpu_engines import allow_fsdp, leave_ranks
+from quick import be_quick
 from tiny import random_blocks, tiny_llama
 
 from hf_chts import SparseTrainer
@@ -45,6 +46,7 @@ def main(directory):
 
 
 if __name__ == "__main__":
+    be_quick()
     torch.set_num_threads(1)
     main(*sys.argv[1:])
     leave_ranks()

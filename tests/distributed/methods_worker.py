@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from cases import INTERVAL, arguments, case_config, check_links, losses
 from cpu_engines import allow_fsdp, leave_ranks, use_gloo_alone
 from ddp_worker import digests
+from quick import be_quick
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback, set_seed
 
@@ -142,6 +143,7 @@ def main(directory, engine, *cases):
 
 
 if __name__ == "__main__":
+    be_quick()
     torch.set_num_threads(1)
     main(*sys.argv[1:])
     leave_ranks()

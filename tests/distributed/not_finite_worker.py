@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import INTERVAL, STEPS, arguments, case_config, losses
 from cpu_engines import allow_fsdp, leave_ranks, use_gloo_alone
+from quick import be_quick
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
@@ -102,5 +103,6 @@ def main(directory, *scenarios):
 
 
 if __name__ == "__main__":
+    be_quick()
     main(*sys.argv[1:])
     leave_ranks()

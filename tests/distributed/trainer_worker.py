@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cpu_engines import allow_fsdp, leave_ranks, use_gloo_alone
 from engine_worker import changed
+from quick import be_quick
 from tiny import random_blocks, tiny_llama
 from transformers import TrainerCallback
 
@@ -86,6 +87,7 @@ def main(directory, *options):
 
 
 if __name__ == "__main__":
+    be_quick()
     torch.set_num_threads(1)
     main(*sys.argv[1:])
     leave_ranks()
