@@ -16,7 +16,7 @@ from test_train_llama import (  # noqa: F401 - a fixture among them
 from test_train_llama import run as launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_chts import SparseTrainer, SparsityConfig
+from hf_chts import SparseTrainer, SparsityConfig, export_sparse, sparsify
 from hf_chts.checkpoint import load_masks
 from hf_chts.export import pack_directory
 
@@ -115,6 +115,15 @@ def test_links_are_chosen_anew_or_given_up(made, run, tmp_path):
     code, printed = run(made / "packed", "--method", "dense")
     assert code == 0, code
     assert "all weights trained" in printed
+
+
+def test_zeros_of_more_than_projections_that_are_not_kept_are_said(made, run, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(made / "dense/export")
+    sparsify(model, SparsityConfig(method="topk", sparsity=0.8, also_sparse=["norms"]))
+    export_sparse(model, tmp_path / "sparse", tokenizer=AutoTokenizer.from_pretrained(made / "dense/export"))
+    code, printed = run(tmp_path / "sparse", *AT_80)
+    assert code == 0, code
+    assert "80.00% sparse; the zeros of its norms (also_sparse) are not kept" in printed
 
 
 @pytest.mark.parametrize("model", ["me/sparse", "me/packed", "me/dense"])

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_chts.commands.train
 from hf_chts import SparseTrainer, SparseTrainingArguments, load_sparse
@@ -215,13 +215,22 @@ def test_a_dense_baseline_is_trained_in_place_of_the_sparse_run(main, smallest, 
         (("--export_dir", "{file}"), "{file}"),
         (("--export_dir", "/proc/nowhere"), "/proc/nowhere"),
         (("--batch_eval_metrics", "true"), "batch_eval_metrics"),
+        (
+            ("--model", "{gpt2}", "--block_size", 65),
+            "block_size is 65, and the model has 64 positions",
+        ),
+        (("--model", "{bert}"), "is an encoder (BertLMHeadModel with is_decoder: false in its config)"),
     ],
 )
 def test_what_is_refused_before_training(main, tmp_path, monkeypatch, options, named):
     file = tmp_path / "file"
     file.write_text("")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    for kind in ("gpt2", "bert"):
+        AutoConfig.for_model(kind, vocab_size=512, max_position_embeddings=64, **sizes).save_pretrained(tmp_path / kind)
     monkeypatch.setattr(SparseTrainer, "train", broken)
-    code, _ = main(*(str(option).format(file=file) for option in options))
+    places = {"file": file, "gpt2": tmp_path / "gpt2", "bert": tmp_path / "bert"}
+    code, _ = main(*(str(option).format(**places) for option in options))
     assert code.startswith("train_llama.py: ")
     assert named.format(file=file) in code
     assert "\n" not in code
@@ -350,7 +359,8 @@ def test_faults_keep_their_traceback(main, monkeypatch):
 
         monkeypatch.setattr(SparseTrainer, "training_step", training_step)
 
-    for number, error in ((1, ValueError("a fault")), (0, TypeError("a fault")), (1, RuntimeError("a fault"))):
+    for number, kind in ((1, ValueError), (0, TypeError), (1, RuntimeError), (1, ImportError)):
+        error = kind("a fault")
         fails_at(number, error)
         with pytest.raises(type(error), match="a fault"):
             main()
@@ -359,6 +369,9 @@ def test_faults_keep_their_traceback(main, monkeypatch):
         fails_at(1, error)
         code, _ = main()
         assert code == f"train_llama.py: {error}"
+    fails_at(0, ImportError("liger-kernel is asked for, and not installed"))
+    code, _ = main()
+    assert code == "train_llama.py: liger-kernel is asked for, and not installed"
 
 
 @pytest.mark.slow

@@ -4,16 +4,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# what is told in one line
+TOLD = (ValueError, OSError, ImportError)
+
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """End the program with status 1 and one line, "PROGRAM: message", on a ValueError or OSError in the block.
+    """End the program with status 1 and one line, "PROGRAM: message", on an error of `TOLD` in the block.
 
-    These say what the user can put right. Any other exception is a bug and keeps its traceback.
+    These say what the user can put right, and so does an ImportError of a package that an option needs. Any other
+    exception is a bug and keeps its traceback.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except TOLD as error:
         raise refusal(program, error) from error
 
 

@@ -24,6 +24,7 @@ from hf_chts.layers.calibration import input_norms
 from hf_chts.layers.shares import refuse_other_sparsity
 from hf_chts.layers.targets import find_targets
 from hf_chts.model_arguments import ModelArguments
+from hf_chts.model_checks import check_positions
 from hf_chts.names import listed
 from hf_chts.sharding.ranks import rank_and_world, together
 from hf_chts.topology.parts import INITIAL_TOPOLOGIES
@@ -137,14 +138,26 @@ class StartingModel:
         return self.name
 
     def make(
-        self, model_args: ModelArguments, data: LoadedData, byte_lengths: Tensor, args: SparseTrainingArguments
+        self,
+        model_args: ModelArguments,
+        data: LoadedData,
+        byte_lengths: Tensor,
+        args: SparseTrainingArguments,
+        block_size: int,
     ) -> tuple[PreTrainedModel, SparsityHandle | None, str]:
         """The model to train, its handle if it is sparse, and a digest of its weights as they came. Collective.
 
         The model is measured on the validation split before it is pruned and after, unless a run is resumed.
+
+        Args:
+            block_size: tokens of a training sequence.
+
+        Raises:
+            ValueError, OSError: it cannot be loaded, or not be trained so.
         """
         with args.main_process_first(desc="loading the weights"):
             model = self._load(model_args)
+        check_positions(model, block_size)
         _give_missing_ids(model, data)
         digest = weights_digest(model)
         resumes = str(args.resume_from_checkpoint or "false").lower() != "false"

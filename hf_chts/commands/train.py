@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from hf_chts import SparseTrainer, SparseTrainingArguments, SparsityConfig, export_sparse
 from hf_chts.baseline import baseline_line, baseline_of, dense_baseline
 from hf_chts.checkpoint.run_folder import last_sealed, refuse_folder_of_another_run
-from hf_chts.commands import one_line_errors, refusal, without_fail
+from hf_chts.commands import TOLD, one_line_errors, refusal, without_fail
 from hf_chts.commands.from_weights import KeepsResults, StartingModel
 from hf_chts.commands.options import parse_run
 from hf_chts.config_file import PRESETS_ROOT
@@ -33,6 +33,7 @@ from hf_chts.export import push_directory
 from hf_chts.export.activation_code import refuse_plain
 from hf_chts.machine import check_can_write, device_line, on_cpu
 from hf_chts.model_arguments import ModelArguments, build_model, load_config
+from hf_chts.model_checks import check_causal, check_positions
 from hf_chts.plain_text import print_anything
 from hf_chts.training.divergence import last_whole
 from hf_chts.training.warm_up import asked_warmup
@@ -123,8 +124,10 @@ def build_trainer(
         config.pad_token_id = data.tokenizer.pad_token_id
         # several ranks split or copy what is on the CPU, as their engines do it
         model, sparse = build_model(model_args, config, sparsity, args.device if args.world_size == 1 else "cpu")
+        check_causal(model, model_args.model)
+        check_positions(model, data_args.block_size)
     else:
-        model, sparse, weights = start.make(model_args, data, byte_lengths, args)
+        model, sparse, weights = start.make(model_args, data, byte_lengths, args, data_args.block_size)
     trainer = SparseTrainer(
         model=model,
         args=args,
@@ -189,15 +192,16 @@ def fit(trainer: SparseTrainer, program: str) -> None:
     """Train, or resume.
 
     Raises:
-        SystemExit: with a message of one line for a ValueError before the first step, which the user can put right (a
-            later one is a bug), and at any time for divergence and files that cannot be read or written.
+        SystemExit: with a message of one line for a ValueError or a missing package before the first step, which the
+            user can put right (a later one is a bug), and at any time for divergence and files that cannot be read or
+            written.
     """
     first_step = FirstStep()
     trainer.add_callback(first_step)
     try:
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
-    except (ValueError, OSError, FloatingPointError) as error:
-        if isinstance(error, ValueError) and first_step.done:
+    except (*TOLD, FloatingPointError) as error:
+        if isinstance(error, (ValueError, ImportError)) and first_step.done:
             raise
         raise refusal(program, error) from error
 

@@ -17,6 +17,7 @@ from hf_chts.config import SparsityConfig
 from hf_chts.export.checksums import verify_checksums
 from hf_chts.export.loading import load_sparse
 from hf_chts.export.weight_files import PLAIN_STEM
+from hf_chts.model_checks import check_causal
 from hf_chts.names import listed
 from hf_chts.sparse_model import SparsityHandle
 
@@ -47,6 +48,7 @@ def load_weights(
     kind: Any = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
     if kind is None or not isinstance(model, kind):
         raise ValueError(f"{source} is a {type(model).__name__}, and not a causal language model")
+    check_causal(model, source)
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError(
             "init: weights needs the whole model on each rank as training begins: set fsdp_cpu_ram_efficient_loading: "
