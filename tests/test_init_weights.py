@@ -119,7 +119,7 @@ def test_links_are_chosen_anew_or_given_up(made, run, tmp_path):
 
 def test_zeros_of_more_than_projections_that_are_not_kept_are_said(made, run, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(made / "dense/export")
-    sparsify(model, SparsityConfig(method="topk", sparsity=0.8, also_sparse=["norms"]))
+    sparsify(model, SparsityConfig(method="topk", sparsity=0.8, initial_sparsity=0.8, also_sparse=["norms"]))
     export_sparse(model, tmp_path / "sparse", tokenizer=AutoTokenizer.from_pretrained(made / "dense/export"))
     code, printed = run(tmp_path / "sparse", *AT_80)
     assert code == 0, code
