@@ -5,15 +5,8 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from test_train_llama import (  # noqa: F401 - a fixture among them
-    LAUNCH,
-    ROOT,
-    one_thread,
-    small,
-    started,
-    two_steps,
-)
-from test_train_llama import run as launch
+from launching import accelerate
+from test_train_llama import one_thread, small, started, two_steps  # noqa: F401 - a fixture among them
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_chts import SparseTrainer, SparsityConfig, export_sparse, sparsify
@@ -210,9 +203,7 @@ def test_two_ranks_prune_alike(made, tmp_path, engine):
     base = two_steps(made / "dense/export", made / "text", tmp_path / "one")
     started(*base, *options)
     base = two_steps(made / "dense/export", made / "text", tmp_path / "two")
-    launcher = [*LAUNCH, "--config_file", str(ROOT / f"configs/accelerate/{engine}.yaml"), "--main_process_port", "0"]
-    result = launch(launcher, *base, *options, "--per_device_train_batch_size", 2)
-    assert result.returncode == 0, result.stderr[-3000:]
+    accelerate(engine, "train_worker.py", *map(str, (*base, *options, "--per_device_train_batch_size", 2)))
     first, second = (json.loads((tmp_path / name / "start_results.json").read_text()) for name in ("one", "two"))
     for when in ("before pruning", "after pruning"):
         assert second[when] == pytest.approx(first[when], rel=1e-5)
