@@ -11,3 +11,9 @@ def be_quick():
     # what the imports made stays: each Trainer collects garbage, and looking through it all took half of a short run
     gc.collect()
     gc.freeze()
+
+
+def draw_nothing(patch):
+    """Leave out the figure and the report of runs in this process, which take as long as their training."""
+    patch.setattr("hf_chts.commands.train.draw", lambda trainer, path: None)
+    patch.setattr("hf_chts.commands.train.report_on", lambda output: None)

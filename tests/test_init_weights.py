@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from launching import accelerate
+from quick import draw_nothing
 from test_train_llama import one_thread, small, started, two_steps  # noqa: F401 - a fixture among them
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +17,13 @@ from hf_chts.export import pack_directory
 EVOLVES = ("--method", "set", "--max_steps", 6, "--update_interval", 2, "--update_warmup_steps", 1)
 SAVED = ("--save_strategy", "steps", "--save_steps", 3)
 AT_80 = ("--sparsity", 0.8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_drawn():
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
+from quick import draw_nothing
 from safetensors.torch import load_file
 from two_ranks import run_two_ranks
 
@@ -59,6 +60,7 @@ def test_resumed_on_two_ranks(tmp_path, letters):
 
 if __name__ == "__main__":  # both runs in one process of each rank, which takes half as long
     folder, *options = sys.argv[1:]
+    draw_nothing(pytest.MonkeyPatch())
     end, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # the second run needs the group too
     for name, more in (("unbroken", []), ("resumed", ["--resume_from_checkpoint", f"{folder}/unbroken/checkpoint-4"])):
         train([*options, "--output_dir", f"{folder}/{name}", *more], program="train_llama.py")
