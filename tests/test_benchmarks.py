@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CASES = {
     "checkpoint": (lambda run, place: run["measure"]("llama_demo", 0.9, 1)["links"], "write_seconds"),
     "decode": (lambda run, place: run["measure"]("llama_demo", 2, 0.9, 2, 1, 1), "over_dense_fp32"),
+    "degrees": (lambda run, place: run["measure"]("CHTs", 16, 24, 1, 0.8, 400)["end"], "rank"),
     "inference": (lambda run, place: run["measure"]("llama_demo", 1, (1, 8), 2), "generate_ratio"),
     "link_prediction": (lambda run, place: run["measure"]((16, 16), 0.2, "BRF", 1, 1), "milliseconds"),
     "packed_size": (lambda run, place: run["measure"]("llama_demo", 0.9, "none", 1, place), "over_formula"),
@@ -51,6 +52,13 @@ def small(group: str) -> dict:
     if group == "mlp":
         return module.measure("adamw", 1, 0.9, arguments)
     return module.measure(arguments.models[0], arguments.tokens[0], 0.9, arguments)
+
+
+def test_gini_of_degrees():
+    gini = runpy.run_path(str(BENCHMARKS / "degrees.py"))["gini"]
+    assert gini(torch.tensor([3, 3, 3])) == pytest.approx(0)
+    # differences of the pairs: 1, 4, 3, each twice, and three zeros; half their mean, over the mean of 0, 1 and 4
+    assert gini(torch.tensor([4, 0, 1])) == pytest.approx(16 / 9 / 2 / (5 / 3))
 
 
 @pytest.mark.parametrize("group", SMALL)
