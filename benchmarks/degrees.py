@@ -4,8 +4,8 @@
 
 The updates of a run of the language study, one each 100 steps, with random weights before each in place of trained
 ones, so that only how links are chosen counts. Prints one JSON line: for each way, of the square layers' masks as they
-begin and as they end, the rank (of random values on the links), the Gini coefficient of the degrees of their neurons (0:
-all alike; inputs and outputs together), and the share of these that have links; and the share of places that ever had
+begin and as they end, the rank (of random values on the links), the Gini coefficient of their neurons' degrees (0: all
+alike; inputs and outputs together), and the share of these that have links; and the share of places that ever had
 one.
 """
 
