@@ -208,7 +208,7 @@ def _refuse_meta(targets: Mapping[str, nn.Module], config: SparsityConfig, new: 
                 f"{name} is on the meta device, where weights have no values and masks would be lost: {remedy}, or use "
                 "storage: links and call materialize() on the handle"
             )
-        if config.initial_weights != "model":
+        if new and config.initial_weights != "model":
             raise ValueError(
                 f"{name} is on the meta device, and initial_weights {config.initial_weights!r} gives links values: "
                 "give the model its weights first, or leave initial_weights out"

@@ -93,6 +93,15 @@ def test_as_if_it_had_been_dense(tmp_path, monkeypatch, build, packed, dense_lay
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("initial_weights", ["swi", "kaiming"])
+def test_new_weights_are_for_new_models_alone(tmp_path, packed, initial_weights):
+    model = tiny_llama()
+    sparsify(model, SparsityConfig("set", sparsity=0.8, storage="links", initial_weights=initial_weights))
+    for name, value in load_sparse(export_sparse(model, tmp_path, packed=packed)).state_dict().items():
+        assert value.equal(model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
 def test_in_another_dtype(tmp_path, packed):
     directory = exported(tmp_path, tiny_llama, packed)
     for layer in SparsityHandle.of(load_sparse(directory, dtype=torch.bfloat16)).layers.values():
