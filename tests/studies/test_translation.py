@@ -282,10 +282,12 @@ def test_the_studies(name):
     study = Study.load(ROOT / f"studies/{name}.yaml")
     check(study)
     # Table 2 at 90%
-    assert {row.name: row.paper for row in study.rows if row.paper} == {
+    papers = {
         "dense": (31.38,), "set": (29.73,), "rigl": (30.26,), "chts": (29.81,),
         "mest": (30.04,), "gmp": (30.49,), "granet": (31.62,), "chtss": (32.86,),
     }  # fmt: skip
+    rows = ("dense", "set", "chts") if name == "translation_prenorm" else papers
+    assert {row.name: row.paper for row in study.rows if row.paper} == {row: papers[row] for row in rows}
     assert all(row.settings["sparsity"]["method"] == row.name.split("_")[0] for row in study.rows)
     full = Study.load(ROOT / f"studies/{name}.yaml", quick=True)
     check(full)
