@@ -13,7 +13,7 @@ ORDER = [
     ["config_checks"],
     ["config"],
     ["sharding"],
-    ["finite"],
+    ["finite", "model_checks"],
     ["layers"],
     ["checkpoint"],
     ["evolution"],
