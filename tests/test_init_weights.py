@@ -8,7 +8,7 @@ import pytest
 from launching import accelerate
 from quick import draw_nothing
 from test_train_llama import one_thread, small, started, two_steps  # noqa: F401 - a fixture among them
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_chts import SparseTrainer, SparsityConfig, export_sparse, sparsify
 from hf_chts.checkpoint import load_masks
@@ -125,6 +125,15 @@ def test_zeros_of_more_than_projections_that_are_not_kept_are_said(made, run, tm
     code, printed = run(tmp_path / "sparse", *AT_80)
     assert code == 0, code
     assert "80.00% sparse; the zeros of its norms (also_sparse) are not kept" in printed
+
+
+def test_sequences_longer_than_its_positions_are_refused_before_it_is_measured(made, run, tmp_path):
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 16, "vocab_size": 512}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(made / "dense/export").save_pretrained(tmp_path / "gpt2")
+    code, printed = run(tmp_path / "gpt2", "--method", "dense")
+    assert "block_size is 32, and the model has 16 positions (transformer.wpe)" in str(code)
+    assert "before training" not in printed
 
 
 @pytest.mark.parametrize("model", ["me/sparse", "me/packed", "me/dense"])
