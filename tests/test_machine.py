@@ -1,6 +1,8 @@
 """What a program says of the machine it runs on, and what it checks before the part that takes its time."""
 
 import io
+import os
+import subprocess
 import sys
 from importlib import metadata
 from types import SimpleNamespace
@@ -122,3 +124,29 @@ def test_any_console_takes_any_text(monkeypatch, encoding, errors, printed):
     plain_text.print_anything()
     print(text)
     assert stream.buffer.getvalue().decode(encoding) == f"{printed}\n"
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_rank_that_is_done_is_not_aborted_by_its_threads(launched):
+    """A thread of autograd's that is on its way back to Python when the script ends, as gloo's may be."""
+    script = """
+import atexit, threading, time, torch
+from hf_chts.commands import end_rank
+atexit.register(print, "hook")
+started = threading.Event()
+def slow(gradient):
+    started.set()
+    time.sleep(0.2)
+x = torch.ones(2, requires_grad=True)
+x.register_hook(slow)
+threading.Thread(target=lambda: x.sum().backward(), daemon=True).start()
+started.wait()
+end_rank()
+print("goes on")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    environment |= {"WORLD_SIZE": "2"} if launched else {}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.stdout == ("hook\n" if launched else "goes on\nhook\n")
+    if launched:  # the other is aborted before Python 3.14
+        assert result.returncode == 0, result.stderr

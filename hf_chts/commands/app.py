@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from hf_chts.commands import one_line_errors
+from hf_chts.commands import end_rank, one_line_errors
 from hf_chts.plain_text import print_anything
 
 # pretty exceptions would hide the traceback of a bug among the locals of transformers
@@ -55,6 +55,7 @@ def run_alone(command: Callable[..., None], program: str, **settings: Any) -> No
     alone = typer.Typer(**_SETTINGS)
     alone.command(**settings)(one_line_errors(program)(command))
     _run(alone, sys.argv[1:], program)
+    end_rank()
 
 
 def _run(commands: typer.Typer, argv: Sequence[str], program: str) -> None:

@@ -12,6 +12,7 @@ from quick import draw_nothing
 from safetensors.torch import load_file
 from two_ranks import run_two_ranks
 
+from hf_chts.commands import end_rank
 from hf_chts.commands.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -65,3 +66,4 @@ if __name__ == "__main__":  # both runs in one process of each rank, which takes
     for name, more in (("unbroken", []), ("resumed", ["--resume_from_checkpoint", f"{folder}/unbroken/checkpoint-4"])):
         train([*options, "--output_dir", f"{folder}/{name}", *more], program="train_llama.py")
     end()
+    end_rank()

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from two_ranks import run_two_ranks
 
 from hf_chts import SparseTrainer
+from hf_chts.commands import end_rank
 from hf_chts.data import BlockStream, DataArguments, Shuffle, load_data, load_source
 
 BATCH, ACCUMULATION, STEPS, SAVED, BLOCK = 2, 3, 9, 4, 16
@@ -232,3 +233,4 @@ if __name__ == "__main__":
         trainer.train(resume_from_checkpoint=checkpoint)
         (run / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(trainer.seen))
     dist.destroy_process_group()
+    end_rank()

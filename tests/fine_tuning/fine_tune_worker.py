@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 from cpu_engines import allow_fsdp, use_gloo_alone
 
-from hf_chts.commands import fine_tune
+from hf_chts.commands import end_rank, fine_tune
 from hf_chts.sharding.detect import engine_of
 
 
@@ -27,3 +27,4 @@ if __name__ == "__main__":
     use_gloo_alone()
     fine_tune.SparseSFTTrainer = Trainer
     fine_tune.fine_tune(sys.argv[1:], program="fine-tune")
+    end_rank()
