@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from hf_chts.config_file import INSTALLED_STUDIES, find_study
+from hf_chts.machine import check_can_write
 from hf_chts.studies.page import write_page
 from hf_chts.studies.running import RunsFailed, check, missing, part_of, run_all
 from hf_chts.studies.study import Study
@@ -30,6 +31,7 @@ def study(
         runs = [run for run in runs if run.row in rows]
     runs = part_of(runs, only)
     command = f"hf-chts study {path}{' --quick' if quick else ''}"
+    check_can_write(results, "the folder of results")
     if not page:
         left = missing(loaded, runs, results)
         print(f"{loaded.name}: {len(left)} of {len(runs)} runs are missing", flush=True)

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
+from hf_chts.config import SparsityConfig
+from hf_chts.config_checks import unknown
 from hf_chts.evolution.evolver import Evolver
 from hf_chts.files.atomic import whole_file
+from hf_chts.files.reading import reading
 from hf_chts.machine import on_cpu
 from hf_chts.sparse_model import SparsityHandle, sparsify
 from hf_chts.studies.clock import Clock
 from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure, best_of
-from hf_chts.studies.images import Images, load_images
+from hf_chts.studies.images import NAMES, Images, load_images
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import Say, check_positive, parsed, sparsity_config
+from hf_chts.studies.tasks import Say, check_positive, check_range, check_threads, parsed, sparsity_config
 from hf_chts.topology.bits import count_bits
 from hf_chts.topology.percolation import End, Junction, anp_rate
 from hf_chts.topology.random_streams import random_stream
@@ -72,10 +76,30 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_positive(
-            self, ("hidden", "layers", "epochs", "batch", "rate", "threads", "checkpoint_epochs", "update_epochs")
-        )
-        if self.held_out < 0:
-            raise ValueError(f"held_out is {self.held_out}; it must be >= 0")
+            self,
+            ("hidden", "layers", "epochs", "batch", "rate", "end_rate", "checkpoint_epochs", "update_epochs",
+             "rate_until"),
+        )  # fmt: skip
+        check_threads(self.threads)
+        check_range(self, ("held_out", "weight_decay"), 0)
+        check_range(self, ("momentum",), 0, 1)
+        if self.data not in NAMES:
+            raise ValueError(unknown("data", self.data, NAMES))
+        if self.end_rate > self.rate:
+            raise ValueError(f"end_rate is {self.end_rate}, more than rate ({self.rate}): the learning rate only falls")
+        if self.rate_until > 1:
+            raise ValueError(f"rate_until is {self.rate_until}; it must be a share of the run, at most 1")
+        self.config(0, 1)
+
+    def config(self, seed: int, update_interval: int) -> SparsityConfig:
+        """The sparsity of a run, of the hidden layers.
+
+        Raises:
+            ValueError: a field is bad, or follows from the other settings.
+        """
+        hidden = [str(2 * number) for number in range(self.layers)]
+        own = {"topology_seed": seed, "update_interval": update_interval, "target_modules": hidden}
+        return sparsity_config(self.sparsity, **own)
 
 
 class _Trained:
@@ -90,9 +114,7 @@ class _Trained:
             raise ValueError(f"a batch of {settings.batch} is more than the {len(images.train)} images to train on")
         self.per_epoch, self.max_steps = per_epoch, per_epoch * settings.epochs
         self.model = mlp(images.train.shape[1], settings.hidden, settings.layers, images.classes)
-        hidden = [str(2 * number) for number in range(settings.layers)]
-        interval = max(1, round(settings.update_epochs * per_epoch))
-        config = sparsity_config(settings.sparsity, topology_seed=seed, update_interval=interval, target_modules=hidden)
+        config = settings.config(seed, max(1, round(settings.update_epochs * per_epoch)))
         self.sparse = sparsify(self.model, config, calibration=images.train)
         self.model.to(self.device)
         self.optimizer = torch.optim.SGD(
@@ -125,7 +147,11 @@ class _Trained:
             torch.save(saved, file)
 
     def load(self, path: Path) -> None:
-        saved = torch.load(path, weights_only=True, map_location=self.device)
+        with reading(path, "Remove it to begin the run anew"):
+            try:
+                saved = torch.load(path, weights_only=True, map_location=self.device)
+            except (RuntimeError, UnpicklingError, EOFError) as error:
+                raise ValueError(f"{type(error).__name__}, {error}") from error
         if self.evolver:
             self.evolver.load_state_dict(saved["evolver"])
         self.model.load_state_dict(saved["model"])

@@ -12,7 +12,8 @@ class Clock:
 
     Attributes:
         seconds: of the wall clock.
-        processor_seconds: of all threads of this process, which others on the machine hardly change.
+        processor_seconds: of all threads of this process. Others on the machine, which share its caches and its memory,
+            still make equal work take up to twice as many.
     """
 
     def __init__(self) -> None:

@@ -47,13 +47,17 @@ class Figure:
         return f"{self.text(found.mean)} ± {self.text(found.error)}"
 
     def difference(self, found: Estimate | None) -> str:
-        """A difference and its error, such as "+0.64 ± 0.05 *"; the star: more than two standard errors from 0."""
+        """A difference and its error, such as "+0.64 ± 0.05 *".
+
+        One star: more than two standard errors from 0. Two: chance alone does that in fewer than 5 cases of 100.
+        """
         if found is None:
             return ""
         rounded = round(found.mean, self.digits) + 0.0  # −0.0 + 0.0 is 0.0: the sign of a zero is noise
         mean = f"{'+' if rounded > 0 else ''}{self.text(rounded)}"
         error = "" if found.error is None else f" ± {self.text(found.error)}"
-        return f"{mean}{error}{' *' if found.outside else ''}"
+        stars = " **" if found.significant else " *" if found.outside else ""
+        return f"{mean}{error}{stars}"
 
 
 # those that every task has of a sparse model

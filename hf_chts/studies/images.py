@@ -46,6 +46,9 @@ SOURCES = {
 }
 
 
+NAMES = ("digits", *SOURCES)
+
+
 @dataclass(frozen=True)
 class Images:
     """Images and their classes.
@@ -75,7 +78,7 @@ def load_images(name: str) -> Images:
     if name == "digits":
         return _digits()
     if name not in SOURCES:
-        raise ValueError(unknown("data", name, ["digits", *SOURCES]))
+        raise ValueError(unknown("data", name, NAMES))
     source = SOURCES[name]
     given = os.environ.get(DATA_VARIABLE)
     first, *others = source.folders

@@ -11,21 +11,22 @@ from hf_chts.checkpoint.run_folder import last_sealed
 from hf_chts.machine import on_cpu
 from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure, best_of
 from hf_chts.studies.language_data import Windows, split_tokens
-from hf_chts.studies.language_model import block_weights, build_model, same_links
+from hf_chts.studies.language_model import block_weights, build_model, narrow_dense
 from hf_chts.studies.language_records import OneRanksGradient, Records
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import Say, check_positive, parsed, sparsity_config
+from hf_chts.studies.tasks import Say, check_positive, check_range, check_threads, parsed, sparsity_config
 from hf_chts.training.arguments import SparseTrainingArguments
 from hf_chts.training.trainer import SparseTrainer
 
 PRECISIONS = ("fp32", "bf16_autocast", "bf16_pure")
-BASELINES = ("", "same_links")
+BASELINES = ("", "same_links", "same_parameters")
 FIGURES = {
     "test_bits_last": Figure("test, last step", "bits per byte", better="lower", digits=3),
     "test_bits_best": Figure("test, best step of validation", "bits per byte", better="lower", digits=3),
     "validation_bits_last": Figure("validation, last step", "bits per byte", better="lower", digits=3),
     **TOPOLOGY,
     "average_links": Figure("links of an average step", digits=0),
+    "parameters": Figure("all parameters", digits=0),
     "diverged": Figure("diverged", digits=0),
 }
 CURVES = {"validation_bits": "validation, bits per byte", "train_loss": "training loss, nats", **TOPOLOGY_CURVES}
@@ -38,7 +39,8 @@ class Settings:
     Attributes:
         sparsity: fields of SparsityConfig; topology_seed is the run's seed.
         baseline: same_links: the model is dense and so narrow that its blocks have as many weights as those of `width`
-            and `ffn` would have links at `sparsity["sparsity"]`; "": it is as `width` and `ffn` say.
+            and `ffn` would have links at `sparsity["sparsity"]`; same_parameters: that the whole model has as many
+            parameters, with embeddings, head and norms; "": it is as `width` and `ffn` say.
         width, ffn, layers, heads: of the LLaMA.
         context: tokens of a sequence.
         batch: sequences of an optimizer step.
@@ -80,8 +82,13 @@ class Settings:
     def __post_init__(self) -> None:
         check_positive(
             self,
-            ("width", "ffn", "layers", "heads", "context", "batch", "steps", "evaluation_interval", "threads"),
+            ("width", "ffn", "layers", "heads", "context", "batch", "steps", "evaluation_interval", "learning_rate"),
         )
+        check_threads(self.threads)
+        check_range(self, ("context",), 2)  # the first token of a sequence is not predicted
+        check_range(self, ("evaluation_windows", "weight_decay"), 0)
+        check_range(self, ("warmup",), 0, 1)
+        check_range(self, ("update_warmup",), -1)
         for name, known in (("precision", PRECISIONS), ("baseline", BASELINES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, known))}")
@@ -162,7 +169,8 @@ def _size(settings: Settings) -> tuple[int, int]:
     if not settings.baseline:
         return settings.width, settings.ffn
     sparsity = settings.sparsity["sparsity"]
-    return same_links(settings.width, settings.ffn, settings.layers, settings.heads, sparsity)
+    shape = (settings.width, settings.ffn, settings.layers, settings.heads)
+    return narrow_dense(*shape, sparsity, whole=settings.baseline == "same_parameters")
 
 
 def _arguments(settings: Settings, output: str, seed: int) -> SparseTrainingArguments:

@@ -11,20 +11,29 @@ def block_weights(width: int, ffn: int, layers: int) -> int:
     return layers * (4 * width * width + 3 * width * ffn)
 
 
-def same_links(width: int, ffn: int, layers: int, heads: int, sparsity: float) -> tuple[int, int]:
+def other_weights(width: int, layers: int) -> int:
+    """The weights outside the projections: embeddings, head and norms."""
+    return 2 * VOCABULARY * width + (2 * layers + 1) * width
+
+
+def narrow_dense(width: int, ffn: int, layers: int, heads: int, sparsity: float, *, whole: bool) -> tuple[int, int]:
     """Width and ffn of a dense model whose blocks have as many weights as larger ones have links at `sparsity`.
 
     The width is the nearest that its heads divide, each of an even width, as rotary positions take it; see `narrower`.
+
+    Args:
+        whole: count embeddings, head and norms too, in both models.
 
     Raises:
         ValueError: there is no such model.
     """
     links = (1 - sparsity) * block_weights(width, ffn, layers)
+    wanted = links + (other_weights(width, layers) if whole else 0)
 
     def count(width: int, ffn: int) -> int:
-        return block_weights(width, ffn, layers)
+        return block_weights(width, ffn, layers) + (other_weights(width, layers) if whole else 0)
 
-    return narrower(width, ffn, links, count, heads=heads, step=2 * heads)
+    return narrower(width, ffn, wanted, count, heads=heads, step=2 * heads)
 
 
 def build_model(

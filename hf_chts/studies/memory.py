@@ -19,17 +19,22 @@ def training_begins() -> None:
 
 def held_mib() -> float:
     """MiB that the process holds now; the most that it has held where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(float(line.split()[1]) / 2**10 for line in lines if line.startswith("VmRSS"))
-    except (OSError, StopIteration):
-        return peak_mib()
+    return _status("VmRSS")
 
 
 def peak_mib() -> float:
     """The most MiB that the process has held, since training began if the system can tell."""
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return _status("VmHWM")
+
+
+def _status(name: str) -> float:
+    """MiB that Linux has under this name; elsewhere the peak of the process, or of its parent if that is higher."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(float(line.split()[1]) / 2**10 for line in lines if line.startswith(name))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def memory_mib() -> dict[str, float]:

@@ -3,8 +3,11 @@
 Several processes may work at one study: a run that another one is at is left to it.
 """
 
+import dataclasses
 import json
+import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,14 +18,15 @@ from typing import Any
 import filelock
 
 from hf_chts.files.atomic import finite_or_null, write_json
-from hf_chts.files.reading import read_json
+from hf_chts.files.reading import read_json, reading
 from hf_chts.machine import check_can_write, device_name, on_cpu, version_of
 from hf_chts.studies.memory import memory_mib
 from hf_chts.studies.page_results import read_result
 from hf_chts.studies.study import Run, Study, as_saved
 from hf_chts.studies.tasks import Say, parsed, sparsity_config, task_settings, train
 
-_PACKAGES = ("torch", "transformers", "numba", "numpy")
+_PACKAGES = ("torch", "transformers", "numba", "numpy", "tokenizers", "sacrebleu")
+_ALIKE = 3  # so many failures in a row with the same last line are not those of a single run
 _BUSY = 75  # the exit status of a run that another process is at
 
 
@@ -56,14 +60,16 @@ def missing(study: Study, runs: Sequence[Run], results: Path) -> list[Run]:
     """Those of `runs` that have no result yet.
 
     Raises:
-        ValueError: a result is of other settings than the study now has, or its file is damaged.
+        ValueError: a result is of other settings than the study now has, or its file is damaged or a folder.
     """
     left = []
     for run in runs:
         path = results / f"{run.name}.json"
-        if not path.is_file():
+        if not path.exists():
             left.append(run)
             continue
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, and a run's result is to be there: remove it")
         there, now = read_result(path, run)["settings"], as_saved(run.settings)
         if there != now:
             raise ValueError(
@@ -87,10 +93,13 @@ def run_all(
         command: what repeats a run, for its file.
 
     Raises:
-        RunsFailed: some failed, and the others have been run; the message names them, and the log of the last one.
+        RunsFailed: some failed, and the others have been run, unless three in a row failed alike; the message names
+            them, and the log of the last one.
         OSError: results or checkpoints cannot be written.
     """
-    done, failed = [], []
+    done: list[Path] = []
+    failed: list[str] = []
+    reasons: list[str] = []  # of the failures since the last run that did well
     for folder, what in ((results, "the folder of results"), (scratch, "the folder of checkpoints")):
         check_can_write(folder, what)
     results.mkdir(parents=True, exist_ok=True)
@@ -112,10 +121,14 @@ def run_all(
                     say(f"{study.name} {run.name}: another process is at it, see {run.folder / 'log.txt'}")
                     continue
                 if ended.returncode:
-                    tail = (run.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
-                    failed.append(f"{run.name}: {' '.join(tail)} (log: {run.folder / 'log.txt'})")
+                    reasons.append(_reason(ended.returncode, run.folder / "log.txt"))
+                    failed.append(f"{run.name}: {reasons[-1]} (log: {run.folder / 'log.txt'})")
                     say(f"{study.name} failed: {failed[-1]}")
+                    if len(reasons) >= _ALIKE and len(set(reasons[-_ALIKE:])) == 1:
+                        say(f"{study.name}: {_ALIKE} runs failed alike; those after {run.name} are not tried")
+                        break
                     continue
+                reasons.clear()
                 figures = read_result(target)["figures"]
                 told = ", ".join(
                     f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in figures.items()
@@ -132,6 +145,21 @@ def run_all(
     return done
 
 
+def _reason(status: int, log: Path) -> str:
+    """Why a run's process ended with this status."""
+    if status < 0:  # what the log ends with says how far it was, not why it ended
+        return f"killed by {_signal(-status)}; the same command goes on from its last checkpoint"
+    return " ".join(log.read_text(encoding="utf-8").strip().splitlines()[-1:])
+
+
+def _signal(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+    return f"{name} (perhaps for want of memory)" if name == "SIGKILL" else name
+
+
 def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
     """Train one run. Returns what its result file holds.
 
@@ -142,10 +170,13 @@ def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
 
     begun = run.folder / "settings.json"
     now = as_saved(run.settings)
-    if begun.is_file() and (before := read_json(begun)) != now:
-        raise ValueError(
-            f"{run.folder} was begun with other settings ({_changed(before, now)}): remove it to begin anew"
-        )
+    if begun.is_file():
+        with reading(begun, "Remove its folder to begin the run anew"):
+            before = read_json(begun)
+        if before != now:
+            raise ValueError(
+                f"{run.folder} was begun with other settings ({_changed(before, now)}): remove it to begin anew"
+            )
     write_json(begun, now)
     outcome = train(study.task, run, lambda line: print(line, flush=True))
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
@@ -159,6 +190,7 @@ def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
         "seed": run.seed,
         "task": study.task,
         "settings": dict(run.settings),
+        "all_settings": _all_settings(study, run),
         "figures": outcome.figures,
         "seconds": round(outcome.seconds, 1),
         "processor_seconds": round(outcome.processor_seconds, 1),
@@ -169,9 +201,31 @@ def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "versions": {name: version_of(name) for name in ("hf_chts", *_PACKAGES)},
         },
+        "code": {"commit": _commit(), "python": platform.python_version()},
         "command": command,
         "curves": outcome.curves,
     }
+
+
+def _all_settings(study: Study, run: Run) -> dict[str, Any]:
+    """A run's settings with the defaults that they had, which may be others in a later version."""
+    settings = dataclasses.asdict(parsed(task_settings(study.task), run.settings))
+    if "sparsity" in settings:
+        settings["sparsity"] = sparsity_config(settings["sparsity"], topology_seed=run.seed).to_dict()
+    return settings
+
+
+def _commit() -> str:
+    """The commit of the clone that the package is in, with "+" if it was changed; "" if it is in none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        told = [
+            subprocess.run([*git, *what], capture_output=True, text=True, check=True).stdout.strip()
+            for what in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".."])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return told[0] + ("+" if told[1] else "")
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 # about 95% of a normal distribution; with three values, whose error is itself estimated, 82%
 ERRORS_OUTSIDE = 2.0
+# Student's t: a mean of 3, 4, … values is so many of its errors from the true one in 5 cases of 100
+_ERRORS_IN_5_OF_100 = (4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,19 @@ class Estimate:
 
     @property
     def outside(self) -> bool | None:
-        """Whether the mean is more than two standard errors from 0; None without an error."""
-        return None if self.error is None else abs(self.mean) > ERRORS_OUTSIDE * self.error
+        """Whether the mean is more than two standard errors from 0; None of fewer than three values.
+
+        The error of two is known so badly that chance alone does it in 30 cases of 100.
+        """
+        return None if self.error is None or self.count < 3 else abs(self.mean) > ERRORS_OUTSIDE * self.error
+
+    @property
+    def significant(self) -> bool:
+        """Whether chance alone puts the mean so far from 0 in fewer than 5 cases of 100, by Student's t."""
+        if self.error is None or self.count < 3:
+            return False
+        errors = _ERRORS_IN_5_OF_100[min(self.count - 3, len(_ERRORS_IN_5_OF_100) - 1)]
+        return abs(self.mean) > errors * self.error
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
@@ -48,7 +61,7 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Estim
     return estimate([values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())])
 
 
-def difference_to(found: Estimate, published: float, error: float = 0.0) -> Estimate:
-    """`found` minus a published figure with an error of its own; without an error where `found` has none."""
-    joined = None if found.error is None else math.hypot(found.error, error)
+def difference_to(found: Estimate, published: float, error: float | None = None) -> Estimate:
+    """`found` minus a published figure; without an error where one of the two has none."""
+    joined = None if found.error is None or error is None else math.hypot(found.error, error)
     return Estimate(found.mean - published, joined, found.count)

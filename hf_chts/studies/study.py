@@ -17,6 +17,7 @@ _FIELDS = ("title", "task", "seeds", "settings", "rows", "reference", "quick")
 _OF_ROW = ("label", "paper", "seeds", "settings", "group")
 _OF_QUICK = ("title", "seeds", "settings", "rows")
 _NAME = re.compile(r"\w[\w.+-]*")  # of a row: part of the names of files
+_LONGEST_NAME = 100  # bytes; many file systems have names of up to 255
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,10 @@ class Study:
         if not isinstance(rows, dict) or not rows:
             raise ValueError(f"rows is {rows!r}; it must map names of rows to their settings")
         for row in rows:
-            if not isinstance(row, str) or not _NAME.fullmatch(row):
+            if not isinstance(row, str) or not _NAME.fullmatch(row) or len(row.encode()) > _LONGEST_NAME:
                 raise ValueError(
-                    f"the row {row!r} has a name that files cannot have: take letters, digits, _, -, + and dots, in "
-                    "quotes where it looks like a number"
+                    f"the row {row!r} has a name that files cannot have: take letters, digits, _, -, + and dots, "
+                    f"{_LONGEST_NAME} of them at most, in quotes where it looks like a number"
                 )
         references = values.get("reference", [])
         references = references if isinstance(references, list) else [references]
@@ -189,11 +190,17 @@ def as_saved(settings: Mapping[str, Any]) -> Any:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`, mappings within them merged likewise; neither is changed."""
+    """`base` with the values of `over`, mappings within them merged likewise; neither is changed.
+
+    Raises:
+        ValueError: one has a mapping where the other has a single value, of which one would be lost.
+    """
     merged = copy.deepcopy(dict(base))
     for name, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = merge(merged[name], value) if both else copy.deepcopy(value)
+        mappings = isinstance(value, Mapping) + isinstance(merged.get(name, value), Mapping)
+        if mappings == 1:
+            raise ValueError(f"{name} is {merged[name]!r} in one place and {value!r} in another: make both a mapping")
+        merged[name] = merge(merged[name], value) if mappings and name in merged else copy.deepcopy(value)
     return merged
 
 

@@ -14,6 +14,8 @@ Say = Callable[[str], None]
 Task = Callable[[Run, Say], Outcome]
 _Settings = TypeVar("_Settings")
 
+_MOST_THREADS = 1024  # torch ends the process where it cannot start them
+
 # where they are: each imports much that the others do not need
 TASKS: Mapping[str, str] = {
     "classification": "hf_chts.studies.classification",
@@ -53,10 +55,28 @@ def parsed(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
             raise ValueError(f"setting {name} is {value!r}; it must be of type {hints[name].__name__}")
         elif get_origin(hints[name]) is dict and not isinstance(value, Mapping):
             raise ValueError(f"setting {name} is {value!r}; it must be a mapping")
+    for name, item in fields.items():
+        no_default = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if item.init and no_default and name not in values:
+            raise ValueError(f"setting {name} is missing")
     try:
         return kind(**values)
     except TypeError as error:
         raise ValueError(f"settings: {error}") from error
+
+
+def check_threads(threads: int) -> None:
+    """Raises ValueError if there are fewer than 1, or so many that none but a wrong number can be meant."""
+    if not 1 <= threads <= _MOST_THREADS:
+        raise ValueError(f"setting threads is {threads}; it must be from 1 to {_MOST_THREADS}")
+
+
+def check_range(settings: Any, names: Iterable[str], low: float, high: float = math.inf) -> None:
+    """Raises ValueError, naming the setting, if one of these is not in [low, high), or no number."""
+    for name in names:
+        if not low <= getattr(settings, name) < high:
+            limit = f"at least {low:g}" + (f" and less than {high:g}" if high < math.inf else ", and finite")
+            raise ValueError(f"setting {name} is {getattr(settings, name)}; it must be {limit}")
 
 
 def check_positive(settings: Any, names: Iterable[str]) -> None:

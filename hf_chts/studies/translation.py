@@ -21,9 +21,10 @@ from hf_chts.sparse_model import SparsityHandle
 from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
 from hf_chts.studies.sentence_pairs import EncodedPairs, Vocabulary, load_pairs
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import Say, parsed, sparsity_config
+from hf_chts.studies.tasks import Say, check_positive, check_range, check_threads, parsed, sparsity_config
 from hf_chts.studies.translation_trainer import (
     KINDS,
+    POSITIONS,
     TrainingBatches,
     TranslationArguments,
     TranslationTrainer,
@@ -70,7 +71,7 @@ class Settings:
         sparsity: fields of SparsityConfig; topology_seed is the run's seed.
 
     Raises:
-        ValueError: an unknown norm, or steps that are not whole rounds of `evaluate_every`.
+        ValueError: a number that cannot be, an unknown norm, or steps that are not whole rounds of `evaluate_every`.
     """
 
     data: str = "bentrevett/multi30k"
@@ -100,6 +101,17 @@ class Settings:
     def __post_init__(self) -> None:
         if self.norm not in KINDS:
             raise ValueError(f"norm is {self.norm!r}: it must be one of {', '.join(KINDS)}")
+        check_positive(
+            self,
+            ("vocabulary", "width", "feed_forward", "layers", "heads", "gain", "tokens", "learning_rate", "beams",
+             "longest"),
+        )  # fmt: skip
+        check_threads(self.threads)
+        check_range(self, ("dropout", "label_smoothing", "adam_beta2"), 0, 1)
+        check_range(self, ("warmup", "update_warmup", "clip", "sentences"), 0)
+        check_range(self, ("longest",), 1, POSITIONS)
+        if self.width % (2 * self.heads):  # positions are sines and cosines in turn
+            raise ValueError(f"width is {self.width}, and heads {self.heads}: width must be a multiple of 2 × heads")
         if self.evaluate_every < 1 or self.steps < 1 or self.steps % self.evaluate_every:
             raise ValueError(
                 f"steps is {self.steps}, and evaluate_every {self.evaluate_every}: steps must be a multiple of it, as "

@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "pre": (PegasusConfig, PegasusForConditionalGeneration),
 }
 # more positions than any sentence of Multi30k takes, in tokens
-_POSITIONS = 256
+POSITIONS = 256
 
 
 def new_model(
@@ -73,7 +73,7 @@ def new_model(
         activation_function="relu",
         scale_embedding=True,
         init_std=width**-0.5,  # of the embeddings, which are multiplied by √width
-        max_position_embeddings=_POSITIONS,
+        max_position_embeddings=POSITIONS,
         pad_token_id=PAD,
         eos_token_id=END,
         forced_eos_token_id=END,

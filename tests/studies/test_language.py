@@ -16,7 +16,7 @@ from hf_chts.config import SparsityConfig
 from hf_chts.methods import METHODS
 from hf_chts.studies.language import CURVES, FIGURES, Settings, _figures, train
 from hf_chts.studies.language_data import EOS, VOCABULARY, Windows, bits_per_byte, split_tokens
-from hf_chts.studies.language_model import build_model, same_links
+from hf_chts.studies.language_model import build_model, narrow_dense
 from hf_chts.studies.language_records import OneRanksGradient
 from hf_chts.studies.study import Run, Study
 from hf_chts.studies.tasks import parsed
@@ -80,16 +80,24 @@ def test_bits_per_byte_count_the_ends_of_documents():
 
 @pytest.mark.parametrize("sparsity", [0.9, 0.95, 0.99])
 def test_a_dense_model_has_as_many_weights_as_a_sparse_one_has_links(sparsity):
-    width, ffn = same_links(256, 688, 4, 4, sparsity)
+    width, ffn = narrow_dense(256, 688, 4, 4, sparsity, whole=False)
     model = build_model(width, ffn, 4, 4, 16, 0, bf16=False)
     linear = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
     assert linear == pytest.approx((1 - sparsity) * 3_162_112, rel=0.02)
     assert width % 8 == 0
 
 
+@pytest.mark.parametrize("sparsity", [0.9, 0.95, 0.99])
+def test_a_dense_model_has_as_many_parameters_as_a_sparse_one(sparsity):
+    width, ffn = narrow_dense(256, 688, 4, 4, sparsity, whole=True)
+    small, large = (sum(p.numel() for p in build_model(*size, 4, 4, 16, 0, bf16=False).parameters())
+                    for size in ((width, ffn), (256, 688)))  # fmt: skip
+    assert small == pytest.approx(large - sparsity * 3_162_112, rel=0.02)
+
+
 def test_a_model_that_cannot_be_so_narrow_is_refused():
     with pytest.raises(ValueError, match="8 heads.*fewer heads"):
-        same_links(32, 48, 1, 8, 0.99)
+        narrow_dense(32, 48, 1, 8, 0.99, whole=False)
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,9 @@ def test_the_table_has_means_errors_and_the_papers_figures(done):
     (dense,) = cells(text, "dense")
     assert dense[1:7] == ["2 of 3", "52.00 ± 2.00", "2.500 ± 0.500", "1,000,000", "2.000 ± 0.250", "+0.500 ± 0.559"]
     (sparse,) = cells(text, "SET")
-    # the paper gives no error, and ours is 0: any difference is outside
     assert sparse[:7] == [
-        "SET (`set`)", "2 of 3", "54.00 ± 3.00", "5.000 ± 0.000", "12,345", "3.000", r"+2.000 ± 0.000 \*"
-    ]  # fmt: skip
+        "SET (`set`)", "2 of 3", "54.00 ± 3.00", "5.000 ± 0.000", "12,345", "3.000", "+2.000"
+    ]  # fmt: skip  # the paper gives no error, so that the difference has none
     (chts,) = cells(text, "CHTs")
     assert chts[0] == r"CHTs \| a (`chts`)"
     assert chts[6] == "+0.050 ± 0.502"
@@ -153,9 +152,21 @@ def test_paired_differences(done):
     assert "Minus dense, seed by seed" in text
     row = cells(text, "SET")[1]
     # scores 51 − 50 and 57 − 54: 1 and 3, mean 2, error 1; losses 5 − 2 and 5 − 3: 3 and 2; 100 s against 10
-    assert row[1:] == ["2", "+2.00 ± 1.00", r"+2.500 ± 0.500 \*", "10.00 ×"]
+    assert row[1:] == ["2", "+2.00 ± 1.00", "+2.500 ± 0.500", "10 ×"]
     assert len(cells(text, "dense")) == 1  # not compared with itself
     assert len(cells(text, "gmp")) == 1
+
+
+def test_stars_are_of_three_seeds_or_more(done):
+    done.write(reference="dense")
+    done.add("dense-2", {"score": 50.0, "loss": 2.0})
+    done.add("set-2", {"score": 55.0, "loss": 7.0})
+    row = cells(written(done), "SET")[1]
+    # scores 1, 3 and 5: mean 3, error 2/√3, 2.6 of them; losses 3, 2 and 5: mean 3.33, error √(7/9), 3.8 of them
+    assert row[1:4] == ["3", r"+3.00 ± 1.15 \*", r"+3.333 ± 0.882 \*"]
+    done.add("set-2", {"score": 53.0, "loss": 4.5})
+    # scores 1, 3, 3: 2.33 ± 0.67, 3.5 errors; losses 3, 2, 2.5: 2.5 ± 0.289, 8.7 errors
+    assert cells(written(done), "SET")[1][2:4] == [r"+2.33 ± 0.67 \*", r"+2.500 ± 0.289 \*\*"]
 
 
 def test_a_difference_of_one_shared_seed_has_no_error(done):
@@ -175,14 +186,16 @@ def test_a_reference_that_has_not_run_yet(done):
 
 
 def test_order_in_a_group_beside_the_papers(done):
+    done.add("set-2", {"score": 1.0, "loss": 5.0})
+    done.add("chts-2", {"score": 1.0, "loss": 1.0})
     text = written(done)
-    # losses of CHTs minus SET: −4 and −3.9, outside; less is better
+    # losses of CHTs minus SET: −4, −3.9 and −4, outside; less is better
     assert r"- fixed density: CHTs \| a > SET; in the paper CHTs \| a, SET" in text
-    for seed, loss in enumerate((4.0, 7.0)):
+    for seed, loss in enumerate((4.0, 7.0, 5.5)):
         done.add(f"chts-{seed}", {"score": 1.0, "loss": loss})
-    # differences −1 and 2: mean 0.5, error 1.5
+    # differences −1, 2 and 0.5: mean 0.5, error 1.5/√3
     assert r"- fixed density: SET ≈ CHTs \| a; in the paper CHTs \| a, SET" in written(done)
-    (done.results / "set-1.json").unlink()
+    (done.results / "set-1.json").unlink()  # two are left
     assert r"- fixed density: SET ? CHTs \| a; in the paper" in written(done)
 
 
@@ -208,7 +221,7 @@ def test_a_device_has_a_column_for_its_memory(done):
     memory = {"peak": 900.0, "before_training": 400.0, "of_device": 2048.0}
     done.add("chts-1", {"score": 1.0, "loss": 1.0}, memory_mib=memory)
     text = written(done)
-    assert cells(text, "CHTs")[0][-5:] == ["10; 10 on A processor", "20; 20 on A processor", "900", "500", "2,048"]
+    assert cells(text, "CHTs")[0][-5:] == ["10; 10 on A processor", "20; 20 on A processor", "500", "100", "2,048"]
     assert cells(text, "SET")[0][-3:] == ["500", "100", ""]
 
 
@@ -216,7 +229,7 @@ def test_a_run_on_a_gpu_and_one_on_a_cpu_are_not_compared_by_their_time(done):
     memory = {"peak": 900.0, "before_training": 400.0, "of_device": 2048.0}
     done.add("dense-1", {"score": 54.0, "loss": 3.0}, memory_mib=memory, processor_seconds=1.0)
     done.write(reference="dense")
-    assert cells(written(done), "SET")[1][-1] == "10.00 ×"  # seed 0: 100 s and 10 s
+    assert cells(written(done), "SET")[1][-1] == "10 ×"  # seed 0: 100 s and 10 s
     done.add("dense-0", {"score": 50.0, "loss": 2.0}, memory_mib=memory, processor_seconds=1.0)
     assert cells(written(done), "SET")[1][-1] == ""
 

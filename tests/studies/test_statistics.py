@@ -54,9 +54,23 @@ def test_outside_is_more_than_two_errors_from_zero(mean, error, outside):
     assert Estimate(mean, error, 3).outside is outside
 
 
+@pytest.mark.parametrize("count", [3, 4, 5, 10])
+def test_significant_is_what_chance_does_in_5_cases_of_100(count):
+    errors = stats.t.ppf(0.975, count - 1)
+    for sign in (1, -1):
+        assert Estimate(sign * (errors + 0.006), 1.0, count).significant
+        assert not Estimate(sign * (errors - 0.006), 1.0, count).significant
+
+
+def test_of_two_values_nothing_is_said():
+    assert Estimate(100.0, 1.0, 2).outside is None
+    assert not Estimate(100.0, 1.0, 2).significant
+    assert not Estimate(100.0, None, 1).significant
+
+
 def test_the_difference_to_a_published_figure_joins_both_errors():
     assert difference_to(Estimate(90.0, 0.3, 3), 91.0, 0.4) == Estimate(-1.0, pytest.approx(0.5), 3)
-    assert difference_to(Estimate(90.0, 0.3, 3), 91.0) == Estimate(-1.0, pytest.approx(0.3), 3)
+    assert difference_to(Estimate(90.0, 0.3, 3), 91.0) == Estimate(-1.0, None, 3)  # whose own error is not known
     assert difference_to(Estimate(90.0, None, 1), 91.0, 0.4) == Estimate(-1.0, None, 1)
 
 

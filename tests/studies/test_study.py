@@ -1,6 +1,7 @@
 """A study's YAML, which runs it asks for, and that each is carried out once."""
 
 import json
+import platform
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import filelock
 import pytest
 
 from hf_chts.commands.app import main
+from hf_chts.config import SparsityConfig
 from hf_chts.studies import running
 from hf_chts.studies.running import RunsFailed, check, missing, part_of, run_all, run_one
 from hf_chts.studies.study import Study, merge
@@ -34,13 +36,20 @@ class TestReading:
         assert (rows["gmp"].label, rows["gmp"].paper, rows["gmp"].seeds) == ("gmp", (), (0,))
 
     def test_merging_changes_neither(self):
-        base, over = {"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 5}, "d": {"e": 1}}
+        base, over = {"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 5}, "d": 3, "f": {"e": 1}}
         merged = merge(base, over)
-        assert merged == {"a": {"b": 5, "c": [1]}, "d": {"e": 1}}
+        assert merged == {"a": {"b": 5, "c": [1]}, "d": 3, "f": {"e": 1}}
         merged["a"]["c"].append(2)
-        merged["d"]["e"] = 9
+        merged["f"]["e"] = 9
         assert base == {"a": {"b": 1, "c": [1]}, "d": 2}
-        assert over == {"a": {"b": 5}, "d": {"e": 1}}
+        assert over == {"a": {"b": 5}, "d": 3, "f": {"e": 1}}
+
+    @pytest.mark.parametrize("value", [0.99, None, "0.9"])
+    def test_a_value_in_place_of_a_mapping_is_not_lost(self, made, value):
+        with pytest.raises(ValueError, match="made.yaml: sparsity is .* in one place and .* in another: make both"):
+            made.write(settings={"sparsity": value}).load()  # a row has a mapping
+        with pytest.raises(ValueError, match="sparsity is .* in one place"):
+            merge({"sparsity": {"method": "set"}}, {"sparsity": value})
 
     def test_runs_are_seed_by_seed_each_in_a_folder_of_its_own(self, made):
         runs = made.load().runs(Path("scratch"))
@@ -77,6 +86,7 @@ class TestReading:
             ({"seeds": ["0"]}, r"seeds is \['0'\]; it must be a list of whole numbers"),
             ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; each may be there once"),
             ({"rows": {1: {}}}, "the row 1 has a name that files cannot have"),
+            ({"rows": {"ä" * 51: {}}}, "the row 'ä+' has a name that files cannot have: .* 100 of them at most"),
             ({"rows": {"a/b": {}}}, "the row 'a/b' has a name that files cannot have"),
             ({"rows": {"a": "b"}}, "row 'a' is a mapping of fields, got a str"),
             ({"rows": {"a": {"paper": "90"}}}, "paper of row 'a' is '90'; it must be a number, or it and its error"),
@@ -122,7 +132,7 @@ class TestReading:
         with pytest.raises(ValueError, match="row 'dense': setting epochs is 'two'; it must be of type int"):
             check(made.write(settings={"epochs": "two"}).load())
         with pytest.raises(ValueError, match=r"row 'dense': setting sparsity is \['set'\]; it must be a mapping"):
-            check(made.write(settings={"sparsity": ["set"]}).load())
+            check(made.write(settings={"sparsity": ["set"]}, rows={"dense": {}}).load())
         with pytest.raises(ValueError, match="row 'dense': unknown setting 'metod'; did you mean 'method'"):
             check(made.write(settings={"sparsity": {"metod": "set"}}).load())
         with pytest.raises(ValueError, match="row 'dense': sparsity has topology_seed, .* leave it out"):
@@ -133,13 +143,40 @@ class TestReading:
         [
             ("classification", {"data": "digits", "epochs": 0}, "setting epochs is 0; it must be more than 0"),
             ("classification", {"data": "digits", "rate": 0.0}, "setting rate is 0.0; it must be more than 0"),
+            ("classification", {"data": "cifar"}, "unknown data 'cifar'"),
+            ("classification", {"data": "digits", "rate_until": 1.5}, "rate_until is 1.5; it must be a share"),
+            ("classification", {"data": "digits", "end_rate": 5.0}, r"end_rate is 5.0, more than rate \(0.025\)"),
+            ("classification", {"data": "digits", "momentum": 1.0}, "setting momentum is 1.0; .* less than 1"),
+            ("classification", {"data": "digits", "threads": 1000000}, "setting threads is 1000000; .* from 1 to 1024"),
+            (
+                "classification",
+                {"data": "digits", "weight_decay": float("nan")},
+                "setting weight_decay is nan; .* least 0",
+            ),
+            ("classification", {}, "setting data is missing"),
             ("language", {"evaluation_interval": 0}, "setting evaluation_interval is 0; it must be more than 0"),
+            ("language", {"context": 1}, "setting context is 1; it must be at least 2"),
+            ("language", {"evaluation_windows": -1}, "setting evaluation_windows is -1; it must be at least 0"),
+            ("language", {"warmup": 2.0}, "setting warmup is 2.0; it must be at least 0 and less than 1"),
+            ("language", {"update_warmup": -7}, "setting update_warmup is -7; it must be at least -1"),
+            ("translation", {"beams": 0}, "setting beams is 0; it must be more than 0"),
+            ("translation", {"longest": 600}, "setting longest is 600; it must be at least 1 and less than 256"),
+            ("translation", {"sentences": -995}, "setting sentences is -995; it must be at least 0"),
+            ("translation", {"heads": 3}, "width is 512, and heads 3: width must be a multiple"),
+            ("translation", {"dropout": 2.0}, "setting dropout is 2.0; it must be at least 0 and less than 1"),
+            ("translation", {"learning_rate": float("nan")}, "setting learning_rate is nan; it must be more than 0"),
         ],
     )
     def test_settings_out_of_their_range(self, made, task, settings, message):
-        settings |= {"sparsity": {"method": "set", "sparsity": 0.9}}
+        settings = settings | {"sparsity": {"method": "set", "sparsity": 0.9}}
         with pytest.raises(ValueError, match=f"row 'a': {message}"):
             check(made.write(task=task, settings=settings, rows={"a": {}}).load())
+
+    @pytest.mark.parametrize("field", ["update_interval", "target_modules", "topology_seed"])
+    def test_sparsity_that_follows_from_other_settings(self, made, field):
+        settings = {"data": "digits", "sparsity": {"method": "set", field: 5}}
+        with pytest.raises(ValueError, match=f"row 'a': sparsity has {field}, which follows"):
+            check(made.write(task="classification", settings=settings, rows={"a": {}}).load())
 
     @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
     def test_the_studies_of_the_repository(self, path):
@@ -196,7 +233,11 @@ class TestRunning:
         """Runs in threads of this process, which has the task. The names of the runs that were begun."""
         begun = []
 
-        def run(arguments, stdout, **options):
+        really = subprocess.run
+
+        def run(arguments, stdout=None, **options):
+            if arguments[0] == "git":
+                return really(arguments, **options)
             order = json.loads(arguments[-1])
             begun.append(order["run"])
             time.sleep(0.05)
@@ -222,6 +263,29 @@ class TestRunning:
         assert (result["seconds"], result["processor_seconds"]) == (10.0, 8.0)
         assert 0 < result["memory_mib"]["before_training"] <= result["memory_mib"]["peak"]
         assert {"hf_chts", "torch"} <= set(result["machine"]["versions"])
+        assert result["code"]["python"] == platform.python_version()
+        assert result["all_settings"]["epochs"] == 2
+        assert result["all_settings"]["sparsity"]["drop_fraction"] == SparsityConfig("chts").drop_fraction  # a default
+        assert result["all_settings"]["sparsity"]["topology_seed"] == 1
+
+    def test_a_result_names_the_commit_that_it_is_of(self, made, monkeypatch, tmp_path):
+        def git(*what):
+            names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+            command = ["git", "-C", str(tmp_path), *names, *what]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+        file = tmp_path / "hf_chts/studies/running.py"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        monkeypatch.setattr(running, "__file__", str(file))
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        assert running._commit() == ""
+        git("init")
+        git("add", ".")
+        git("commit", "-m", "first")
+        assert running._commit() == git("rev-parse", "HEAD")
+        (tmp_path / "hf_chts/other.py").write_text("1")
+        assert running._commit() == git("rev-parse", "HEAD") + "+"
 
     def test_runs_leave_a_result_and_no_folder(self, made, played):
         runs = made.load().runs(made.folder / "scratch")[:2]
@@ -238,6 +302,24 @@ class TestRunning:
         assert "base is -1.0" in log.read_text(encoding="utf-8")
         assert list(made.results.glob("*.json")) == [made.results / "chts-0.json"]  # it has a base of its own
         assert played == ["dense-0", "chts-0"]
+
+    def test_what_fails_alike_thrice_is_not_tried_again(self, made, played):
+        made.write(settings={"base": -1.0}, rows={name: {} for name in "abcde"}, seeds=[0])
+        told = []
+        with pytest.raises(RunsFailed, match="3 of 5 runs failed .a-0, b-0, c-0."):
+            self.share(made, made.load().runs(made.folder / "scratch"), told.append)
+        assert "made: 3 runs failed alike; those after c-0 are not tried" in told
+        assert played == ["a-0", "b-0", "c-0"]
+
+    @pytest.mark.parametrize(("number", "name"), [(9, r"SIGKILL \(perhaps for want of memory\)"), (15, "SIGTERM")])
+    def test_a_run_that_is_killed_says_by_what(self, made, monkeypatch, number, name):
+        def run(arguments, stdout, **options):
+            print("epoch 36: accuracy 97.49", file=stdout)
+            return subprocess.CompletedProcess(arguments, -number)
+
+        monkeypatch.setattr(running.subprocess, "run", run)
+        with pytest.raises(RunsFailed, match=f"dense-0: killed by {name}; the same command goes on from its last"):
+            self.share(made, made.load().runs(made.folder / "scratch")[:1])
 
     def test_figures_that_are_not_finite_end_no_study(self, made, monkeypatch):
         def run(arguments, **options):
@@ -271,6 +353,11 @@ class TestRunning:
         changed = replace(run, settings={**run.settings, "epochs": 7})
         with pytest.raises(ValueError, match=r"chts-1 was begun with other settings \(epochs\): remove it"):
             run_one(study, changed, "")
+        (run.folder / "settings.json").write_text("{")
+        with pytest.raises(
+            ValueError, match=r"settings.json cannot be used: .* Remove its folder to begin the run anew"
+        ):
+            run_one(study, run, "")
 
     def test_what_a_killed_command_has_left_running_is_left_to_it(self, made, monkeypatch):
         runs = made.load().runs(made.folder / "scratch")[:1]
