@@ -1,8 +1,14 @@
-"""`python -m hf_chts`: the same as `hf-chts`, which launchers cannot start."""
+"""`hf-chts` and `python -m hf_chts`, which launchers may start as ranks."""
 
 from hf_chts.commands import end_rank
 from hf_chts.commands.app import main
 
-if __name__ == "__main__":
+
+def program() -> None:
+    """Run the command of this process's arguments."""
     main()
     end_rank()
+
+
+if __name__ == "__main__":
+    program()

@@ -30,7 +30,7 @@ def test_the_wheel_runs_on_its_own(tmp_path):
     installed = tmp_path / "installed"
     found = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
     assert {path for path in found if path.parts[0] == "hf_chts"} == expected
-    assert "hf-chts = hf_chts.commands.app:main" in next(installed.glob("*.dist-info/entry_points.txt")).read_text()
+    assert "hf-chts = hf_chts.__main__:program" in next(installed.glob("*.dist-info/entry_points.txt")).read_text()
     # parses the preset and its model, and ends over the dataset, before anything is downloaded or written
     command = [sys.executable, "-m", "hf_chts", "train", "--config", "llama_60m", "--use_cpu", "true"]
     done = subprocess.run(

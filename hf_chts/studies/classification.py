@@ -27,7 +27,7 @@ from hf_chts.studies.clock import Clock
 from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure, best_of
 from hf_chts.studies.images import NAMES, Images, load_images
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import Say, check_positive, check_range, check_threads, parsed, sparsity_config
+from hf_chts.studies.tasks import TOO_MANY_THREADS, Say, check_positive, check_range, parsed, sparsity_config
 from hf_chts.topology.bits import count_bits
 from hf_chts.topology.percolation import End, Junction, anp_rate
 from hf_chts.topology.random_streams import random_stream
@@ -80,7 +80,7 @@ class Settings:
             ("hidden", "layers", "epochs", "batch", "rate", "end_rate", "checkpoint_epochs", "update_epochs",
              "rate_until"),
         )  # fmt: skip
-        check_threads(self.threads)
+        check_range(self, ("threads",), 1, TOO_MANY_THREADS)
         check_range(self, ("held_out", "weight_decay"), 0)
         check_range(self, ("momentum",), 0, 1)
         if self.data not in NAMES:
@@ -151,7 +151,7 @@ class _Trained:
             try:
                 saved = torch.load(path, weights_only=True, map_location=self.device)
             except (RuntimeError, UnpicklingError, EOFError) as error:
-                raise ValueError(f"{type(error).__name__}, {error}") from error
+                raise ValueError(f"it is damaged ({type(error).__name__})") from error
         if self.evolver:
             self.evolver.load_state_dict(saved["evolver"])
         self.model.load_state_dict(saved["model"])
@@ -241,7 +241,7 @@ def train(run: Run, say: Say) -> Outcome:
             f"epoch {trained.epoch}: accuracy {curves['accuracy'][-1]:.2f}, loss {loss:.4f}, "
             f"itop {curves['itop'][-1]:.3f}, {clock.seconds:.0f} s, at {time.strftime('%H:%M:%S')}"
         )
-    return Outcome(_figures(trained), curves, clock.seconds, clock.processor_seconds)
+    return Outcome(_figures(trained), curves, clock.seconds, clock.processor_seconds, trained.sparse.config.to_dict())
 
 
 def _split(images: Images, held_out: int) -> tuple[Images, tuple[Tensor, Tensor]]:

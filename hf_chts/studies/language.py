@@ -14,7 +14,7 @@ from hf_chts.studies.language_data import Windows, split_tokens
 from hf_chts.studies.language_model import block_weights, build_model, narrow_dense
 from hf_chts.studies.language_records import OneRanksGradient, Records
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import Say, check_positive, check_range, check_threads, parsed, sparsity_config
+from hf_chts.studies.tasks import TOO_MANY_THREADS, Say, check_positive, check_range, parsed, sparsity_config
 from hf_chts.training.arguments import SparseTrainingArguments
 from hf_chts.training.trainer import SparseTrainer
 
@@ -84,7 +84,7 @@ class Settings:
             self,
             ("width", "ffn", "layers", "heads", "context", "batch", "steps", "evaluation_interval", "learning_rate"),
         )
-        check_threads(self.threads)
+        check_range(self, ("threads",), 1, TOO_MANY_THREADS)
         check_range(self, ("context",), 2)  # the first token of a sequence is not predicted
         check_range(self, ("evaluation_windows", "weight_decay"), 0)
         check_range(self, ("warmup",), 0, 1)
@@ -159,9 +159,8 @@ def train(run: Run, say: Say) -> Outcome:
         "parameters": float(parameters),
         "diverged": float(diverged),
     }
-    return Outcome(
-        figures, records.curves(trainer.state.log_history), records.clock.seconds, records.clock.processor_seconds
-    )
+    clock, curves = records.clock, records.curves(trainer.state.log_history)
+    return Outcome(figures, curves, clock.seconds, clock.processor_seconds, config.to_dict())
 
 
 def _size(settings: Settings) -> tuple[int, int]:

@@ -11,7 +11,7 @@ def block_weights(width: int, ffn: int, layers: int) -> int:
     return layers * (4 * width * width + 3 * width * ffn)
 
 
-def other_weights(width: int, layers: int) -> int:
+def _other_weights(width: int, layers: int) -> int:
     """The weights outside the projections: embeddings, head and norms."""
     return 2 * VOCABULARY * width + (2 * layers + 1) * width
 
@@ -28,10 +28,10 @@ def narrow_dense(width: int, ffn: int, layers: int, heads: int, sparsity: float,
         ValueError: there is no such model.
     """
     links = (1 - sparsity) * block_weights(width, ffn, layers)
-    wanted = links + (other_weights(width, layers) if whole else 0)
+    wanted = links + (_other_weights(width, layers) if whole else 0)
 
     def count(width: int, ffn: int) -> int:
-        return block_weights(width, ffn, layers) + (other_weights(width, layers) if whole else 0)
+        return block_weights(width, ffn, layers) + (_other_weights(width, layers) if whole else 0)
 
     return narrower(width, ffn, wanted, count, heads=heads, step=2 * heads)
 

@@ -148,16 +148,10 @@ def run_all(
 def _reason(status: int, log: Path) -> str:
     """Why a run's process ended with this status."""
     if status < 0:  # what the log ends with says how far it was, not why it ended
-        return f"killed by {_signal(-status)}; the same command goes on from its last checkpoint"
+        hint = ", perhaps for want of memory" if -status == signal.SIGKILL else ""
+        name = f"signal {-status} ({signal.strsignal(-status)}{hint})"
+        return f"killed by {name}; the same command goes on from its last checkpoint"
     return " ".join(log.read_text(encoding="utf-8").strip().splitlines()[-1:])
-
-
-def _signal(number: int) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-    return f"{name} (perhaps for want of memory)" if name == "SIGKILL" else name
 
 
 def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
@@ -178,6 +172,7 @@ def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
                 f"{run.folder} was begun with other settings ({_changed(before, now)}): remove it to begin anew"
             )
     write_json(begun, now)
+    settings: Any = parsed(task_settings(study.task), run.settings)
     outcome = train(study.task, run, lambda line: print(line, flush=True))
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
     assert device is not None
@@ -190,7 +185,7 @@ def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
         "seed": run.seed,
         "task": study.task,
         "settings": dict(run.settings),
-        "all_settings": _all_settings(study, run),
+        "all_settings": {**dataclasses.asdict(settings), "sparsity": outcome.sparsity},
         "figures": outcome.figures,
         "seconds": round(outcome.seconds, 1),
         "processor_seconds": round(outcome.processor_seconds, 1),
@@ -205,14 +200,6 @@ def run_one(study: Study, run: Run, command: str) -> dict[str, Any]:
         "command": command,
         "curves": outcome.curves,
     }
-
-
-def _all_settings(study: Study, run: Run) -> dict[str, Any]:
-    """A run's settings with the defaults that they had, which may be others in a later version."""
-    settings = dataclasses.asdict(parsed(task_settings(study.task), run.settings))
-    if "sparsity" in settings:
-        settings["sparsity"] = sparsity_config(settings["sparsity"], topology_seed=run.seed).to_dict()
-    return settings
 
 
 def _commit() -> str:

@@ -72,12 +72,14 @@ class Outcome:
         curves: lists of one length by name; the first is what they run over, such as "epoch".
         seconds: of training alone, wall clock, over all attempts of a run that was cut off.
         processor_seconds: the same, of all threads of the process.
+        sparsity: the SparsityConfig that the run had, with all its defaults and what the task has set.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
     processor_seconds: float = 0.0
+    sparsity: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """
     merged = copy.deepcopy(dict(base))
     for name, value in over.items():
-        mappings = isinstance(value, Mapping) + isinstance(merged.get(name, value), Mapping)
-        if mappings == 1:
-            raise ValueError(f"{name} is {merged[name]!r} in one place and {value!r} in another: make both a mapping")
-        merged[name] = merge(merged[name], value) if mappings and name in merged else copy.deepcopy(value)
+        there = merged.get(name)
+        if name in merged and isinstance(there, Mapping) != isinstance(value, Mapping):
+            raise ValueError(f"{name} is {there!r} in one place and {value!r} in another: make both a mapping")
+        merged[name] = merge(there, value) if isinstance(there, Mapping) else copy.deepcopy(value)
     return merged
 
 

@@ -14,7 +14,7 @@ Say = Callable[[str], None]
 Task = Callable[[Run, Say], Outcome]
 _Settings = TypeVar("_Settings")
 
-_MOST_THREADS = 1024  # torch ends the process where it cannot start them
+TOO_MANY_THREADS = 1025  # torch ends the process where it cannot start them
 
 # where they are: each imports much that the others do not need
 TASKS: Mapping[str, str] = {
@@ -63,12 +63,6 @@ def parsed(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
         return kind(**values)
     except TypeError as error:
         raise ValueError(f"settings: {error}") from error
-
-
-def check_threads(threads: int) -> None:
-    """Raises ValueError if there are fewer than 1, or so many that none but a wrong number can be meant."""
-    if not 1 <= threads <= _MOST_THREADS:
-        raise ValueError(f"setting threads is {threads}; it must be from 1 to {_MOST_THREADS}")
 
 
 def check_range(settings: Any, names: Iterable[str], low: float, high: float = math.inf) -> None:

@@ -21,7 +21,7 @@ from hf_chts.sparse_model import SparsityHandle
 from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
 from hf_chts.studies.sentence_pairs import EncodedPairs, Vocabulary, load_pairs
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import Say, check_positive, check_range, check_threads, parsed, sparsity_config
+from hf_chts.studies.tasks import TOO_MANY_THREADS, Say, check_positive, check_range, parsed, sparsity_config
 from hf_chts.studies.translation_trainer import (
     KINDS,
     POSITIONS,
@@ -103,14 +103,13 @@ class Settings:
             raise ValueError(f"norm is {self.norm!r}: it must be one of {', '.join(KINDS)}")
         check_positive(
             self,
-            ("vocabulary", "width", "feed_forward", "layers", "heads", "gain", "tokens", "learning_rate", "beams",
-             "longest"),
-        )  # fmt: skip
-        check_threads(self.threads)
+            ("vocabulary", "width", "feed_forward", "layers", "heads", "gain", "tokens", "learning_rate", "beams"),
+        )
+        check_range(self, ("threads",), 1, TOO_MANY_THREADS)
         check_range(self, ("dropout", "label_smoothing", "adam_beta2"), 0, 1)
         check_range(self, ("warmup", "update_warmup", "clip", "sentences"), 0)
         check_range(self, ("longest",), 1, POSITIONS)
-        if self.width % (2 * self.heads):  # positions are sines and cosines in turn
+        if self.width % (2 * self.heads):  # positions need an even width, heads equal parts
             raise ValueError(f"width is {self.width}, and heads {self.heads}: width must be a multiple of 2 × heads")
         if self.evaluate_every < 1 or self.steps < 1 or self.steps % self.evaluate_every:
             raise ValueError(
@@ -136,6 +135,7 @@ def train(run: Run, say: Say) -> Outcome:
     figures: dict[str, float] = {}
     if layers := trainer.sparse.layers:
         figures["links"] = float(sum(layer.links for layer in layers.values()))
+    sparsity = trainer.sparse.config.to_dict()
     del trainer  # its moments take as much memory as two models
 
     references = [german for _, german in splits["test"]][: settings.sentences or None]
@@ -156,7 +156,7 @@ def train(run: Run, say: Say) -> Outcome:
     figures |= {"loss_last": losses[state.max_steps], "loss_best": losses[step_best], "step_best": float(step_best)}
     figures |= {name: curves[name][-1] for name in ("itop", "active_neurons") if name in curves}
     say(f"BLEU {figures['bleu_last']:.2f}, {SIGNATURE}")
-    return Outcome(figures, curves, clock.seconds, clock.processor_seconds)
+    return Outcome(figures, curves, clock.seconds, clock.processor_seconds, sparsity)
 
 
 def _trainer(settings: Settings, run: Run, encoded: Mapping[str, EncodedPairs], vocabulary: int) -> TranslationTrainer:

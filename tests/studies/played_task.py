@@ -5,6 +5,7 @@ from typing import Any
 
 from hf_chts.studies.figures import Figure
 from hf_chts.studies.study import Outcome
+from hf_chts.studies.tasks import sparsity_config
 
 FIGURES = {
     "score": Figure("score", "%", better="higher", digits=2),
@@ -28,4 +29,10 @@ def train(run, say):
     if base < 0:
         raise ValueError(f"base is {base}; it must not be negative")
     figures = {"score": base + run.seed, "loss": 1.0, "links": 1200.0}
-    return Outcome(figures, {"epoch": [1.0, 2.0], "score": [0.0, base + run.seed]}, 10.0, 8.0)
+    return Outcome(
+        figures,
+        {"epoch": [1.0, 2.0], "score": [0.0, base + run.seed]},
+        10.0,
+        8.0,
+        sparsity_config(run.settings.get("sparsity", {}), topology_seed=run.seed).to_dict(),
+    )

@@ -148,6 +148,19 @@ def test_active_neurons_by_hand():
     assert isinstance(model[0], nn.Linear)
 
 
+@pytest.mark.parametrize("damage", [b"", b"PK broken"])
+def test_a_damaged_checkpoint_is_named_with_the_remedy(tmp_path, damage):
+    tmp_path.joinpath("checkpoint.pt").write_bytes(damage)
+    with pytest.raises(ValueError, match="checkpoint.pt cannot be used: .* Remove it to begin the run anew"):
+        train(run(tmp_path, sparsity=SPARSE), quiet)
+
+
+def test_the_outcome_has_the_sparsity_that_the_run_had(tmp_path):
+    outcome = train(run(tmp_path, sparsity=SPARSE), quiet)
+    assert outcome.sparsity["target_modules"] == ["0", "2"]
+    assert outcome.sparsity["update_interval"] > 1
+
+
 def test_settings_that_are_wrong_are_named():
     with pytest.raises(ValueError, match="unknown setting 'epoch'; did you mean 'epochs'"):
         parsed(Settings, {"data": "digits", "epoch": 3})

@@ -147,7 +147,11 @@ class TestReading:
             ("classification", {"data": "digits", "rate_until": 1.5}, "rate_until is 1.5; it must be a share"),
             ("classification", {"data": "digits", "end_rate": 5.0}, r"end_rate is 5.0, more than rate \(0.025\)"),
             ("classification", {"data": "digits", "momentum": 1.0}, "setting momentum is 1.0; .* less than 1"),
-            ("classification", {"data": "digits", "threads": 1000000}, "setting threads is 1000000; .* from 1 to 1024"),
+            (
+                "classification",
+                {"data": "digits", "threads": 1000000},
+                "setting threads is 1000000; .* at least 1 and less than 1025",
+            ),
             (
                 "classification",
                 {"data": "digits", "weight_decay": float("nan")},
@@ -311,7 +315,9 @@ class TestRunning:
         assert "made: 3 runs failed alike; those after c-0 are not tried" in told
         assert played == ["a-0", "b-0", "c-0"]
 
-    @pytest.mark.parametrize(("number", "name"), [(9, r"SIGKILL \(perhaps for want of memory\)"), (15, "SIGTERM")])
+    @pytest.mark.parametrize(
+        ("number", "name"), [(9, r"signal 9 \(Killed, perhaps for want of memory\)"), (15, r"signal 15 \(Terminated\)")]
+    )
     def test_a_run_that_is_killed_says_by_what(self, made, monkeypatch, number, name):
         def run(arguments, stdout, **options):
             print("epoch 36: accuracy 97.49", file=stdout)
@@ -406,6 +412,29 @@ class TestRunning:
 class TestCommand:
     def call(self, *words):
         main(["study", *map(str, words)])
+
+    def test_a_file_in_place_of_the_results_is_named(self, made):
+        with pytest.raises(
+            SystemExit, match="the folder of results .*made.yaml cannot be written to: .* another place"
+        ):
+            main(["study", str(made.path), "--results", str(made.path), "--page"])
+
+    def test_a_folder_in_place_of_a_result_is_named_before_anything_runs(self, made):
+        (made.results / "set-0.json").mkdir()
+        study = made.load()
+        with pytest.raises(ValueError, match="set-0.json is a folder, and a run's result is to be there: remove it"):
+            missing(study, study.runs(made.folder), made.results)
+
+    def test_the_peak_of_memory_is_not_that_of_the_parent(self):
+        child = "from hf_chts.studies.memory import peak_mib; print(peak_mib())"
+        parent = (
+            f"import subprocess, sys; b'a' * (1 << 29); subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+        )
+        peak = subprocess.run(
+            [sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        if sys.platform == "linux":
+            assert 0 < float(peak) < 400  # of the 512 MiB that the parent has held
 
     def test_the_page_alone(self, made, capsys):
         made.add("chts-0", {"score": 60.0, "loss": 1.0}, {"epoch": [1, 2], "score": [1.0, 2.0]})
