@@ -33,11 +33,14 @@ def seal(directory: str | Path, step: int, run: Mapping[str, Any] | None = None)
     write_json(directory / SEAL_NAME, contents | {"checksum": _checksum(contents)})
 
 
-def verify_seal(directory: str | Path, concerns: Callable[[str], bool] = lambda name: True) -> None:
+def verify_seal(
+    directory: str | Path, concerns: Callable[[str], bool] = lambda name: True, remedy: str = _REMEDY
+) -> None:
     """Read every file of a checkpoint and compare it with the seal.
 
     Args:
         concerns: whether to check the file of this name, relative to `directory`.
+        remedy: the end of messages about damage.
 
     Raises:
         FileNotFoundError: the seal, or a file that it lists, is missing.
@@ -49,19 +52,19 @@ def verify_seal(directory: str | Path, concerns: Callable[[str], bool] = lambda 
         raise FileNotFoundError(f"there is no checkpoint at {directory}: give the directory of one")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {directory} {what_is_unsealed(directory)}")
-    with reading(path, _REMEDY):
+    with reading(path, remedy):
         files = _sealed_files(path)
     for name, (size, checksum) in files.items():
         if not concerns(name):
             continue
         file = directory / name
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, and the seal lists it. {_REMEDY}")
+            raise FileNotFoundError(f"{file} is missing, and the seal lists it. {remedy}")
         found = file.stat().st_size
         if found != size:
-            raise ValueError(f"{file} has {found} bytes, and had {size} when it was written. {_REMEDY}")
+            raise ValueError(f"{file} has {found} bytes, and had {size} when it was written. {remedy}")
         if crc32(file) != checksum:
-            raise ValueError(f"{file} is damaged: its checksum does not match the seal. {_REMEDY}")
+            raise ValueError(f"{file} is damaged: its checksum does not match the seal. {remedy}")
 
 
 def what_is_unsealed(directory: str | Path) -> str:

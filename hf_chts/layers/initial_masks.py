@@ -143,5 +143,5 @@ def _refused(name: str, wanted: str, inputs: Tensor | None, config: SparsityConf
     return ValueError(
         f"the initial topology {config.initial_topology!r} needs calibration inputs {wanted} for {name}, got {given}: "
         "pass sparsify(model, config, calibration={layer name: inputs}), or those of the model, calibration=inputs, or "
-        "choose another initial_topology"
+        "choose another initial_topology (on the command line there are inputs for wanda alone, with --init weights)"
     )

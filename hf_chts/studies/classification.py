@@ -5,11 +5,13 @@ Layers are sparse but for the last one. All of it is one process and one plain l
 
 import math
 import time
+import zlib
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -149,8 +151,11 @@ class _Trained:
     def load(self, path: Path) -> None:
         with reading(path, "Remove it to begin the run anew"):
             try:
+                with ZipFile(path) as records:  # torch.load compares no checksum
+                    if damaged := records.testzip():
+                        raise ValueError(f"the checksum of {damaged} in it does not match")
                 saved = torch.load(path, weights_only=True, map_location=self.device)
-            except (RuntimeError, UnpicklingError, EOFError) as error:
+            except (BadZipFile, zlib.error, RuntimeError, UnpicklingError, EOFError) as error:
                 raise ValueError(f"it is damaged ({type(error).__name__})") from error
         if self.evolver:
             self.evolver.load_state_dict(saved["evolver"])

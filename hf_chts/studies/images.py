@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def load_images(name: str) -> Images:
 
     Raises:
         ValueError: the name is not known.
-        OSError: it is nowhere; the message says where it was looked for.
+        OSError: it is nowhere, and the message says where it was looked for; or a file is damaged or missing.
     """
     if name == "digits":
         return _digits()
@@ -86,11 +87,14 @@ def load_images(name: str) -> Images:
     found = next((folder for folder in folders if _idx(folder, source.prefix, "train", "images")), None)
     if found is not None:
         parts = [
-            _read_idx(path)
+            _read_part(found, source.prefix, split, kind)
             for split in ("train", "test")
             for kind in ("images", "labels")
-            if (path := _idx(found, source.prefix, split, kind))
         ]
+        for number, split in ((0, "train"), (2, "test")):
+            if len(parts[number]) != len(parts[number + 1]):
+                counts = f"{len(parts[number])} images and {len(parts[number + 1])} labels"
+                raise OSError(f"{found} has {counts} of the {split} split: fetch them again")
     else:
         parts = _from_hub(name, source, folders)
     images, labels, test, test_labels = parts
@@ -111,13 +115,27 @@ def _idx(folder: Path, prefix: str, split: str, kind: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def _read_part(folder: Path, prefix: str, split: str, kind: str) -> np.ndarray:
+    path = _idx(folder, prefix, split, kind)
+    if path is None:
+        raise OSError(
+            f"{folder} has {prefix}train-images-idx3-ubyte, but no {kind} of the {split} split: fetch them too"
+        )
+    return _read_idx(path)
+
+
 def _read_idx(path: Path) -> np.ndarray:
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    dimensions = data[3]
-    shape = np.frombuffer(data, ">i4", dimensions, offset=4)
-    if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * dimensions + int(shape.prod()):
-        raise OSError(f"{path} is not a whole IDX file of bytes: fetch it again")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    data = path.read_bytes()
+    try:
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        dimensions = data[3]
+        shape = np.frombuffer(data, ">i4", dimensions, offset=4)
+        if data[:3] != b"\0\0\x08":
+            raise ValueError(f"it begins with {data[:3]!r}")
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise OSError(f"{path} is not a whole IDX file of bytes ({error}): fetch it again") from error
 
 
 def _from_hub(name: str, source: Source, looked: Sequence[Path]) -> list[np.ndarray]:

@@ -7,14 +7,21 @@ from typing import Any
 import torch
 from transformers import default_data_collator
 
-from hf_chts.checkpoint.run_folder import last_sealed
 from hf_chts.machine import on_cpu
 from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure, best_of
 from hf_chts.studies.language_data import Windows, split_tokens
 from hf_chts.studies.language_model import block_weights, build_model, narrow_dense
 from hf_chts.studies.language_records import OneRanksGradient, Records
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import TOO_MANY_THREADS, Say, check_positive, check_range, parsed, sparsity_config
+from hf_chts.studies.tasks import (
+    TOO_MANY_THREADS,
+    Say,
+    check_positive,
+    check_range,
+    last_checkpoint,
+    parsed,
+    sparsity_config,
+)
 from hf_chts.training.arguments import SparseTrainingArguments
 from hf_chts.training.trainer import SparseTrainer
 
@@ -144,7 +151,7 @@ def train(run: Run, say: Say) -> Outcome:
         trainer.add_callback(OneRanksGradient(trainer.evolver))
     diverged = False
     try:
-        trainer.train(resume_from_checkpoint=last_sealed(output) is not None)
+        trainer.train(resume_from_checkpoint=last_checkpoint(run, str(output)) is not None)
     except FloatingPointError as error:
         diverged = True
         say(f"diverged: {error}")

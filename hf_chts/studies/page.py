@@ -34,14 +34,24 @@ def write_page(study: Study, folder: Path) -> Path:
         ValueError: a file in the folder is not a result.
     """
     found = StudyResults.read(study, folder)
-    name = f"{study.name}-quick" if study.quick else study.name
+    name = page_name(study)
     drawn = curves.encoded_figure(found, curves_of(study.task))
     if drawn is not None:
         write_whole(folder / f"{name}.png", drawn)
-    title = f"# {inline(study.title)}{' (short form)' if study.quick else ''}"
-    parts = [title, whole_section(found, f"{name}.png"), LEGEND]
-    write_whole(folder / f"{name}.md", "\n\n".join(parts) + "\n")
+    write_whole(folder / f"{name}.md", page_text(found))
     return folder / f"{name}.md"
+
+
+def page_name(study: Study) -> str:
+    """The stem of the names of a study's page and figure."""
+    return f"{study.name}-quick" if study.quick else study.name
+
+
+def page_text(found: StudyResults) -> str:
+    """The page of a study."""
+    study = found.study
+    title = f"# {inline(study.title)}{' (short form)' if study.quick else ''}"
+    return "\n\n".join([title, whole_section(found, f"{page_name(study)}.png"), LEGEND]) + "\n"
 
 
 def table_section(found: StudyResults) -> str:

@@ -41,16 +41,17 @@ def part_of(runs: Sequence[Run], only: str) -> list[Run]:
         ValueError: `only` is not of that form.
     """
     first, _, of = only.partition("/")
-    if not (first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
-        raise ValueError(f"only is {only!r}; it must be like 17/64: the part, from 1 on, and the number of parts")
+    if not (only.isascii() and first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
+        raise ValueError(f"--only is {only!r}; it must be like 17/64: the part, from 1 to 64, and the number of parts")
     return list(runs)[int(first) - 1 :: int(of)]
 
 
 def check(study: Study) -> None:
-    """Raises ValueError, naming the row, if a run's settings are not those of its task."""
+    """Raises ValueError, naming the row, if a run's settings are not those of its task, or there is no such task."""
+    settings_of_task = task_settings(study.task)
     for row in study.rows:
         try:
-            settings: Any = parsed(task_settings(study.task), row.settings)
+            settings: Any = parsed(settings_of_task, row.settings)
             sparsity_config(getattr(settings, "sparsity", {}), topology_seed=0)
         except ValueError as error:
             raise ValueError(f"row {row.name!r}: {error}") from error
@@ -80,7 +81,21 @@ def missing(study: Study, runs: Sequence[Run], results: Path) -> list[Run]:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))
+    """What differs, by name, as "epochs 3, now 5, sparsity.method set, now chts"."""
+    flat = [
+        {
+            f"{name}.{inner}" if inner else name: value
+            for name, given in settings.items()
+            for inner, value in _inner(given)
+        }
+        for settings in (before, now)
+    ]
+    names = sorted(name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name))
+    return ", ".join(f"{name} {flat[0].get(name, 'not set')}, now {flat[1].get(name, 'not set')}" for name in names)
+
+
+def _inner(given: Any) -> list[tuple[str, Any]]:
+    return list(given.items()) if isinstance(given, Mapping) and given else [("", given)]
 
 
 def run_all(
@@ -109,6 +124,7 @@ def run_all(
         try:
             with filelock.FileLock(run.folder / "lock", timeout=0):
                 if target.is_file():  # another process has been faster
+                    shutil.rmtree(run.folder, ignore_errors=True)
                     continue
                 say(f"{study.name} {run.name}: log {run.folder / 'log.txt'}")
                 start = time.perf_counter()

@@ -38,6 +38,21 @@ def train(task: str, run: Run, say: Say) -> Outcome:
     return _module(task).train(run, say)
 
 
+def last_checkpoint(run: Run, output_dir: str) -> str | None:
+    """The last complete checkpoint of a run's Trainer, each file compared with its seal; None if there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: a file of it is missing or damaged; the message names it and the remedy.
+    """
+    from hf_chts.checkpoint.run_folder import last_sealed
+    from hf_chts.checkpoint.seal import verify_seal
+
+    found = last_sealed(output_dir)
+    if found is not None:
+        verify_seal(found, remedy=f"Remove {run.folder} to begin the run anew")
+    return found
+
+
 def parsed(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
     """Settings of a run as their dataclass.
 

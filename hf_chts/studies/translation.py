@@ -14,14 +14,21 @@ import torch
 from sacrebleu.metrics import BLEU
 from transformers import AutoModelForSeq2SeqLM, set_seed
 
-from hf_chts.checkpoint.run_folder import last_sealed
 from hf_chts.export import load_sparse
 from hf_chts.machine import on_cpu
 from hf_chts.sparse_model import SparsityHandle
 from hf_chts.studies.figures import TOPOLOGY, TOPOLOGY_CURVES, Figure
 from hf_chts.studies.sentence_pairs import EncodedPairs, Vocabulary, load_pairs
 from hf_chts.studies.study import Outcome, Run
-from hf_chts.studies.tasks import TOO_MANY_THREADS, Say, check_positive, check_range, parsed, sparsity_config
+from hf_chts.studies.tasks import (
+    TOO_MANY_THREADS,
+    Say,
+    check_positive,
+    check_range,
+    last_checkpoint,
+    parsed,
+    sparsity_config,
+)
 from hf_chts.studies.translation_trainer import (
     KINDS,
     POSITIONS,
@@ -39,6 +46,7 @@ SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp"
 FIGURES = {
     "bleu_last": Figure("BLEU", better="higher", papers=True),
     "bleu_best": Figure("BLEU, best step", better="higher"),
+    "loss_test_last": Figure("test loss", "nats", better="lower", digits=3),
     "loss_last": Figure("validation loss", "nats", better="lower", digits=3),
     "loss_best": Figure("validation loss, best step", "nats", better="lower", digits=3),
     "step_best": Figure("best step", digits=0),
@@ -128,7 +136,7 @@ def train(run: Run, say: Say) -> Outcome:
     say(f"{len(splits['train'])} pairs, {len(vocabulary)} tokens in the vocabulary")
 
     trainer = _trainer(settings, run, encoded, len(vocabulary))
-    checkpoint = last_sealed(trainer.args.output_dir or "")
+    checkpoint = last_checkpoint(run, trainer.args.output_dir or "")
     trainer.train(resume_from_checkpoint=checkpoint)
     clock, state, device = trainer.clock, trainer.state, trainer.args.device
     last, best = _checkpoint(trainer, state.max_steps), _checkpoint(trainer, state.best_global_step)

@@ -67,6 +67,24 @@ def test_a_file_that_was_cut_off_is_named(idx, tmp_path):
         load_images("fashion_mnist")
 
 
+@pytest.mark.parametrize("damaged", [b"", b"no gzip", gzip.compress(bytes(1000))[:-9], gzip.compress(b"ab")])
+def test_a_file_that_is_none_is_named(idx, tmp_path, damaged):
+    (tmp_path / "data" / "fashion_mnist" / "train-images-idx3-ubyte.gz").write_bytes(damaged)
+    with pytest.raises(OSError, match="train-images-idx3-ubyte.gz is not a whole IDX file of bytes .*: fetch it again"):
+        load_images("fashion_mnist")
+
+
+def test_files_that_are_missing_or_do_not_fit_are_named(idx, tmp_path):
+    folder = tmp_path / "data" / "fashion_mnist"
+    labels = folder / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(struct.pack(">4Bi", 0, 0, 8, 1, 3) + bytes(3))
+    with pytest.raises(OSError, match="fashion_mnist has 20 images and 3 labels of the test split: fetch them again"):
+        load_images("fashion_mnist")
+    labels.unlink()
+    with pytest.raises(OSError, match="fashion_mnist has train-images-idx3-ubyte, but no labels of the test split"):
+        load_images("fashion_mnist")
+
+
 def test_data_that_is_nowhere_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -153,6 +171,25 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(tmp_path, damage):
     tmp_path.joinpath("checkpoint.pt").write_bytes(damage)
     with pytest.raises(ValueError, match="checkpoint.pt cannot be used: .* Remove it to begin the run anew"):
         train(run(tmp_path, sparsity=SPARSE), quiet)
+
+
+def test_a_checkpoint_with_one_changed_byte_is_named(tmp_path):
+    """torch.load takes it without a word."""
+
+    def stop(line):
+        if line.startswith("epoch 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run(tmp_path, sparsity=SPARSE, epochs=3, checkpoint_epochs=1), stop)
+    path = tmp_path / "checkpoint.pt"
+    contents = bytearray(path.read_bytes())
+    last = list(torch.load(path, weights_only=True)["model"].values())[-1]  # of the biases, which all are there
+    contents[contents.index(last.numpy().tobytes())] ^= 1
+    path.write_bytes(contents)
+    torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match="checksum of .* does not match. Remove it to begin the run anew"):
+        train(run(tmp_path, sparsity=SPARSE, epochs=3, checkpoint_epochs=1), quiet)
 
 
 def test_the_outcome_has_the_sparsity_that_the_run_had(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,11 @@ def test_a_run_that_was_killed_goes_on_to_the_same_figures(tmp_path):
     left = [path.name for path in (tmp_path / "killed" / "training").glob("checkpoint-*")]
     assert left == ["checkpoint-4"]
     said = []
+    shutil.copytree(tmp_path / "killed", tmp_path / "damaged")
+    state = next((tmp_path / "damaged" / "training").glob("checkpoint-*/optimizer.pt"))
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"optimizer.pt has .* Remove {tmp_path}/damaged to begin the run anew"):
+        trained(tmp_path / "damaged", sparsity=sparsity)
     resumed = trained(tmp_path / "killed", say=said.append, sparsity=sparsity)
     whole = trained(tmp_path / "whole", sparsity=sparsity)
     assert [line.partition(":")[0] for line in said] == ["step 8", "step 12"]

@@ -13,6 +13,7 @@ from hf_chts.studies.figures import Figure, curves_of, figures_of, papers_figure
 from hf_chts.studies.page_results import StudyResults
 from hf_chts.studies.page_tables import main_table
 from hf_chts.studies.statistics import Estimate
+from hf_chts.studies.study import Study
 from hf_chts.studies.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -338,3 +339,7 @@ class TestDocs:
         assert docs.read_text(encoding="utf-8") == made, "run python -m hf_chts.studies.page"
         for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", made):
             assert (docs.parent / path).is_file(), f"{path} is missing: run python -m hf_chts.studies.page"
+        for path in (ROOT / "studies/results").iterdir():
+            found = StudyResults.read(Study.load(ROOT / f"studies/{path.name}.yaml"), path)
+            written = (path / f"{path.name}.md").read_text(encoding="utf-8")
+            assert written == page.page_text(found), "run python -m hf_chts.studies.page"
