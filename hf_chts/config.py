@@ -141,7 +141,7 @@ class SparsityConfig:
         "largest of all present and stored weights, and with largest (topk) those of all weights after each optimizer "
         "step, which moves missing links too; ζ does not count then.",
     )
-    regrowth_choice: str = _by_method("hard", "hard takes the highest scores; soft samples by score.")
+    regrowth_choice: str = _by_method("hard", "hard takes the highest scores; soft draws in proportion to the scores.")
     regrown_weights: str = _by_method(
         "zero",
         "Weight that a regrown link starts with: zero, or historical, the weight it had when it was removed (paper "
@@ -289,6 +289,9 @@ class SparsityConfig:
             )
         original = method.original if self.recipe == "original" else None
         settings = dict(method.settings) | dict(original or {})
+        if self.regrowth not in (None, "random") and settings.get("regrowth", own["regrowth"]) == "random":
+            # of equal scores a soft choice is the cheaper one; among others it would make it another method
+            settings.pop("regrowth_choice", None)
         for name in settings:
             if name not in own or name in _NOT_OF_METHODS:
                 raise ValueError(f"method {self.method!r} sets {name!r}, which is not a field that a method can set")
@@ -447,8 +450,8 @@ class SparsityConfig:
         if parts and (missing := _unregistered(values)):
             modules = ", ".join(parts)
             raise ValueError(
-                f"{missing} is not registered: import {modules} first, name it with --parts, or set "
-                f"{PARTS_VARIABLE}={modules.replace(' ', '')}"
+                f"{missing} is not registered: import {modules} first, or set "
+                f"{PARTS_VARIABLE}={modules.replace(' ', '')} (in training also: --parts)"
             )
         config = cls(**values)
         if parts:

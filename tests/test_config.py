@@ -71,6 +71,14 @@ def test_recipes(tmp_path, method):
     assert SparsityConfig.load(tmp_path) == original
 
 
+def test_a_score_in_place_of_random_regrowth_is_hard_unless_it_is_said():
+    assert SparsityConfig("set").regrowth_choice == SparsityConfig("set", regrowth="random").regrowth_choice == "soft"
+    for method in ("set", "smet", "mest"):
+        assert SparsityConfig(method, regrowth="gradient").regrowth_choice == "hard"
+        assert SparsityConfig(method, regrowth="gradient", regrowth_choice="soft").regrowth_choice == "soft"
+    assert SparsityConfig("chts", regrowth="gradient").regrowth_choice == "soft"
+
+
 def test_what_is_set_wins_over_the_recipe():
     config = SparsityConfig(method="set", recipe="original", drop_fraction=0.1, allocation="uniform")
     assert (config.drop_fraction, config.allocation, config.removal) == (0.1, "uniform", "magnitude_by_sign")

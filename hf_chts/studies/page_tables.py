@@ -12,16 +12,16 @@ from hf_chts.studies.statistics import difference_to, estimate, paired
 from hf_chts.studies.study import Row
 
 LEGEND = (
-    "Figures are means over the seeds ± their standard error (of a single seed no error is known, and none is given). "
-    "An asterisk marks what is more than two standard errors from 0; with three seeds chance alone does that in 18 "
-    "cases of 100, and with two in 30, so that these have none. Two asterisks: in fewer than 5 of 100, by Student's t. "
-    "There are many differences here, and among a hundred that are none chance gives five two asterisks. The error of "
-    "the difference to the paper joins ours and the one that the paper gives, if it gives one. Seconds are means over "
-    "the seeds, of training without evaluation: of the processor, over all threads, and of the wall clock. Other work "
-    "on the machine makes equal work take up to twice as long, in processor seconds too, so that how many times as "
-    "fast a run is should be read so roughly. Memory is the most that a run's process has held in training; beside "
-    "it, what of that came after the packages, the data and the model. Both are of the seed in the middle. "
-    "Paired differences are of runs with the same seed."
+    "Figures are means over the seeds ± their standard error (of a single seed no error is known, and none is given)."
+    " An asterisk marks what is more than two standard errors from 0; with three seeds chance alone does that in 18 "
+    "cases of 100. With two it would be 30, so that these get none. Two asterisks: in fewer than 5 of 100, by "
+    "Student's t. There are many differences here, and among a hundred that are none chance gives five two asterisks."
+    " The error of the difference to the paper joins ours and the one that the paper gives, if it gives one. Seconds "
+    "are means over the seeds, of training without evaluation: of the processor, over all threads, and of the wall "
+    "clock. Other work on the machine makes equal work take up to twice as long, in processor seconds too, so that "
+    "how many times as fast a run is should be read so roughly. Memory is the most that a run's process has held in "
+    "training; beside it, how much of that came after packages, data and model were loaded. Both are the median "
+    "seed's. Paired differences are of runs with the same seed."
 )
 
 
