@@ -141,7 +141,11 @@ class SparsityConfig:
         "largest of all present and stored weights, and with largest (topk) those of all weights after each optimizer "
         "step, which moves missing links too; ζ does not count then.",
     )
-    regrowth_choice: str = _by_method("hard", "hard takes the highest scores; soft draws in proportion to the scores.")
+    regrowth_choice: str = _by_method(
+        "hard",
+        "hard takes the highest scores; soft draws in proportion to the scores. A score in place of a "
+        "method's random regrowth is hard.",
+    )
     regrown_weights: str = _by_method(
         "zero",
         "Weight that a regrown link starts with: zero, or historical, the weight it had when it was removed (paper "

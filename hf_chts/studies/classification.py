@@ -3,6 +3,7 @@
 Layers are sparse but for the last one. All of it is one process and one plain loop around an Evolver.
 """
 
+import io
 import math
 import time
 import zlib
@@ -11,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -145,17 +145,23 @@ class _Trained:
         saved: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
         saved |= {"evolver": self.evolver.state_dict() if self.evolver else None}
         saved |= {"curves": self.curves, "epoch": self.epoch}
+        written = io.BytesIO()
+        torch.save(saved, written)
+        contents = written.getvalue()
         with whole_file(path) as file:
-            torch.save(saved, file)
+            file.write(contents + zlib.crc32(contents).to_bytes(4, "little"))
 
     def load(self, path: Path) -> None:
         with reading(path, "Remove it to begin the run anew"):
+            if path.is_dir():
+                raise ValueError("it is a folder")
+            contents = path.read_bytes()
+            # torch.load compares no checksums, and takes changed bytes without a word
+            if zlib.crc32(contents[:-4]) != int.from_bytes(contents[-4:], "little"):
+                raise ValueError("it is damaged: its checksum does not match")
             try:
-                with ZipFile(path) as records:  # torch.load compares no checksum
-                    if damaged := records.testzip():
-                        raise ValueError(f"the checksum of {damaged} in it does not match")
-                saved = torch.load(path, weights_only=True, map_location=self.device)
-            except (BadZipFile, zlib.error, RuntimeError, UnpicklingError, EOFError) as error:
+                saved = torch.load(io.BytesIO(contents), weights_only=True, map_location=self.device)
+            except (RuntimeError, UnpicklingError, EOFError) as error:
                 raise ValueError(f"it is damaged ({type(error).__name__})") from error
         if self.evolver:
             self.evolver.load_state_dict(saved["evolver"])
@@ -213,7 +219,7 @@ def train(run: Run, say: Say) -> Outcome:
         images, chosen_by = _split(images, settings.held_out)
     trained = _Trained(settings, images, run.seed)
     checkpoint = run.folder / "checkpoint.pt"
-    if checkpoint.is_file():
+    if checkpoint.exists():
         trained.load(checkpoint)
         say(f"goes on after epoch {trained.epoch}")
     curves, clock = trained.curves, trained.clock

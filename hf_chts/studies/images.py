@@ -48,6 +48,7 @@ SOURCES = {
 
 
 NAMES = ("digits", *SOURCES)
+_ENDS = {"images": "idx3-ubyte", "labels": "idx1-ubyte"}  # of the names of IDX files
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,13 @@ def load_images(name: str) -> Images:
     given = os.environ.get(DATA_VARIABLE)
     first, *others = source.folders
     folders = [*([Path(given) / first] if given else []), *map(Path, others)]
-    found = next((folder for folder in folders if _idx(folder, source.prefix, "train", "images")), None)
+    wanted = [(split, kind) for split in ("train", "test") for kind in ("images", "labels")]
+    found = next((folder for folder in folders if any(_idx(folder, source.prefix, *part) for part in wanted)), None)
     if found is not None:
-        parts = [
-            _read_part(found, source.prefix, split, kind)
-            for split in ("train", "test")
-            for kind in ("images", "labels")
-        ]
+        parts = [_read_part(found, source.prefix, *part) for part in wanted]
+        pixels = [parts[number][0].size for number in (0, 2)]
+        if pixels[0] != pixels[1]:
+            raise OSError(f"{found} has images of {pixels[0]} and of {pixels[1]} pixels: fetch them again")
         for number, split in ((0, "train"), (2, "test")):
             if len(parts[number]) != len(parts[number + 1]):
                 counts = f"{len(parts[number])} images and {len(parts[number + 1])} labels"
@@ -109,30 +110,27 @@ def load_images(name: str) -> Images:
 
 def _idx(folder: Path, prefix: str, split: str, kind: str) -> Path | None:
     """The file of one part of a data set in MNIST's form, packed or not."""
-    number = {"images": "idx3-ubyte", "labels": "idx1-ubyte"}[kind]
     names = ["train"] if split == "train" else ["t10k", "test"]
-    files = (folder / f"{prefix}{name}-{kind}-{number}{end}" for name in names for end in (".gz", ""))
+    files = (folder / f"{prefix}{name}-{kind}-{_ENDS[kind]}{end}" for name in names for end in (".gz", ""))
     return next((file for file in files if file.is_file()), None)
 
 
 def _read_part(folder: Path, prefix: str, split: str, kind: str) -> np.ndarray:
     path = _idx(folder, prefix, split, kind)
     if path is None:
-        raise OSError(
-            f"{folder} has {prefix}train-images-idx3-ubyte, but no {kind} of the {split} split: fetch them too"
-        )
-    return _read_idx(path)
+        name = f"{prefix}{'train' if split == 'train' else 't10k'}-{kind}-{_ENDS[kind]}"
+        raise OSError(f"{folder} lacks the {kind} of the {split} split: fetch {name}, too")
+    return _read_idx(path, dimensions=3 if kind == "images" else 1)
 
 
-def _read_idx(path: Path) -> np.ndarray:
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     data = path.read_bytes()
     try:
         if path.suffix == ".gz":
             data = gzip.decompress(data)
-        dimensions = data[3]
         shape = np.frombuffer(data, ">i4", dimensions, offset=4)
-        if data[:3] != b"\0\0\x08":
-            raise ValueError(f"it begins with {data[:3]!r}")
+        if data[:4] != bytes((0, 0, 8, dimensions)) or shape.min() < 1:
+            raise ValueError(f"it begins with {data[:4]!r} and the shape {shape.tolist()}")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise OSError(f"{path} is not a whole IDX file of bytes ({error}): fetch it again") from error

@@ -41,7 +41,7 @@ def part_of(runs: Sequence[Run], only: str) -> list[Run]:
         ValueError: `only` is not of that form.
     """
     first, _, of = only.partition("/")
-    if not (only.isascii() and first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
+    if not (only.isascii() and len(only) < 20 and first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
         raise ValueError(f"--only is {only!r}; it must be like 17/64: the part, from 1 to 64, and the number of parts")
     return list(runs)[int(first) - 1 :: int(of)]
 
@@ -80,22 +80,19 @@ def missing(study: Study, runs: Sequence[Run], results: Path) -> list[Run]:
     return left
 
 
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs, by name, as "epochs 3, now 5, sparsity.method set, now chts"."""
-    flat = [
-        {
-            f"{name}.{inner}" if inner else name: value
-            for name, given in settings.items()
-            for inner, value in _inner(given)
-        }
-        for settings in (before, now)
-    ]
-    names = sorted(name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name))
-    return ", ".join(f"{name} {flat[0].get(name, 'not set')}, now {flat[1].get(name, 'not set')}" for name in names)
-
-
-def _inner(given: Any) -> list[tuple[str, Any]]:
-    return list(given.items()) if isinstance(given, Mapping) and given else [("", given)]
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
+    """What differs, by name, as "epochs 3, now 5, sparsity.method 'set', now 'chts'"."""
+    told = []
+    for name in sorted({*before, *now}):
+        if name in before and name in now and before[name] == now[name]:
+            continue
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            told.append(_changed(old, new, f"{prefix}{name}."))
+        else:
+            values = [repr(values[name]) if name in values else "not set" for values in (before, now)]
+            told.append(f"{prefix}{name} {values[0]}, now {values[1]}")
+    return ", ".join(told)
 
 
 def run_all(

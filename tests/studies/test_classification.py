@@ -67,9 +67,27 @@ def test_a_file_that_was_cut_off_is_named(idx, tmp_path):
         load_images("fashion_mnist")
 
 
-@pytest.mark.parametrize("damaged", [b"", b"no gzip", gzip.compress(bytes(1000))[:-9], gzip.compress(b"ab")])
-def test_a_file_that_is_none_is_named(idx, tmp_path, damaged):
-    (tmp_path / "data" / "fashion_mnist" / "train-images-idx3-ubyte.gz").write_bytes(damaged)
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"ab",
+        b"\0\0\x08\0X",  # no dimensions
+        struct.pack(">4B3i", 0, 0, 8, 3, -1, 28, 28) + bytes(784),
+        struct.pack(">4B3i", 0, 0, 8, 3, 0, 28, 28),
+        struct.pack(">4Bi", 0, 0, 8, 1, 100) + bytes(100),  # labels
+    ],
+    ids=["short", "no dimensions", "negative", "empty", "labels"],
+)
+def test_a_file_of_something_else_is_named(idx, tmp_path, contents):
+    (tmp_path / "data" / "fashion_mnist" / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(contents))
+    with pytest.raises(OSError, match="train-images-idx3-ubyte.gz is not a whole IDX file of bytes .*: fetch it again"):
+        load_images("fashion_mnist")
+
+
+@pytest.mark.parametrize("kept", [0, 5, -9])
+def test_a_packed_file_that_was_cut_off_is_named(idx, tmp_path, kept):
+    path = tmp_path / "data" / "fashion_mnist" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(OSError, match="train-images-idx3-ubyte.gz is not a whole IDX file of bytes .*: fetch it again"):
         load_images("fashion_mnist")
 
@@ -81,7 +99,15 @@ def test_files_that_are_missing_or_do_not_fit_are_named(idx, tmp_path):
     with pytest.raises(OSError, match="fashion_mnist has 20 images and 3 labels of the test split: fetch them again"):
         load_images("fashion_mnist")
     labels.unlink()
-    with pytest.raises(OSError, match="fashion_mnist has train-images-idx3-ubyte, but no labels of the test split"):
+    with pytest.raises(OSError, match="fashion_mnist lacks the labels of the test split: fetch t10k-labels-idx1-ubyte"):
+        load_images("fashion_mnist")
+    labels.write_bytes(struct.pack(">4Bi", 0, 0, 8, 1, 20) + bytes(20))
+    images = folder / "t10k-images-idx3-ubyte.gz"
+    images.write_bytes(gzip.compress(struct.pack(">4B3i", 0, 0, 8, 3, 20, 14, 14) + bytes(20 * 14 * 14)))
+    with pytest.raises(OSError, match="fashion_mnist has images of 784 and of 196 pixels: fetch them again"):
+        load_images("fashion_mnist")
+    (folder / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(OSError, match="fashion_mnist lacks the images of the train split"):
         load_images("fashion_mnist")
 
 
@@ -166,7 +192,7 @@ def test_active_neurons_by_hand():
     assert isinstance(model[0], nn.Linear)
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK broken"])
+@pytest.mark.parametrize("damage", [b"", bytes(4), b"PK broken"])
 def test_a_damaged_checkpoint_is_named_with_the_remedy(tmp_path, damage):
     tmp_path.joinpath("checkpoint.pt").write_bytes(damage)
     with pytest.raises(ValueError, match="checkpoint.pt cannot be used: .* Remove it to begin the run anew"):
@@ -188,8 +214,14 @@ def test_a_checkpoint_with_one_changed_byte_is_named(tmp_path):
     contents[contents.index(last.numpy().tobytes())] ^= 1
     path.write_bytes(contents)
     torch.load(path, weights_only=True)
-    with pytest.raises(ValueError, match="checksum of .* does not match. Remove it to begin the run anew"):
+    with pytest.raises(ValueError, match="its checksum does not match. Remove it to begin the run anew"):
         train(run(tmp_path, sparsity=SPARSE, epochs=3, checkpoint_epochs=1), quiet)
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.pt").mkdir()
+    with pytest.raises(ValueError, match="checkpoint.pt cannot be used: it is a folder. Remove it to begin the run"):
+        train(run(tmp_path, sparsity=SPARSE), quiet)
 
 
 def test_the_outcome_has_the_sparsity_that_the_run_had(tmp_path):

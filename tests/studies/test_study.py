@@ -196,7 +196,7 @@ class TestWhatToRun:
         assert sorted(run for k in range(1, 5) for run in part_of(runs, f"{k}/4")) == runs
         assert part_of(runs, "11/12") == []
 
-    @pytest.mark.parametrize("only", ["0/3", "4/3", "2", "a/b", "1/0", "-1/3", "", "٣/٤"])
+    @pytest.mark.parametrize("only", ["0/3", "4/3", "2", "a/b", "1/0", "-1/3", "", "٣/٤", "1/" + "9" * 5000])
     def test_parts_that_are_none(self, only):
         with pytest.raises(ValueError, match="it must be like 17/64"):
             part_of([1], only)
@@ -220,6 +220,16 @@ class TestWhatToRun:
         study = made.load()
         with pytest.raises(ValueError, match=r"set-0.json is not the result of a run.*: remove it to run it again"):
             missing(study, study.runs(made.folder), made.results)
+
+    def test_what_has_changed_is_told_with_both_values(self):
+        changed = running._changed
+        assert changed({"a": None}, {}) == "a None, now not set"
+        assert changed({"s": {}}, {"s": {"method": "set"}}) == "s.method not set, now 'set'"
+        assert changed({"x": "3", "y": [1]}, {"x": 3, "y": [1]}) == "x '3', now 3"
+        assert (
+            changed({"s": {"z": 0.3, "w": 1}}, {"s": {"z": 0.1, "w": 1}, "b": 2})
+            == "b not set, now 2, s.z 0.3, now 0.1"
+        )
 
     def test_results_of_other_settings_are_refused(self, made):
         made.add("set-0", {})
