@@ -294,7 +294,7 @@ class SparsityConfig:
         original = method.original if self.recipe == "original" else None
         settings = dict(method.settings) | dict(original or {})
         if self.regrowth not in (None, "random") and settings.get("regrowth", own["regrowth"]) == "random":
-            # of equal scores a soft choice is the cheaper one; among others it would make it another method
+            # among random scores soft is the same choice, and cheaper; among others it would be another method
             settings.pop("regrowth_choice", None)
         for name in settings:
             if name not in own or name in _NOT_OF_METHODS:

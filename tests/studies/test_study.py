@@ -221,6 +221,10 @@ class TestWhatToRun:
         with pytest.raises(ValueError, match=r"set-0.json is not the result of a run.*: remove it to run it again"):
             missing(study, study.runs(made.folder), made.results)
 
+    def test_an_unknown_task_is_no_fault_of_a_row(self, made):
+        with pytest.raises(ValueError, match="^unknown task 'playd'; did you mean 'played'"):
+            check(made.write(task="playd").load())
+
     def test_what_has_changed_is_told_with_both_values(self):
         changed = running._changed
         assert changed({"a": None}, {}) == "a None, now not set"
