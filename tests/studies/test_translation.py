@@ -3,6 +3,7 @@
 import gzip
 import math
 import random
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -275,6 +276,18 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     train(run(tmp_path / "run", steps=4), quiet)
     with pytest.raises(ValueError, match="settings"):
         train(run(tmp_path / "run", steps=8), quiet)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    whole = train(run(tmp_path / "run", steps=4), quiet)
+    state = tmp_path / "run" / "training" / "checkpoint-4" / "optimizer.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"optimizer.pt .*Remove {tmp_path}/run to begin the run anew"):
+        train(run(tmp_path / "run", steps=4), quiet)
+    shutil.rmtree(tmp_path / "run")
+    assert train(run(tmp_path / "run", steps=4), quiet).figures == whole.figures
 
 
 @pytest.mark.parametrize("name", ["translation", "translation_short", "translation_prenorm"])
